@@ -1,0 +1,35 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace deskside {
+
+std::vector<Isa> instruction_sets() {
+  std::vector<Isa> sets = {{&kernels_scalar, true}};
+#if defined(DESKSIDE_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  sets.push_back({&kernels_avx2, avx2});
+#endif
+  return sets;
+}
+
+const Kernels& choose_kernels(const std::string& name) {
+  const Kernels* best = nullptr;
+  std::string known;
+  for (const Isa& isa : instruction_sets()) {
+    known += (known.empty() ? "" : ", ") + std::string(isa.kernels->name);
+    if (name == isa.kernels->name) {
+      if (!isa.supported)
+        throw std::invalid_argument("instruction set " + name + " is not supported by this CPU");
+      return *isa.kernels;
+    }
+    if (isa.supported) best = isa.kernels;
+  }
+  if (!name.empty())
+    throw std::invalid_argument("instruction set " + name + " is not compiled in; there is " + known);
+  return *best;
+}
+
+}  // namespace deskside

@@ -1,0 +1,113 @@
+// The only interface across instruction sets: a table of kernels, one instance per compiled set.
+//
+// Files compiled once per instruction set (matmul.cpp, sequence.cpp) see only this header, quants.h,
+// simd.h and C headers, and keep everything but their table entry in internal linkage: a weak symbol
+// from an AVX-512 file must never be picked for the baseline path.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deskside {
+
+// ggml type ids, as stored in GGUF.
+enum class Type : int32_t {
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
+  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
+  IQ4_KS = 144, IQ4_KSS = 146,
+};
+
+static inline bool is_float(Type t) { return t == Type::F32 || t == Type::F16 || t == Type::BF16; }
+
+// A weight matrix in its file layout: `rows` rows of `cols` weights, `row_bytes` apart.
+struct Matrix {
+  const uint8_t* data;
+  Type type;
+  int64_t rows, cols, row_bytes;
+};
+
+// Activations: float rows for float weights, and for quantised weights the same rows in 8 bits:
+//   x[i] ~ q[i] * d[i / 32],   s[i / 32] = d * sum of the block's q  (for types with a minimum).
+struct Rows {
+  const float* f;  // (n, cols)
+  int8_t* q;       // (n, cols)
+  float* d;        // (n, cols / 32)
+  float* s;        // (n, cols / 32)
+  int64_t cols;
+};
+
+// Work memory of one thread for matmul: `w` holds decoded rows.
+struct Tile {
+  int8_t* w;
+  float* scale;
+  float* min;
+  float* f;
+};
+constexpr int kTileRows = 4;
+
+struct DeltaSlice {
+  float* state;           // (dim, dim): key x value, this head's
+  int dim, c0, c1;        // value columns [c0, c1)
+  int n;                  // tokens
+  const float *q, *k, *v; // normalised heads of the first token
+  int64_t stride;         // floats from a token's row to the next
+  const float *decay, *beta;  // per token, `gate_stride` apart
+  int64_t gate_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+// Attention of `n_rows` query rows that share one KV head over positions [begin, end).
+// Row r belongs to token r / group, may see positions <= pos0 + r / group.
+struct AttentionTile {
+  const float* const* q;   // n_rows pointers to head_dim floats
+  int n_rows, group, head_dim;
+  int64_t pos0, begin, end;
+  float scale;
+  const uint8_t *k, *v;    // this KV head's rows
+  Type k_type, v_type;
+  int64_t k_row, v_row;    // bytes
+  float* work;             // attention_work(head_dim) floats
+  float *acc, *max, *sum;  // (n_rows, head_dim), (n_rows), (n_rows): unnormalised result
+};
+constexpr int kKeyBlock = 16;        // positions decoded at a time
+constexpr int kQueryRows = 32;       // most rows of a tile
+static inline int64_t attention_work(int head_dim) {
+  return int64_t(kKeyBlock) * head_dim + int64_t(kQueryRows) * kKeyBlock;
+}
+
+struct Kernels {
+  const char* name;
+
+  // Rounds a row to 8 bits, d = max|x| / 127 per block of 32. n is a multiple of 32.
+  void (*quantize_row)(const float* x, int64_t n, int8_t* q, float* d, float* s);
+  // y[i * ldy + r] = row r of w . row index[i] of x, for r in [r0, r1), i in [0, m).
+  // index may be null (row i).
+  void (*matmul)(const Matrix& w, int64_t r0, int64_t r1, const Rows& x, const int32_t* index,
+                 int m, float* y, int64_t ldy, const Tile& tile);
+  void (*dequantize_row)(const Matrix& w, int64_t row, float* y, const Tile& tile);
+
+  void (*rms_norm)(const float* x, const float* w, int n, float eps, float* y);
+  void (*gated_norm)(const float* x, const float* z, const float* w, int n, float eps, float* y);
+  void (*unit_norm)(float* x, int n, float eps, float scale);
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
+  void (*sigmoid_gate)(const float* x, const float* gate, int64_t n, bool per_row, float* y);
+  void (*add)(const float* x, const float* y, int64_t n, float* out);
+  void (*axpy)(float a, const float* x, int64_t n, float* y);
+  // Channels [c0, c1) of n tokens; w (kernel, width); state (kernel - 1, width) is advanced.
+  void (*conv_silu)(const float* x, int n, int width, int c0, int c1, int kernel, const float* w,
+                    float* state, float* y);
+  void (*gated_delta)(const DeltaSlice& s);
+  void (*store_kv)(const float* x, int n, Type type, uint8_t* dst);
+  void (*attention)(const AttentionTile& t);
+  // Best k of n by value, the lower index first among equals, and their softmax.
+  void (*route)(const float* logits, int n, int k, float* ids, float* weights);
+};
+
+// One definition per compiled instruction set; dispatch.cpp lists them.
+extern const Kernels kernels_scalar;
+#if defined(DESKSIDE_X86)
+extern const Kernels kernels_avx2;
+#endif
+
+}  // namespace deskside

@@ -1,0 +1,301 @@
+"""The meaning of every op, in NumPy float32: one function an op, slow and plain.
+
+Weights are dequantised one tensor at a time (one expert at a time in `experts`), so the memory
+needed is that of the largest matrix, not of the model. Each function takes the op, its input
+matrices and the step, and returns its output matrices; `w` below stands for dequantised weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.cache import Batch, Cache
+from deskside.encoders import quantize
+from deskside.gguf import GGUF, TensorInfo
+from deskside.quants import QuantType, dequantize
+from deskside.tape import Op, Tape
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass
+class Step:
+    """One batch on its way through the tape."""
+
+    batch: Batch
+    cache: Cache
+    weight: Callable[[TensorInfo], Matrix]
+    raw: Callable[[TensorInfo], NDArray[np.uint8]]
+
+    def positions(self) -> NDArray[np.int64]:
+        """Position of each token in its sequence."""
+        spans = [np.arange(s.pos, s.pos + s.n) for s in self.batch.segments]
+        return np.concatenate(spans)
+
+
+class ReferenceBackend:
+    """Runs a tape with the functions below."""
+
+    def __init__(self, file: GGUF, tape: Tape) -> None:
+        self.file = file
+        self.tape = tape
+
+    def run(self, batch: Batch, cache: Cache) -> Matrix:
+        step = Step(
+            batch,
+            cache,
+            weight=lambda info: self.file.dequantized(info.name),
+            raw=lambda info: self.file.raw(info.name),
+        )
+        values: dict[int, Matrix] = {}
+        for op in self.tape.ops:
+            outputs = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
+            for value, output in zip(op.outputs, outputs, strict=True):
+                values[value.id] = output
+        return values[self.tape.logits.id]
+
+
+def sigmoid(x: Matrix) -> Matrix:
+    with np.errstate(over="ignore"):
+        return np.asarray(1 / (1 + np.exp(-x)), np.float32)
+
+
+def silu(x: Matrix) -> Matrix:
+    return x * sigmoid(x)
+
+
+def softplus(x: Matrix) -> Matrix:
+    return np.logaddexp(0, x).astype(np.float32)
+
+
+def embed(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Row `token` of the embedding matrix."""
+    (info,) = op.weights
+    rows = step.raw(info)[step.batch.tokens]
+    return [dequantize(rows, info.type, info.row_len)]
+
+
+def rms_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """y = w x / sqrt(mean(x^2) + eps) over groups as long as w."""
+    (x,) = inputs
+    w = step.weight(op.weights[0])
+    groups = x.reshape(len(x), -1, w.size)
+    scale = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+    return [(groups * scale * w).reshape(x.shape)]
+
+
+def linear(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """y = W x."""
+    (x,) = inputs
+    w = step.weight(op.weights[0]).reshape(-1, x.shape[1])
+    return [x @ w.T]
+
+
+def split_gate(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Per head [q | gate] -> all q, all gates."""
+    (x,) = inputs
+    pairs = x.reshape(len(x), int(op.attrs["heads"]), 2, int(op.attrs["head_dim"]))
+    return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
+
+
+def rope(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Rotate the pairs of the first n_rot dimensions of each head by pos * base^(-2i / n_rot).
+
+    Pair i is (i, i + n_rot / 2) in NeoX order, else (2i, 2i + 1).
+    """
+    (x,) = inputs
+    n_rot = int(op.attrs["n_rot"])
+    half = n_rot // 2
+    inv_freq = float(op.attrs["base"]) ** (-np.arange(half) * 2 / n_rot)
+    if op.weights:
+        inv_freq = inv_freq / step.weight(op.weights[0])
+    angle = step.positions()[:, None] * inv_freq
+    cos, sin = (f(angle).astype(np.float32)[:, None] for f in (np.cos, np.sin))
+    y = x.reshape(len(x), int(op.attrs["heads"]), int(op.attrs["head_dim"])).copy()
+    if op.attrs["neox"]:
+        a, b = y[..., :half].copy(), y[..., half:n_rot].copy()
+        y[..., :half], y[..., half:n_rot] = a * cos - b * sin, a * sin + b * cos
+    else:
+        a, b = y[..., 0:n_rot:2].copy(), y[..., 1:n_rot:2].copy()
+        y[..., 0:n_rot:2], y[..., 1:n_rot:2] = a * cos - b * sin, a * sin + b * cos
+    return [y.reshape(x.shape)]
+
+
+def attention(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Append k and v to the cache, then softmax(scale q K^T) V over positions up to each token's."""
+    q, k, v = inputs
+    heads, kv_heads, head_dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
+    assert op.state is not None
+    k_cache, v_cache = step.cache.arrays[op.state]
+    out = np.empty_like(q)
+    start = 0
+    for seg in step.batch.segments:
+        rows = slice(start, start + seg.n)
+        start += seg.n
+        end = seg.pos + seg.n
+        keys, values = (
+            _append(x[rows], array[seg.slot], t, seg.pos, kv_heads, head_dim)
+            for x, array, t in ((k, k_cache, step.cache.k_type), (v, v_cache, step.cache.v_type))
+        )
+        future = np.arange(end)[None, :] > np.arange(seg.pos, end)[:, None]
+        for h in range(heads):
+            columns = slice(h * head_dim, (h + 1) * head_dim)
+            kv = h // (heads // kv_heads)
+            scores = (q[rows, columns] @ keys[kv].T) * np.float32(op.attrs["scale"])
+            scores[future] = -np.inf
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            out[rows, columns] = (p / p.sum(-1, keepdims=True)) @ values[kv]
+    return [out]
+
+
+def _append(
+    x: Matrix, cache: NDArray[np.uint8], t: QuantType, pos: int, kv_heads: int, head_dim: int
+) -> Matrix:
+    """Store x (n, kv_heads * head_dim) at `pos`; give back all positions (kv_heads, end, head_dim)."""
+    n = len(x)
+    per_head = np.ascontiguousarray(x.reshape(n, kv_heads, head_dim).swapaxes(0, 1))
+    encoded = quantize(per_head.reshape(-1, head_dim), t)
+    cache[:, pos : pos + n] = encoded.reshape(kv_heads, n, -1)
+    stored = np.ascontiguousarray(cache[:, : pos + n])
+    flat = dequantize(stored.reshape(-1, stored.shape[-1]), t, head_dim)
+    return flat.reshape(kv_heads, pos + n, head_dim)
+
+
+def conv_silu(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Causal depthwise convolution, then SiLU: y_t = silu(sum_j w_j u_(t - kernel + 1 + j))."""
+    (x,) = inputs
+    w = step.weight(op.weights[0])
+    kernel = int(op.attrs["kernel"])
+    assert op.state is not None
+    (state,) = step.cache.arrays[op.state]
+    out = np.empty_like(x)
+    start = 0
+    for seg in step.batch.segments:
+        u = np.concatenate([state[seg.slot], x[start : start + seg.n]])
+        taps = np.stack([u[j : j + seg.n] for j in range(kernel)], axis=-1)
+        out[start : start + seg.n] = silu((taps * w).sum(-1))
+        state[seg.slot] = u[seg.n :]
+        start += seg.n
+    return [out]
+
+
+def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """The gated delta rule, token by token (FACTS 1.4). Value head j reads key head j % k_heads.
+
+    S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
+    with beta = sigmoid(b), g = ssm_a softplus(a + dt_bias), q and k of length 1, q / sqrt(head_dim).
+    """
+    qkv, a, b = inputs
+    k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
+    ssm_a, dt_bias = (step.weight(w) for w in op.weights)
+    n = len(qkv)
+
+    def unit(x: Matrix) -> Matrix:
+        return x / np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+
+    heads = qkv.reshape(n, -1, dim)
+    q = unit(heads[:, :k_heads]) / np.float32(dim**0.5)
+    k = unit(heads[:, k_heads : 2 * k_heads])
+    v = heads[:, 2 * k_heads :]
+    q, k = (np.tile(x, (1, v_heads // k_heads, 1)) for x in (q, k))
+    beta = sigmoid(b)
+    decay = np.exp(ssm_a * softplus(a + dt_bias))
+
+    assert op.state is not None
+    (states,) = step.cache.arrays[op.state]
+    out = np.empty((n, v_heads, dim), np.float32)
+    t = 0
+    for seg in step.batch.segments:
+        s = states[seg.slot]
+        for t in range(t, t + seg.n):
+            s = s * decay[t][:, None, None]
+            delta = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", s, k[t]))
+            s = s + k[t][:, :, None] * delta[:, None, :]
+            out[t] = np.einsum("hkv,hk->hv", s, q[t])
+        states[seg.slot] = s
+        t += 1
+    return [out.reshape(n, -1)]
+
+
+def gated_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """rms_norm(x) * silu(z)."""
+    x, z = inputs
+    return [rms_norm(op, [x], step)[0] * silu(z)]
+
+
+def sigmoid_gate(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """x * sigmoid(gate); a gate of width 1 scales the whole row."""
+    x, gate = inputs
+    return [x * sigmoid(gate)]
+
+
+def swiglu(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    gate, up = inputs
+    return [silu(gate) * up]
+
+
+def add(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    x, y = inputs
+    return [x + y]
+
+
+def route(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """The top_k experts of each token, best first, and the softmax over their logits.
+
+    Equal to softmax over all experts, top-k, divided by the chosen sum. Of equal logits the lower
+    index wins. Ids travel as float32, exact up to 2^24.
+    """
+    (logits,) = inputs
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, : int(op.attrs["top_k"])]
+    chosen = np.take_along_axis(logits, ids, -1)
+    p = np.exp(chosen - chosen.max(-1, keepdims=True))
+    return [ids.astype(np.float32), p / p.sum(-1, keepdims=True)]
+
+
+def experts(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """y = sum over a token's experts e of p_e W_down,e (silu(W_gate,e x) * W_up,e x)."""
+    x, ids, p = inputs
+    out = np.zeros_like(x)
+    for e in np.unique(ids).astype(int):
+        token, slot = np.nonzero(ids == e)
+        gate, up, down = (_expert(info, e, step) for info in op.weights)
+        h = silu(x[token] @ gate.T) * (x[token] @ up.T)
+        np.add.at(out, token, p[token, slot][:, None] * (h @ down.T))
+    return [out]
+
+
+def _expert(info: TensorInfo, e: int, step: Step) -> Matrix:
+    rows = info.shape[1]
+    return dequantize(step.raw(info)[e * rows : (e + 1) * rows], info.type, info.row_len)
+
+
+def take_rows(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+    """Keep the rows whose logits are wanted."""
+    (x,) = inputs
+    return [x[step.batch.outputs]]
+
+
+OPS: dict[str, Callable[[Op, list[Matrix], Step], list[Matrix]]] = {
+    f.__name__: f
+    for f in (
+        embed,
+        rms_norm,
+        linear,
+        split_gate,
+        rope,
+        attention,
+        conv_silu,
+        gated_delta,
+        gated_norm,
+        sigmoid_gate,
+        swiglu,
+        add,
+        route,
+        experts,
+        take_rows,
+    )
+}

@@ -1,0 +1,120 @@
+"""What a sequence carries from token to token: keys and values, convolution inputs, delta states.
+
+Layouts, one array a state (`slot` = sequence):
+
+    KVState     k, v   uint8   (slots, kv_heads, n_ctx, bytes of one head's row)
+    ConvState          float32 (slots, kernel - 1, width), oldest input first, before SiLU
+    DeltaState         float32 (slots, v_heads, head_dim keys, head_dim values)
+
+Keys and values keep their positions apart per head, so that attention reads one contiguous stream
+per KV head. The recurrent states stay float32: half precision breaks the model (FACTS 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.errors import DesksideError
+from deskside.quants import QuantType, quant_type
+from deskside.tape import ConvState, DeltaState, KVState, State
+
+KV_TYPES = ("f16", "q8_0", "f32")
+
+
+def kv_type(name: str, flag: str) -> QuantType:
+    """The quant type of a KV cache from its flag's value."""
+    if name.lower() not in KV_TYPES:
+        raise DesksideError(f"{flag} {name}: a KV cache is one of {', '.join(KV_TYPES)}")
+    return quant_type(name)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`n` consecutive tokens of the sequence in `slot`, the first at position `pos`."""
+
+    slot: int
+    pos: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one step, segment after segment, and the rows whose logits are wanted."""
+
+    tokens: NDArray[np.int32]
+    segments: tuple[Segment, ...]
+    outputs: NDArray[np.int32]
+
+
+class Cache:
+    """State of `n_slots` sequences of at most `n_ctx` tokens.
+
+    Memory is taken from the system zeroed and untouched: pages are paid for when first written.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        *,
+        n_slots: int,
+        n_ctx: int,
+        k_type: QuantType,
+        v_type: QuantType,
+    ) -> None:
+        self.states = tuple(states)
+        self.n_slots = n_slots
+        self.n_ctx = n_ctx
+        self.k_type = k_type
+        self.v_type = v_type
+        self.arrays: list[tuple[NDArray[np.uint8] | NDArray[np.float32], ...]] = [
+            self._allocate(state) for state in states
+        ]
+
+    def _allocate(self, state: State) -> tuple[NDArray[np.uint8] | NDArray[np.float32], ...]:
+        shapes = state_shapes(state, self.n_ctx, self.k_type, self.v_type)
+        dtype = np.uint8 if isinstance(state, KVState) else np.float32
+        return tuple(np.zeros((self.n_slots, *shape), dtype) for shape in shapes)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.arrays for array in arrays)
+
+    def clear(self, slot: int) -> None:
+        """Forget a sequence. Keys and values need no clearing: positions bound what is read."""
+        for state, arrays in zip(self.states, self.arrays, strict=True):
+            if not isinstance(state, KVState):
+                arrays[0][slot] = 0
+
+
+def state_shapes(
+    state: State, n_ctx: int, k_type: QuantType, v_type: QuantType
+) -> tuple[tuple[int, ...], ...]:
+    """Array shapes of one sequence's part of a state; bytes for keys and values, else float32."""
+    match state:
+        case KVState(kv_heads=heads, head_dim=head_dim):
+            return (
+                (heads, n_ctx, k_type.row_bytes(head_dim)),
+                (heads, n_ctx, v_type.row_bytes(head_dim)),
+            )
+        case ConvState(width=width, kernel=kernel):
+            return ((kernel - 1, width),)
+        case DeltaState(v_heads=v_heads, head_dim=head_dim):
+            return ((v_heads, head_dim, head_dim),)
+
+
+def cache_bytes(
+    states: Sequence[State], n_ctx: int, k_type: QuantType, v_type: QuantType
+) -> tuple[int, int]:
+    """Bytes of one sequence at `n_ctx` positions: (keys and values, recurrent state)."""
+    kv = recurrent = 0
+    for state in states:
+        elements = sum(int(np.prod(s)) for s in state_shapes(state, n_ctx, k_type, v_type))
+        if isinstance(state, KVState):
+            kv += elements
+        else:
+            recurrent += 4 * elements
+    return kv, recurrent

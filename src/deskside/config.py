@@ -1,0 +1,53 @@
+"""How an engine is set up: the only source of the command line's defaults."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from deskside.cache import kv_type
+from deskside.errors import DesksideError
+
+
+def usable_cores() -> int:
+    """Logical CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Validated once, here. Flags of the command line have the same names.
+
+    ctx        context in tokens; 0 for the model's own; at most the model's own
+    threads    0 for one per usable core
+    ubatch     most tokens computed in one step of prefill
+    ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
+    backend    cpu, or reference (NumPy, slow, for checking)
+    isa        a compiled instruction set; None for the fastest one here
+    """
+
+    ctx: int = 4096
+    threads: int = 0
+    ubatch: int = 512
+    ctk: str = "f16"
+    ctv: str = "f16"
+    backend: str = "cpu"
+    isa: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("-c/ctx", self.ctx, 0),
+            ("-t/threads", self.threads, 0),
+            ("-ub/ubatch", self.ubatch, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
+        kv_type(self.ctk, "-ctk")
+        kv_type(self.ctv, "-ctv")
+        if self.backend not in ("cpu", "reference"):
+            raise DesksideError(f"--backend {self.backend}: there is cpu and reference")
+
+    @property
+    def n_threads(self) -> int:
+        """Threads to run: never more than there are cores, for they would only wait for each other."""
+        return min(self.threads or usable_cores(), usable_cores())

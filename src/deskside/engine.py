@@ -1,0 +1,307 @@
+"""LLM: a model file made ready to compute logits and to generate text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.backends import Backend
+from deskside.backends.cpu import CpuBackend
+from deskside.backends.reference import ReferenceBackend
+from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
+from deskside.chat import ChatTemplate
+from deskside.config import EngineConfig
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF
+from deskside.models import build_tape
+from deskside.sampler import Sampler, SamplingParams
+from deskside.system import available_memory
+from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
+
+__all__ = ["LLM", "Chunk", "Completion", "Timings"]
+
+
+@dataclass
+class Timings:
+    """Seconds on the clocks that are kept apart.
+
+    prompt_seconds     prefill of `prompt_tokens` tokens (`cached_tokens` more were in the cache)
+    first_seconds      from the call to the first generated token
+    decode_seconds     from the first to the last generated token: `generated_tokens - 1` steps
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_seconds: float = 0.0
+    first_seconds: float = 0.0
+    generated_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second; 0 where nothing was computed."""
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second after the first; 0 for a single token."""
+        steps = self.generated_tokens - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A step of generation: the token and the text that it made certain (may be empty)."""
+
+    token: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """stop_reason: "stop" (end token or stop string), "length" (max_tokens) or "context"."""
+
+    text: str
+    tokens: list[int]
+    timings: Timings
+    stop_reason: str
+    seed: int
+
+
+class LLM:
+    """A GGUF model on this machine's CPU.
+
+    llm = LLM("model.gguf", ctx=8192, threads=2, ctk="q8_0", ctv="q8_0")
+
+    Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or a context
+    whose cache does not fit the free memory. One sequence at a time; not safe for threads.
+    """
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        try:
+            self.config = EngineConfig(**options)
+        except TypeError:
+            unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
+            raise DesksideError(f"unknown option {', '.join(unknown)}") from None
+        self.file = GGUF.open(path)
+        self.tokenizer = Tokenizer.from_metadata(self.file.metadata, str(path))
+        self.tape = build_tape(self.file)
+        self.file.check_values(self.tape.weights())
+        self.ctx = self._context()
+        self.ubatch = min(self.config.ubatch, self.ctx)
+        k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
+        self._check_memory()
+        self.backend: Backend
+        if self.config.backend == "cpu":
+            self.backend = CpuBackend(
+                self.file,
+                self.tape,
+                n_threads=self.config.n_threads,
+                max_tokens=self.ubatch,
+                isa=self.config.isa,
+            )
+        else:
+            self.backend = ReferenceBackend(self.file, self.tape)
+        self.cache = Cache(
+            self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
+        )
+        self._cached: list[int] = []
+        self._banned = self.tokenizer.banned(self.tape.n_vocab)
+        self._template: ChatTemplate | None = None
+
+    def _context(self) -> int:
+        ctx = self.config.ctx or self.tape.n_ctx_train
+        if ctx > self.tape.n_ctx_train:
+            raise DesksideError(
+                f"-c {ctx} is more than the model's context of {self.tape.n_ctx_train} tokens"
+            )
+        return ctx
+
+    def _check_memory(self) -> None:
+        k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
+        needed = sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type))
+        free = available_memory()
+        if needed > free:
+            raise DesksideError(
+                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, {free / 1e9:.1f} GB are free; "
+                "lower -c or use -ctk q8_0 -ctv q8_0"
+            )
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The file's chat template; DesksideError if it has none."""
+        if self._template is None:
+            self._template = ChatTemplate.from_metadata(self.file.metadata, str(self.file.path))
+        return self._template
+
+    def tokenize(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
+        """Token ids of `text`; spelled-out control tokens count as such unless special=False."""
+        return self.tokenizer.encode(text, special=special, add_bos=add_bos)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn.
+
+        options: enable_thinking, tools and whatever else the template reads.
+        """
+        return self.tokenize(self.template.render(messages, **options), add_bos=False)
+
+    def logits(
+        self, ids: Sequence[int], chunks: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits (len(ids), n_vocab) of a fresh sequence, at every position.
+
+        chunks: sizes of the pieces in which the tokens are computed (default: `ubatch` each).
+        """
+        tokens = self._checked(ids)
+        if chunks is None:
+            chunks = [self.ubatch] * (len(tokens) // self.ubatch)
+            chunks += [len(tokens) % self.ubatch] if len(tokens) % self.ubatch else []
+        if sum(chunks) != len(tokens) or not all(1 <= c <= self.ubatch for c in chunks):
+            raise DesksideError(
+                f"chunks {list(chunks)} must be 1 to {self.ubatch} each and add up to {len(tokens)}"
+            )
+        self.reset()
+        out = np.empty((len(tokens), self.tape.n_vocab), np.float32)
+        start = 0
+        for n in chunks:
+            out[start : start + n] = self._step(tokens[start : start + n], np.arange(n))
+            start += n
+        return out
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Completion:
+        """Complete a prompt, given as text or token ids."""
+        stream = Stream(self, prompt, params or SamplingParams())
+        text = "".join(chunk.text for chunk in stream)
+        return stream.completion(text)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Stream:
+        """As `generate`, chunk by chunk."""
+        return Stream(self, prompt, params or SamplingParams())
+
+    def reset(self) -> None:
+        """Forget the sequence in the cache."""
+        self.cache.clear(0)
+        self._cached = []
+
+    def _checked(self, ids: Sequence[int]) -> NDArray[np.int32]:
+        if len(ids) == 0:
+            raise DesksideError("the prompt is empty: give at least one token")
+        if len(ids) > self.ctx:
+            raise DesksideError(
+                f"the prompt has {len(ids)} tokens, the context {self.ctx}; "
+                "raise -c or shorten the prompt"
+            )
+        tokens = np.asarray(ids)
+        bad = (tokens < 0) | (tokens >= self.tape.n_vocab)
+        if bad.any():
+            raise DesksideError(
+                f"token id {tokens[bad][0]} is outside the vocabulary of {self.tape.n_vocab}"
+            )
+        return tokens.astype(np.int32)
+
+    def _step(self, tokens: NDArray[np.int32], outputs: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Compute tokens behind those in the cache; an interruption leaves a cache that is known."""
+        pos = len(self._cached)
+        batch = Batch(tokens, (Segment(0, pos, len(tokens)),), outputs.astype(np.int32))
+        cached, self._cached = self._cached, []
+        logits = self.backend.run(batch, self.cache)
+        cached.extend(tokens.tolist())
+        self._cached = cached
+        return logits
+
+    def _prefill(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.float32], int]:
+        """Logits of the last token, and how many tokens the cache already held.
+
+        The cached sequence is continued where the prompt extends it; recurrent state cannot be cut
+        back, so any other prompt starts anew.
+        """
+        n = len(self._cached)
+        if not (0 < n < len(tokens) and tokens[:n].tolist() == self._cached):
+            n = 0
+            self.reset()
+        logits = np.empty((0, 0), np.float32)
+        for start in range(n, len(tokens), self.ubatch):
+            piece = tokens[start : start + self.ubatch]
+            last = start + len(piece) == len(tokens)
+            logits = self._step(piece, np.array([len(piece) - 1] if last else [], np.int32))
+        return logits[0], n
+
+
+class Stream(Iterator[Chunk]):
+    """Generation as an iterator; `timings` and `stop_reason` are right after every step."""
+
+    def __init__(self, llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        self._llm = llm
+        self._started = time.perf_counter()
+        ids = llm.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        self._prompt = llm._checked(ids)
+        self._params = params
+        self._sampler = Sampler(params, llm.tape.n_vocab, llm._banned)
+        for token in ids:
+            self._sampler.accept(token)
+        self._decoder = StreamDecoder(llm.tokenizer)
+        self._stops = StopStrings(params.stop)
+        self._chunks = self._generate()
+        self.tokens: list[int] = []
+        self.timings = Timings()
+        self.stop_reason = ""
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def completion(self, text: str) -> Completion:
+        return Completion(
+            text, self.tokens, self.timings, self.stop_reason, self._sampler.seed
+        )
+
+    def _generate(self) -> Iterator[Chunk]:
+        llm, t = self._llm, self.timings
+        began = time.perf_counter()
+        logits, t.cached_tokens = llm._prefill(self._prompt)
+        t.prompt_tokens = len(self._prompt) - t.cached_tokens
+        t.prompt_seconds = time.perf_counter() - began
+
+        limit = self._params.max_tokens
+        first = 0.0
+        while True:
+            if limit is not None and 0 <= limit <= len(self.tokens):
+                self.stop_reason = "length"
+                break
+            token = self._sampler.sample(logits)
+            now = time.perf_counter()
+            if not self.tokens:
+                first = now
+                t.first_seconds = now - self._started
+            t.decode_seconds = now - first
+            if token in llm.tokenizer.stop_ids and not self._params.ignore_eos:
+                self.stop_reason = "stop"
+                break
+            self._sampler.accept(token)
+            self.tokens.append(token)
+            t.generated_tokens = len(self.tokens)
+            text, hit = self._stops.push(self._decoder.push(token))
+            yield Chunk(token, text)
+            if hit:
+                self.stop_reason = "stop"
+                return
+            if len(llm._cached) >= llm.ctx:
+                self.stop_reason = "context"
+                break
+            logits = llm._step(np.array([token], np.int32), np.array([0]))[0]
+        text, hit = self._stops.push(self._decoder.flush())
+        text += "" if hit else self._stops.flush()
+        if text:
+            yield Chunk(None, text)

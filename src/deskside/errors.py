@@ -1,0 +1,10 @@
+"""The one exception that bad input raises."""
+
+from __future__ import annotations
+
+
+class DesksideError(Exception):
+    """Bad input, told in one line: which file, field or flag, and what to do about it.
+
+    The command line prints the line and exits with code 2.
+    """

@@ -1,0 +1,58 @@
+"""Architectures: one file each. `build_tape` turns a GGUF file into a tape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF
+from deskside.models import llama, qwen3moe, qwen35
+from deskside.models.common import Model
+from deskside.tape import Tape
+
+ARCHITECTURES: dict[str, Callable[[Model], Tape]] = {
+    "qwen35moe": qwen35.build,
+    "qwen35": qwen35.build,
+    "qwen3moe": qwen3moe.build,
+    "llama": llama.build,
+}
+
+
+def build_tape(file: GGUF) -> Tape:
+    """The forward pass of the model in `file`.
+
+    Raises DesksideError for an unknown architecture, a missing or misshapen tensor, and for tensors
+    that the tape would not read: leaving weights out silently would make fluent nonsense.
+    """
+    arch = file.require("general.architecture", str)
+    build = ARCHITECTURES.get(arch)
+    if build is None:
+        known = ", ".join(ARCHITECTURES)
+        raise DesksideError(f"{file.path}: architecture {arch!r} is not known; deskside runs {known}")
+    _refuse_scaled_rope(file, arch)
+    model = Model(file, arch)
+    tape = build(model)
+    unread = sorted(
+        name for name in file.tensors.keys() - model.used if not _is_mtp(name, model.n_layers)
+    )
+    if unread:
+        raise DesksideError(
+            f"{file.path}: tensor {unread[0]} (and {len(unread) - 1} more) has no place in "
+            f"architecture {arch}; the file needs an engine that knows it"
+        )
+    return tape
+
+
+def _refuse_scaled_rope(file: GGUF, arch: str) -> None:
+    kind = file.get(f"{arch}.rope.scaling.type", "none")
+    if kind != "none":
+        raise DesksideError(
+            f"{file.path}: metadata key {arch}.rope.scaling.type is {kind!r}; only unscaled rope is known"
+        )
+
+
+def _is_mtp(name: str, n_layers: int) -> bool:
+    """Multi-token-prediction tensors live in the blocks behind the main layers."""
+    block = re.match(r"blk\.(\d+)\.", name)
+    return block is not None and int(block[1]) >= n_layers

@@ -1,0 +1,112 @@
+"""What the model files share: checked access to a file's tensors and the feed-forward blocks."""
+
+from __future__ import annotations
+
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF, TensorInfo
+from deskside.tape import TapeBuilder, Value
+
+
+class Model:
+    """A GGUF file seen by a model file: its hyper-parameters and tensors, each checked when read."""
+
+    def __init__(self, file: GGUF, arch: str) -> None:
+        self.file = file
+        self.arch = arch
+        self.used: set[str] = set()
+        self.n_layers = self.int("block_count") - self.int("nextn_predict_layers", 0)
+        self.n_embd = self.int("embedding_length")
+        self.eps = self.float("attention.layer_norm_rms_epsilon")
+        self.n_ctx_train = self.int("context_length")
+        if self.n_layers < 1:
+            raise self.bad("block_count", f"leaves {self.n_layers} layers to run")
+
+    def int(self, key: str, default: int | None = None) -> int:
+        """A whole number >= 0 from the metadata; `key` without the architecture's prefix."""
+        value = self.file.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise self.bad(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.bad(key, f"is {value!r}; expected a whole number")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.int(key, default)
+        if value == 0:
+            raise self.bad(key, "is 0; expected at least 1")
+        return value
+
+    def float(self, key: str, default: float | None = None) -> float:
+        value = self.file.get(f"{self.arch}.{key}", default)
+        if value is None:
+            raise self.bad(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.bad(key, f"is {value!r}; expected a number above 0")
+        return float(value)
+
+    def bad(self, key: str, what: str) -> DesksideError:
+        return DesksideError(f"{self.file.path}: metadata key {self.arch}.{key} {what}")
+
+    def has(self, name: str) -> bool:
+        return name in self.file.tensors
+
+    def tensor(self, name: str, *shape: int) -> TensorInfo:
+        """The tensor `name`, whose ggml shape (fastest dimension first) must be `shape`."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise DesksideError(f"{self.file.path}: tensor {name} is missing; is the file complete?")
+        if info.shape != shape:
+            raise DesksideError(
+                f"{self.file.path}: tensor {name} has shape {list(info.shape)}; "
+                f"its metadata ask for {list(shape)}"
+            )
+        self.used.add(name)
+        return info
+
+    def head(self, t: TapeBuilder, x: Value, token_embd: TensorInfo) -> Value:
+        """Output norm and LM head; without an `output.weight` the embedding serves as head."""
+        x = t.take_rows(x)
+        x = t.rms_norm(x, self.tensor("output_norm.weight", self.n_embd), self.eps)
+        if self.has("output.weight"):
+            return t.linear(x, self.tensor("output.weight", *token_embd.shape))
+        return t.linear(x, token_embd)
+
+    def embedding(self) -> TensorInfo:
+        """`token_embd.weight`; its second dimension is the (padded) vocabulary."""
+        info = self.file.tensors.get("token_embd.weight")
+        n_vocab = info.shape[1] if info is not None and len(info.shape) == 2 else 0
+        return self.tensor("token_embd.weight", self.n_embd, n_vocab)
+
+
+def dense_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str, suffix: str, width: int) -> Value:
+    """SwiGLU: W_down(silu(W_gate x) * (W_up x))."""
+    gate = t.linear(x, m.tensor(f"{prefix}ffn_gate{suffix}.weight", m.n_embd, width))
+    up = t.linear(x, m.tensor(f"{prefix}ffn_up{suffix}.weight", m.n_embd, width))
+    down = m.tensor(f"{prefix}ffn_down{suffix}.weight", width, m.n_embd)
+    return t.linear(t.swiglu(gate, up), down)
+
+
+def moe_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
+    """Routed experts and, where the file has one, the gated shared expert (FACTS 1.5)."""
+    n_expert = m.positive("expert_count")
+    top_k = m.positive("expert_used_count")
+    width = m.positive("expert_feed_forward_length")
+    if top_k > n_expert:
+        raise m.bad("expert_used_count", f"is {top_k}, more than expert_count {n_expert}")
+
+    router = m.tensor(f"{prefix}ffn_gate_inp.weight", m.n_embd, n_expert)
+    ids, weights = t.route(t.linear(x, router), top_k)
+    y = t.experts(
+        x,
+        ids,
+        weights,
+        m.tensor(f"{prefix}ffn_gate_exps.weight", m.n_embd, width, n_expert),
+        m.tensor(f"{prefix}ffn_up_exps.weight", m.n_embd, width, n_expert),
+        m.tensor(f"{prefix}ffn_down_exps.weight", width, m.n_embd, n_expert),
+    )
+    if not m.has(f"{prefix}ffn_gate_inp_shexp.weight"):
+        return y
+    shared_width = m.positive("expert_shared_feed_forward_length")
+    shared = dense_ffn(t, m, x, prefix, "_shexp", shared_width)
+    gate = t.linear(x, m.tensor(f"{prefix}ffn_gate_inp_shexp.weight", m.n_embd))
+    return t.add(y, t.sigmoid_gate(shared, gate))

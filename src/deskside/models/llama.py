@@ -1,0 +1,52 @@
+"""Llama (`llama`), dense: interleaved rope pairs, as GGUF's row order of attn_q and attn_k expects."""
+
+from __future__ import annotations
+
+from deskside.models.common import Model, dense_ffn
+from deskside.tape import Tape, TapeBuilder, Value
+
+
+def build(m: Model) -> Tape:
+    if m.int("expert_count", 0):
+        raise m.bad("expert_count", "asks for experts; deskside runs dense llama files only")
+    t = TapeBuilder()
+    token_embd = m.embedding()
+    width = m.positive("feed_forward_length")
+    x = t.embed(token_embd)
+    for i in range(m.n_layers):
+        with t.layer(i):
+            p = f"blk.{i}."
+            h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, attention(t, m, h, p))
+            h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, dense_ffn(t, m, h, p, "", width))
+    return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
+
+
+def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
+    heads = m.positive("attention.head_count")
+    kv_heads = m.positive("attention.head_count_kv", heads)
+    head_dim = m.positive("attention.key_length", m.n_embd // heads)
+    n_rot = m.positive("rope.dimension_count", head_dim)
+    base = m.float("rope.freq_base", 1e4)
+    # Llama 3 stretches its wave lengths by per-frequency factors.
+    factors = m.tensor("rope_freqs.weight", n_rot // 2) if m.has("rope_freqs.weight") else None
+
+    def rope(x: Value, n_heads: int) -> Value:
+        return t.rope(
+            x,
+            heads=n_heads,
+            head_dim=head_dim,
+            n_rot=n_rot,
+            base=base,
+            neox=False,
+            factors=factors,
+        )
+
+    q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
+    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
+    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
+    o = t.attention(
+        rope(q, heads), rope(k, kv_heads), v, heads=heads, kv_heads=kv_heads, head_dim=head_dim
+    )
+    return t.linear(o, m.tensor(p + "attn_output.weight", heads * head_dim, m.n_embd))

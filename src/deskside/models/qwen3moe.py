@@ -1,0 +1,37 @@
+"""Qwen3 mixture of experts (`qwen3moe`): full attention with per-head q and k norms, no shared expert."""
+
+from __future__ import annotations
+
+from deskside.models.common import Model, moe_ffn
+from deskside.tape import Tape, TapeBuilder, Value
+
+
+def build(m: Model) -> Tape:
+    t = TapeBuilder()
+    token_embd = m.embedding()
+    x = t.embed(token_embd)
+    for i in range(m.n_layers):
+        with t.layer(i):
+            p = f"blk.{i}."
+            h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, attention(t, m, h, p))
+            h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, moe_ffn(t, m, h, p))
+    return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
+
+
+def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
+    heads = m.positive("attention.head_count")
+    kv_heads = m.positive("attention.head_count_kv", heads)
+    head_dim = m.positive("attention.key_length", m.n_embd // heads)
+    base = m.float("rope.freq_base", 1e6)
+
+    q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
+    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
+    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
+    q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
+    k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
+    q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=head_dim, base=base, neox=True)
+    k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=head_dim, base=base, neox=True)
+    o = t.attention(q, k, v, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return t.linear(o, m.tensor(p + "attn_output.weight", heads * head_dim, m.n_embd))
