@@ -49,5 +49,5 @@ class EngineConfig:
 
     @property
     def n_threads(self) -> int:
-        """Threads to run: never more than there are cores, for they would only wait for each other."""
+        """Threads to run: at most one a core, for more would only wait for each other."""
         return min(self.threads or usable_cores(), usable_cores())

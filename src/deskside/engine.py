@@ -24,6 +24,9 @@ from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
 from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
+# Files up to this size are checked for NaN and infinity in full when they are loaded.
+CHECK_BYTES = 1 << 30
+
 __all__ = ["LLM", "Chunk", "Completion", "Timings"]
 
 
@@ -92,7 +95,7 @@ class LLM:
         self.file = GGUF.open(path)
         self.tokenizer = Tokenizer.from_metadata(self.file.metadata, str(path))
         self.tape = build_tape(self.file)
-        self.file.check_values(self.tape.weights())
+        self._check_values()
         self.ctx = self._context()
         self.ubatch = min(self.config.ubatch, self.ctx)
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
@@ -115,6 +118,17 @@ class LLM:
         self._banned = self.tokenizer.banned(self.tape.n_vocab)
         self._template: ChatTemplate | None = None
 
+    def _check_values(self) -> None:
+        """Refuse NaN and infinity: in all of a small file, in the float tensors of a large one.
+
+        Reading hundreds of gigabytes for this would double the time to load; `_step` looks at the
+        rest when a NaN comes out.
+        """
+        weights = self.tape.weights()
+        if sum(w.nbytes for w in weights.values()) > CHECK_BYTES:
+            weights = {name: w for name, w in weights.items() if w.type.name == "F32"}
+        self.file.check_values(weights)
+
     def _context(self) -> int:
         ctx = self.config.ctx or self.tape.n_ctx_train
         if ctx > self.tape.n_ctx_train:
@@ -129,7 +143,7 @@ class LLM:
         free = available_memory()
         if needed > free:
             raise DesksideError(
-                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, {free / 1e9:.1f} GB are free; "
+                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, {free / 1e9:.1f} GB free; "
                 "lower -c or use -ctk q8_0 -ctv q8_0"
             )
 
@@ -140,7 +154,9 @@ class LLM:
             self._template = ChatTemplate.from_metadata(self.file.metadata, str(self.file.path))
         return self._template
 
-    def tokenize(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
+    def tokenize(
+        self, text: str, *, special: bool = True, add_bos: bool | None = None
+    ) -> list[int]:
         """Token ids of `text`; spelled-out control tokens count as such unless special=False."""
         return self.tokenizer.encode(text, special=special, add_bos=add_bos)
 
@@ -185,9 +201,7 @@ class LLM:
         text = "".join(chunk.text for chunk in stream)
         return stream.completion(text)
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Stream:
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Stream:
         """As `generate`, chunk by chunk."""
         return Stream(self, prompt, params or SamplingParams())
 
@@ -213,11 +227,17 @@ class LLM:
         return tokens.astype(np.int32)
 
     def _step(self, tokens: NDArray[np.int32], outputs: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Compute tokens behind those in the cache; an interruption leaves a cache that is known."""
+        """Compute tokens behind those in the cache; interrupted, the cache counts as empty."""
         pos = len(self._cached)
         batch = Batch(tokens, (Segment(0, pos, len(tokens)),), outputs.astype(np.int32))
         cached, self._cached = self._cached, []
         logits = self.backend.run(batch, self.cache)
+        if np.isnan(logits).any():
+            self.reset()
+            self.file.check_values(self.tape.weights())
+            raise DesksideError(
+                f"{self.file.path}: the model computed NaN; its weights may be damaged"
+            )
         cached.extend(tokens.tolist())
         self._cached = cached
         return logits
@@ -249,7 +269,11 @@ class Stream(Iterator[Chunk]):
         ids = llm.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._prompt = llm._checked(ids)
         self._params = params
-        self._sampler = Sampler(params, llm.tape.n_vocab, llm._banned)
+        banned = llm._banned
+        if params.ignore_eos:
+            banned = banned.copy()
+            banned[list(llm.tokenizer.stop_ids)] = True
+        self._sampler = Sampler(params, llm.tape.n_vocab, banned)
         for token in ids:
             self._sampler.accept(token)
         self._decoder = StreamDecoder(llm.tokenizer)
@@ -263,9 +287,7 @@ class Stream(Iterator[Chunk]):
         return next(self._chunks)
 
     def completion(self, text: str) -> Completion:
-        return Completion(
-            text, self.tokens, self.timings, self.stop_reason, self._sampler.seed
-        )
+        return Completion(text, self.tokens, self.timings, self.stop_reason, self._sampler.seed)
 
     def _generate(self) -> Iterator[Chunk]:
         llm, t = self._llm, self.timings
@@ -274,19 +296,21 @@ class Stream(Iterator[Chunk]):
         t.prompt_tokens = len(self._prompt) - t.cached_tokens
         t.prompt_seconds = time.perf_counter() - began
 
+        room = llm.ctx - len(llm._cached)
         limit = self._params.max_tokens
-        first = 0.0
-        while True:
-            if limit is not None and 0 <= limit <= len(self.tokens):
-                self.stop_reason = "length"
-                break
+        limit = room + 1 if limit is None or limit < 0 else min(limit, room + 1)
+        first, token = 0.0, -1
+        self.stop_reason = "length" if limit <= room else "context"
+        for step in range(limit):
+            if step > 0:
+                logits = llm._step(np.array([token], np.int32), np.array([0]))[0]
             token = self._sampler.sample(logits)
             now = time.perf_counter()
-            if not self.tokens:
+            if step == 0:
                 first = now
                 t.first_seconds = now - self._started
             t.decode_seconds = now - first
-            if token in llm.tokenizer.stop_ids and not self._params.ignore_eos:
+            if token in llm.tokenizer.stop_ids:
                 self.stop_reason = "stop"
                 break
             self._sampler.accept(token)
@@ -297,10 +321,6 @@ class Stream(Iterator[Chunk]):
             if hit:
                 self.stop_reason = "stop"
                 return
-            if len(llm._cached) >= llm.ctx:
-                self.stop_reason = "context"
-                break
-            logits = llm._step(np.array([token], np.int32), np.array([0]))[0]
         text, hit = self._stops.push(self._decoder.flush())
         text += "" if hit else self._stops.flush()
         if text:

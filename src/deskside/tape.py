@@ -80,7 +80,7 @@ State = KVState | ConvState | DeltaState
 
 @dataclass(frozen=True)
 class Op:
-    """One step of the tape. `state` indexes `Tape.states` where the op carries state over tokens."""
+    """One step of the tape. `state` indexes `Tape.states` where the op carries state."""
 
     kind: str
     layer: int

@@ -64,7 +64,8 @@ class CpuBackend:
         if cache is not self._cache:
             self._bind(cache)
         for s in batch.segments:
-            if not (0 <= s.slot < cache.n_slots and 0 <= s.pos and s.pos + s.n <= cache.n_ctx):
+            inside = 0 <= s.slot < cache.n_slots and s.pos >= 0 and s.pos + s.n <= cache.n_ctx
+            if not inside:
                 raise ValueError(f"{s} lies outside the cache")
         segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
         logits = np.empty((len(batch.outputs), self.tape.n_vocab), np.float32)
@@ -208,6 +209,7 @@ class _Lowering:
 
 
 # Kept equal to native/matmul.cpp's table by a test.
-KERNEL_TYPES = frozenset(
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ4_KS IQ4_KSS".split()
-)
+FLOAT_TYPES = ("F32", "F16", "BF16")
+LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
+KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))

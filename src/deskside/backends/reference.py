@@ -126,7 +126,7 @@ def rope(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
 
 
 def attention(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
-    """Append k and v to the cache, then softmax(scale q K^T) V over positions up to each token's."""
+    """Append k and v to the cache, then softmax(scale q K^T) V over positions up to the token's."""
     q, k, v = inputs
     heads, kv_heads, head_dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
@@ -155,7 +155,7 @@ def attention(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
 def _append(
     x: Matrix, cache: NDArray[np.uint8], t: QuantType, pos: int, kv_heads: int, head_dim: int
 ) -> Matrix:
-    """Store x (n, kv_heads * head_dim) at `pos`; give back all positions (kv_heads, end, head_dim)."""
+    """Store x (n, kv_heads * head_dim) at `pos`; returns all of (kv_heads, end, head_dim)."""
     n = len(x)
     per_head = np.ascontiguousarray(x.reshape(n, kv_heads, head_dim).swapaxes(0, 1))
     encoded = quantize(per_head.reshape(-1, head_dim), t)
@@ -187,7 +187,8 @@ def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     """The gated delta rule, token by token (FACTS 1.4). Value head j reads key head j % k_heads.
 
     S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
-    with beta = sigmoid(b), g = ssm_a softplus(a + dt_bias), q and k of length 1, q / sqrt(head_dim).
+    with beta = sigmoid(b), g = ssm_a softplus(a + dt_bias), q and k of length 1, q divided by
+    sqrt(head_dim).
     """
     qkv, a, b = inputs
     k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
@@ -195,7 +196,8 @@ def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     n = len(qkv)
 
     def unit(x: Matrix) -> Matrix:
-        return x / np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+        length: Matrix = np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+        return x / length
 
     heads = qkv.reshape(n, -1, dim)
     q = unit(heads[:, :k_heads]) / np.float32(dim**0.5)
@@ -208,16 +210,16 @@ def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     assert op.state is not None
     (states,) = step.cache.arrays[op.state]
     out = np.empty((n, v_heads, dim), np.float32)
-    t = 0
+    start = 0
     for seg in step.batch.segments:
         s = states[seg.slot]
-        for t in range(t, t + seg.n):
+        for t in range(start, start + seg.n):
             s = s * decay[t][:, None, None]
             delta = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", s, k[t]))
             s = s + k[t][:, :, None] * delta[:, None, :]
             out[t] = np.einsum("hkv,hk->hv", s, q[t])
         states[seg.slot] = s
-        t += 1
+        start += seg.n
     return [out.reshape(n, -1)]
 
 

@@ -29,7 +29,7 @@ def build_tape(file: GGUF) -> Tape:
     build = ARCHITECTURES.get(arch)
     if build is None:
         known = ", ".join(ARCHITECTURES)
-        raise DesksideError(f"{file.path}: architecture {arch!r} is not known; deskside runs {known}")
+        raise DesksideError(f"{file.path}: general.architecture is {arch!r}; deskside runs {known}")
     _refuse_scaled_rope(file, arch)
     model = Model(file, arch)
     tape = build(model)
@@ -48,7 +48,8 @@ def _refuse_scaled_rope(file: GGUF, arch: str) -> None:
     kind = file.get(f"{arch}.rope.scaling.type", "none")
     if kind != "none":
         raise DesksideError(
-            f"{file.path}: metadata key {arch}.rope.scaling.type is {kind!r}; only unscaled rope is known"
+            f"{file.path}: metadata key {arch}.rope.scaling.type is {kind!r}; "
+            "only unscaled rope is known"
         )
 
 

@@ -8,20 +8,20 @@ from deskside.tape import TapeBuilder, Value
 
 
 class Model:
-    """A GGUF file seen by a model file: its hyper-parameters and tensors, each checked when read."""
+    """A GGUF file seen by a model file: hyper-parameters and tensors, each checked when read."""
 
     def __init__(self, file: GGUF, arch: str) -> None:
         self.file = file
         self.arch = arch
         self.used: set[str] = set()
-        self.n_layers = self.int("block_count") - self.int("nextn_predict_layers", 0)
-        self.n_embd = self.int("embedding_length")
-        self.eps = self.float("attention.layer_norm_rms_epsilon")
-        self.n_ctx_train = self.int("context_length")
+        self.n_layers = self.count("block_count") - self.count("nextn_predict_layers", 0)
+        self.n_embd = self.count("embedding_length")
+        self.eps = self.real("attention.layer_norm_rms_epsilon")
+        self.n_ctx_train = self.count("context_length")
         if self.n_layers < 1:
             raise self.bad("block_count", f"leaves {self.n_layers} layers to run")
 
-    def int(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None) -> int:
         """A whole number >= 0 from the metadata; `key` without the architecture's prefix."""
         value = self.file.get(f"{self.arch}.{key}", default)
         if value is None:
@@ -31,12 +31,12 @@ class Model:
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        value = self.int(key, default)
+        value = self.count(key, default)
         if value == 0:
             raise self.bad(key, "is 0; expected at least 1")
         return value
 
-    def float(self, key: str, default: float | None = None) -> float:
+    def real(self, key: str, default: float | None = None) -> float:
         value = self.file.get(f"{self.arch}.{key}", default)
         if value is None:
             raise self.bad(key, "is missing")
@@ -54,7 +54,9 @@ class Model:
         """The tensor `name`, whose ggml shape (fastest dimension first) must be `shape`."""
         info = self.file.tensors.get(name)
         if info is None:
-            raise DesksideError(f"{self.file.path}: tensor {name} is missing; is the file complete?")
+            raise DesksideError(
+                f"{self.file.path}: tensor {name} is missing; is the file complete?"
+            )
         if info.shape != shape:
             raise DesksideError(
                 f"{self.file.path}: tensor {name} has shape {list(info.shape)}; "

@@ -1,4 +1,4 @@
-"""Llama (`llama`), dense: interleaved rope pairs, as GGUF's row order of attn_q and attn_k expects."""
+"""Llama (`llama`), dense: interleaved rope pairs, as GGUF orders the rows of attn_q and attn_k."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from deskside.tape import Tape, TapeBuilder, Value
 
 
 def build(m: Model) -> Tape:
-    if m.int("expert_count", 0):
+    if m.count("expert_count", 0):
         raise m.bad("expert_count", "asks for experts; deskside runs dense llama files only")
     t = TapeBuilder()
     token_embd = m.embedding()
@@ -28,7 +28,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     kv_heads = m.positive("attention.head_count_kv", heads)
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
     n_rot = m.positive("rope.dimension_count", head_dim)
-    base = m.float("rope.freq_base", 1e4)
+    base = m.real("rope.freq_base", 1e4)
     # Llama 3 stretches its wave lengths by per-frequency factors.
     factors = m.tensor("rope_freqs.weight", n_rot // 2) if m.has("rope_freqs.weight") else None
 

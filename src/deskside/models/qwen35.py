@@ -32,7 +32,7 @@ def build(m: Model) -> Tape:
 
 
 def attention_layers(m: Model) -> list[bool]:
-    """Which layers are full attention: listed in the file, or every `full_attention_interval`-th."""
+    """Which layers are full attention: as listed, or every `full_attention_interval`-th."""
     recurrent = m.file.get(f"{m.arch}.attention.recurrent_layers")
     if recurrent is not None:
         flags = np.asarray(recurrent).astype(bool).tolist()
@@ -48,7 +48,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     kv_heads = m.positive("attention.head_count_kv")
     head_dim = m.positive("attention.key_length")
     n_rot = m.positive("rope.dimension_count")
-    base = m.float("rope.freq_base", 1e7)
+    base = m.real("rope.freq_base", 1e7)
 
     # attn_q holds per head [q | gate].
     q_gate = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, 2 * heads * head_dim))
@@ -73,7 +73,7 @@ def delta_net(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     if inner != v_heads * head_dim:
         raise m.bad("ssm.inner_size", f"is {inner}; {v_heads} heads of {head_dim} were expected")
     if v_heads % k_heads:
-        raise m.bad("ssm.time_step_rank", f"is {v_heads}, no multiple of group_count {k_heads}")
+        raise m.bad("ssm.group_count", f"is {k_heads}; {v_heads} value heads are no multiple of it")
     channels = 2 * k_heads * head_dim + inner
 
     qkv = t.linear(x, m.tensor(p + "attn_qkv.weight", m.n_embd, channels))

@@ -1,4 +1,4 @@
-"""Qwen3 mixture of experts (`qwen3moe`): full attention with per-head q and k norms, no shared expert."""
+"""Qwen3 mixture of experts (`qwen3moe`): full attention with per-head q and k norms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     heads = m.positive("attention.head_count")
     kv_heads = m.positive("attention.head_count_kv", heads)
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
-    base = m.float("rope.freq_base", 1e6)
+    base = m.real("rope.freq_base", 1e6)
 
     q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
     k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))

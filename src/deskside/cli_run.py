@@ -1,0 +1,163 @@
+"""`deskside run`: one answer, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deskside.console import err, note
+from deskside.engine import LLM, Stream, Timings
+from deskside.errors import DesksideError
+from deskside.sampler import SamplingParams
+
+HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def demo_model() -> Path:
+    """The model that comes with the package."""
+    path = Path(str(resources.files("deskside") / "data" / "demo.gguf"))
+    if not path.exists():
+        raise DesksideError("the bundled demo model is not installed; name a model with -m FILE")
+    return path
+
+
+def main(
+    model: Path | None,
+    prompt: str | None,
+    file: Path | None,
+    system: str | None,
+    chat: bool,
+    think: bool | None,
+    params: SamplingParams,
+    options: dict[str, Any],
+) -> None:
+    if prompt is not None and file is not None:
+        raise DesksideError("-p and -f both give a prompt; use one of them")
+    if file is not None:
+        prompt = _decode(file.read_bytes(), str(file))
+    elif prompt is None and not sys.stdin.isatty():
+        prompt = _decode(sys.stdin.buffer.read(), "stdin")
+    if prompt is not None and not prompt.strip():
+        raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
+    if system is not None and not chat:
+        raise DesksideError("-sys is a chat message; it has no place with --no-chat")
+
+    path = model or demo_model()
+    # A demo's context is what it was trained for, if the user asks for no other.
+    llm = LLM(path, **_fitting(path, options))
+    if llm.config.threads > llm.config.n_threads:
+        asked, running = llm.config.threads, llm.config.n_threads
+        note(f"-t {asked} is more than the usable cores; running {running}")
+
+    conversation = _Conversation(llm, system, think, params)
+    if prompt is None:
+        if not chat:
+            raise DesksideError("--no-chat needs a prompt: -p, -f or stdin")
+        name = llm.file.get("general.name", path.name)
+        err.print(f"{name} on {options['backend']}, context {llm.ctx}. {HELP}", markup=False)
+        conversation.loop()
+    elif chat:
+        conversation.answer(prompt)
+    else:
+        _show(llm.stream(prompt, params))
+
+
+def _fitting(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with the default context cut to a model that was trained for less."""
+    from deskside.config import EngineConfig
+    from deskside.gguf import GGUF
+
+    if options["ctx"] != EngineConfig().ctx:
+        return options
+    file = GGUF.open(path)
+    own = file.get(f"{file.get('general.architecture')}.context_length")
+    if isinstance(own, int) and 0 < own < options["ctx"]:
+        return {**options, "ctx": own}
+    return options
+
+
+class _Conversation:
+    """Messages so far; an answer that was stopped stays in them as far as it came."""
+
+    def __init__(
+        self, llm: LLM, system: str | None, think: bool | None, params: SamplingParams
+    ) -> None:
+        self.llm = llm
+        self.params = params
+        self.think = think
+        self.start = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.start)
+
+    def answer(self, text: str) -> None:
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self.llm.template.render(messages, enable_thinking=self.think)
+        stream = self.llm.stream(self.llm.tokenize(rendered, add_bos=False), self.params)
+        answer = _show(stream)
+        # Where the template opened the thinking, the answer's text begins inside it.
+        opened = "<think>\n" if rendered.endswith("<think>\n") else ""
+        self.messages = [*messages, {"role": "assistant", "content": opened + answer}]
+
+    def loop(self) -> None:
+        import readline  # noqa: F401  (gives input() its line editing)
+
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                err.print()
+                return
+            except KeyboardInterrupt:
+                err.print(f"\n{HELP}", style="dim")
+                continue
+            # Surrogates stand for bytes that were not UTF-8.
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            if text == "/exit":
+                return
+            if text == "/clear":
+                self.messages = list(self.start)
+            elif text in ("/help", "/?"):
+                err.print(HELP)
+            elif text:
+                try:
+                    self.answer(text)
+                except DesksideError as failure:
+                    err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
+
+
+def _show(stream: Stream) -> str:
+    """Print an answer as it comes, then its figures; Ctrl-C ends it early."""
+    pieces: list[str] = []
+    stopped = False
+    try:
+        for chunk in stream:
+            pieces.append(chunk.text)
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stopped = True
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    err.print(_figures(stream.timings, "stopped" if stopped else stream.stop_reason), style="dim")
+    return "".join(pieces)
+
+
+def _figures(t: Timings, reason: str) -> str:
+    cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
+    prefill = f"prefill {t.prompt_tokens} tokens{cached}"
+    if t.prompt_seconds:
+        prefill += f" at {t.prefill_rate:.1f} tok/s"
+    decode = f"decode {t.generated_tokens} tokens"
+    if t.decode_rate:
+        decode += f" at {t.decode_rate:.1f} tok/s"
+    first = f"first token after {t.first_seconds:.2f} s"
+    return " | ".join((prefill, first, decode, f"ended by {reason}"))
+
+
+def _decode(raw: bytes, source: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        note(f"{source} is not all UTF-8; the rest is read as \N{REPLACEMENT CHARACTER}")
+        return raw.decode("utf-8", "replace")

@@ -1,0 +1,42 @@
+"""What the command line shows beside results: notes, errors, progress. All on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from deskside.progress import Progress as Report
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One dim line about something that the user may want to know."""
+    err.print(f"note: {text}", style="dim", markup=False)
+
+
+def error(text: str) -> None:
+    """The one line of a failure; control characters from foreign files are made visible."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    err.print(f"deskside: error: {line}", style="bold red", markup=False)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A bar with percentage and time left for a callback of (label, done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def report(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label, completed=done, total=total)
+
+        yield report

@@ -1,0 +1,47 @@
+"""`deskside doctor`: what this machine has, and the memory bandwidth that limits decode."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from deskside import _native
+from deskside.config import usable_cores
+from deskside.system import available_memory, cpu_flags, cpu_name, total_memory
+
+# What the kernels could use, as the Linux kernel spells it.
+FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
+# Beyond any last-level cache of a workstation, so that memory is measured.
+BANDWIDTH_BYTES = 1 << 30
+PASSES = 5
+
+
+def report(n_threads: int) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts(n_threads):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def facts(n_threads: int) -> list[tuple[str, str]]:
+    """Rows of the report; measures bandwidth for a second or two."""
+    flags = cpu_flags()
+    sets = _native.instruction_sets()
+    compiled = ", ".join(name if ok else f"{name} (not on this CPU)" for name, ok in sets)
+    rows = [
+        ("CPU", cpu_name()),
+        ("cores", f"{usable_cores()} usable of {os.cpu_count()}"),
+        ("CPU flags", " ".join(f for f in FLAGS if f in flags) or "unknown"),
+        ("kernels compiled", compiled),
+        ("kernels chosen", _native.choose()),
+        ("memory", f"{available_memory() / 1e9:.1f} GB free of {total_memory() / 1e9:.1f} GB"),
+    ]
+    size = min(BANDWIDTH_BYTES, available_memory() // 4)
+    for n in sorted({1, n_threads}):
+        rate = _native.read_bandwidth(n, size, PASSES)
+        plural = "s" if n > 1 else ""
+        rows.append((f"read bandwidth, {n} thread{plural}", f"{rate / 1e9:.1f} GB/s"))
+    rows.append(("decode ceiling", f"{rate / 1e9:.1f} tok/s for each GB that a token reads"))
+    return rows

@@ -1,0 +1,144 @@
+"""Reader of GGUF models: one file or a split, memory-mapped. `gguf_header` has the layout."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.errors import DesksideError
+from deskside.gguf_header import SCALARS, Header, TensorInfo, show
+from deskside.quants import dequantize, non_finite_rows
+
+__all__ = ["GGUF", "TensorInfo"]
+
+T = TypeVar("T")
+
+_CHECK_BYTES = 1 << 24
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass
+class GGUF:
+    """Metadata and tensors of a model: `metadata` holds Python scalars, NumPy arrays of numbers
+    or booleans, and lists of strings; `types` holds the GGUF type id of every key's value."""
+
+    path: Path
+    paths: list[Path] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GGUF:
+        """Open a file, or a whole split of which any shard is named; DesksideError if it is bad."""
+        path = Path(path)
+        named = Header.read(path)
+        count = named.split_count()
+        model = cls(path)
+        if count <= 1:
+            model._add(named)
+            return model
+        shard = _SHARD.fullmatch(path.name)
+        if shard is None or int(shard["count"]) != count:
+            raise DesksideError(
+                f"{path}: split.count is {count}, so its name must end in -NNNNN-of-{count:05}.gguf"
+            )
+        for no in range(count):
+            file = path.with_name(f"{shard['stem']}-{no + 1:05}-of-{count:05}.gguf")
+            if not os.path.exists(file):
+                raise DesksideError(f"{file}: shard {no + 1} of {count} is missing")
+            header = named if file == path else Header.read(file)
+            header.expect_shard(no, count)
+            model._add(header)
+        declared = model.metadata.get("split.tensors.count")
+        if declared is not None and declared != len(model.tensors):
+            raise DesksideError(
+                f"{path}: split.tensors.count is {declared}, "
+                f"but the {count} shards hold {len(model.tensors)} tensors"
+            )
+        return model
+
+    def _add(self, header: Header) -> None:
+        """Take a file in; of keys that several shards have, the first shard's value counts."""
+        self.paths.append(header.path)
+        self._maps[header.path] = header.map
+        self.metadata = header.metadata | self.metadata
+        self.types = header.types | self.types
+        for t in header.tensors:
+            if t.name in self.tensors:
+                raise DesksideError(f"{t.path}: tensor {show(t.name)} appears twice")
+            self.tensors[t.name] = t
+
+    def tensor(self, name: str) -> TensorInfo:
+        """The tensor called `name`, or a DesksideError that says it is missing."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise DesksideError(f"{self.path}: tensor {show(name)} is missing")
+        return info
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes as a read-only view of the file: uint8 (n_rows, row_bytes)."""
+        t = self.tensor(name)
+        flat = np.frombuffer(self._maps[t.path], np.uint8, t.nbytes, t.offset)
+        return flat.reshape(t.n_rows, t.row_bytes)
+
+    def dequantized(self, name: str) -> NDArray[np.float32]:
+        """All weights as float32, in NumPy order: shape = reversed(ne)."""
+        t = self.tensor(name)
+        return dequantize(self.raw(name), t.type, t.row_len).reshape(t.shape[::-1])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default`."""
+        return self.metadata.get(key, default)
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """The value of `key` as `kind` (int, float, bool, str, list or numpy.ndarray).
+
+        A whole number is accepted where a float is asked for. DesksideError names file and key if
+        the key is missing or holds something else.
+        """
+        if key not in self.metadata:
+            raise DesksideError(f"{self.path}: key {show(key)} is missing")
+        value = self.metadata[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise DesksideError(
+                f"{self.path}: key {show(key)} must be {kind.__name__}, "
+                f"but it holds {type(value).__name__}"
+            )
+        return value
+
+    def typed_metadata(self) -> dict[str, Any]:
+        """`metadata` for `GGUFWriter`: scalars are NumPy scalars of the file's types."""
+        return {
+            key: SCALARS[self.types[key]].type(value) if self.types[key] in SCALARS else value
+            for key, value in self.metadata.items()
+        }
+
+    def check_values(self, names: Iterable[str] | None = None) -> None:
+        """Look for NaN and Inf in float tensors and in the scales of quantised ones.
+
+        Reads all tensors, or those in `names`, in chunks of bounded size; DesksideError names
+        file, tensor and row of the first one found.
+        """
+        for name in self.tensors if names is None else names:
+            t, data = self.tensor(name), self.raw(name)
+            step = max(1, _CHECK_BYTES // t.row_bytes)
+            for start in range(0, t.n_rows, step):
+                bad = non_finite_rows(data[start : start + step], t.type)
+                if bad.size:
+                    what = "value" if t.type.block == 1 else "scale"
+                    raise DesksideError(
+                        f"{t.path}: tensor {show(name)} ({t.type.name}), row {start + bad[0]}: "
+                        f"a {what} is NaN or Inf; the file is damaged or was quantised wrongly"
+                    )

@@ -1,0 +1,176 @@
+"""`deskside quantize`: a GGUF model to one GGUF file with other quant types."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deskside.encoders import encodable, quantize
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF, TensorInfo
+from deskside.gguf_header import show
+from deskside.gguf_write import GGUFWriter
+from deskside.progress import Progress, silent
+from deskside.quants import BY_NAME, Bytes, QuantType, dequantize, quant_type
+
+Rule = tuple[str, QuantType]
+
+# Weights per unit of work: some 0.1 s of encoding, and 4 MiB of float32 per thread.
+_UNIT = 1 << 20
+# Matrices that decide much and cost little; they keep their type unless a rule names them.
+_PROTECTED = re.compile(r"norm|conv1d|ffn_gate_inp")
+# `general.file_type` of llama.cpp, and of ik_llama.cpp for the last two.
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+    "IQ4_KS": 145, "IQ4_KSS": 148,
+}  # fmt: skip
+
+
+class Fallback(NamedTuple):
+    """A matrix that got another type than was asked for, and why."""
+
+    name: str
+    asked: str
+    got: str
+    reason: str
+
+
+def parse_rule(text: str) -> Rule:
+    """`REGEX=TYPE` as given to `--tensor-type`; DesksideError if either half is bad."""
+    pattern, equals, type_name = text.rpartition("=")
+    if not equals or not pattern:
+        raise DesksideError(f"rule {text!r} is not of the form REGEX=TYPE")
+    _compiled(pattern)
+    return pattern, quant_type(type_name)
+
+
+def quantize_file(
+    src: str | Path,
+    dst: str | Path,
+    default: QuantType,
+    rules: Sequence[Rule] = (),
+    threads: int = 1,
+    progress: Progress = silent,
+) -> list[Fallback]:
+    """Write the model `src` (a file, or any shard of a split) to the single file `dst`.
+
+    The first rule whose regex is found in a tensor's name decides its type; otherwise matrices
+    named *.weight become `default`, except norms, convolutions and routers. One-dimensional
+    tensors are copied as they are. Sources may be quantised already. Memory stays bounded by a
+    few units of work per thread. DesksideError for bad rules, types or values. `progress` counts
+    weights.
+    """
+    if threads < 1:
+        raise DesksideError(f"threads is {threads}; at least one is needed")
+    for t in (default, *(t for _, t in rules)):
+        if t.name not in encodable():
+            raise DesksideError(f"{t.name} cannot be written; choose from {', '.join(encodable())}")
+    model = GGUF.open(src)
+    if any(os.path.exists(dst) and os.path.samefile(dst, path) for path in model.paths):
+        raise DesksideError(f"{dst}: source and destination are the same file")
+    types, fallbacks = _choose(model, default, rules)
+    declared = [(name, types[name], info.shape) for name, info in model.tensors.items()]
+    total = sum(info.n_rows * info.row_len for info in model.tensors.values())
+    done = 0
+    with (
+        GGUFWriter(dst, _metadata(model, default), declared) as out,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for info, rows, data in _encoded(model, types, pool, 2 * threads):
+            out.write(info.name, data)
+            done += rows * info.row_len
+            progress(info.name, done, total)
+    return fallbacks
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise DesksideError(f"rule {pattern!r} is not a valid regular expression: {e}") from None
+
+
+def _choose(
+    model: GGUF, default: QuantType, rules: Sequence[Rule]
+) -> tuple[dict[str, QuantType], list[Fallback]]:
+    """The type of every tensor, and which of them are not the ones asked for."""
+    patterns = [(_compiled(pattern), t) for pattern, t in rules]
+    matrices = [
+        info for info in model.tensors.values()
+        if len(info.shape) > 1 and info.type.name not in ("I8", "I16", "I32", "I64")
+    ]  # fmt: skip
+    for pattern, t in patterns:
+        if not any(pattern.search(info.name) for info in matrices):
+            raise DesksideError(
+                f"{model.path}: rule {pattern.pattern!r}={t.name} matches no weight matrix"
+            )
+    types = {name: info.type for name, info in model.tensors.items()}
+    fallbacks = []
+    for info in matrices:
+        protected = not info.name.endswith(".weight") or bool(_PROTECTED.search(info.name))
+        implied = info.type if protected else default
+        asked = next((t for pattern, t in patterns if pattern.search(info.name)), implied)
+        types[info.name] = asked
+        if info.row_len % asked.block:
+            got = info.type if protected else _fitting(asked, info.row_len)
+            types[info.name] = got
+            reason = f"rows of {info.row_len} are not a multiple of {asked.block}"
+            fallbacks.append(Fallback(info.name, asked.name, got.name, reason))
+    return types, fallbacks
+
+
+def _fitting(asked: QuantType, row_len: int) -> QuantType:
+    """The nearest type of smaller blocks for a row that `asked` cannot hold."""
+    if row_len % 32:
+        return BY_NAME["F16"]
+    return BY_NAME["Q8_0" if asked.name == "Q6_K" else "IQ4_NL"]
+
+
+def _metadata(model: GGUF, default: QuantType) -> dict[str, Any]:
+    meta = {k: v for k, v in model.typed_metadata().items() if not k.startswith("split.")}
+    meta["general.file_type"] = np.uint32(_FILE_TYPES[default.name])
+    meta.setdefault("general.quantization_version", np.uint32(2))
+    return meta
+
+
+def _encoded(
+    model: GGUF, types: dict[str, QuantType], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[TensorInfo, int, Bytes]]:
+    """(tensor, number of rows, bytes) of all units in file order, at most `ahead` in the making."""
+    waiting: deque[tuple[TensorInfo, int, Future[Bytes]]] = deque()
+    try:
+        for name, info in model.tensors.items():
+            step = max(1, _UNIT // info.row_len)
+            for start in range(0, info.n_rows, step):
+                rows = min(step, info.n_rows - start)
+                future = pool.submit(_encode, model, name, types[name], start, rows)
+                waiting.append((info, rows, future))
+                if len(waiting) == ahead:
+                    done = waiting.popleft()
+                    yield done[0], done[1], done[2].result()
+        while waiting:
+            done = waiting.popleft()
+            yield done[0], done[1], done[2].result()
+    finally:
+        for _, _, future in waiting:
+            future.cancel()
+
+
+def _encode(model: GGUF, name: str, t: QuantType, start: int, rows: int) -> Bytes:
+    info = model.tensors[name]
+    raw = model.raw(name)[start : start + rows]
+    if t == info.type:
+        return raw
+    try:
+        return quantize(dequantize(raw, info.type, info.row_len), t)
+    except DesksideError as e:
+        raise DesksideError(
+            f"{info.path}: tensor {show(name)} to {t.name}, rows from {start}: {e}"
+        ) from None

@@ -1,0 +1,344 @@
+"""Text to token ids and back: byte-level BPE from GGUF metadata, streaming decode, stop strings.
+
+The vocabulary is GPT-2's scheme: every byte has a printable stand-in character, a token is a
+string of stand-ins, and merges are pairs of tokens in order of rank. What differs between models
+is how text is cut into words before merging (`tokenizer.ggml.pre`); the cuts below are those that
+llama.cpp makes for the same name. As in llama.cpp, text is not normalised (HF's Qwen tokenizers
+apply NFC first), so decoding returns exactly the text that was encoded.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers.models import BPE
+
+from deskside.errors import DesksideError
+
+# tokenizer.ggml.token_type
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+_LAST_TYPE = 6
+
+# Control tokens that end a turn in one chat format or another. A model's eos is often
+# <|endoftext|> while its chats end in another token (or the reverse), so any of these stops.
+STOP_PIECES = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<|end|>",
+        "<end_of_turn>",
+    }
+)
+
+
+def _word_cut(letters: str, digits: str) -> str:
+    """The cut shared by Llama 3 and Qwen: contractions, words, digits, punctuation, space."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+"
+        rf"|{digits}"
+        rf"| ?[^\s{letters}\p{{N}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# name -> cuts applied one after another, each to the pieces that the previous one left.
+# A match is a piece, and so is what lies between two matches.
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "qwen35": (_word_cut(r"\p{L}\p{M}", r"\p{N}"),),
+    "qwen2": (_word_cut(r"\p{L}", r"\p{N}"),),
+    "llama-bpe": (_word_cut(r"\p{L}", r"\p{N}{1,3}"),),
+    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (_GPT2,),
+    "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+# A word that is a token as a whole is taken without merging; and bos is added unless the file
+# says otherwise.
+_LLAMA3 = frozenset({"llama-bpe"})
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's stand-ins: printable Latin-1 bytes stand for themselves, the rest for 256, 257, …"""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary.
+
+    pieces: the tokens as the file spells them; types: int array, GGUF token types;
+    bos_id, eos_id: int or None; add_bos: whether `encode` puts bos first by default;
+    stop_ids: ids that end an answer; pre: the pre-tokenizer's name.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        types: np.ndarray,
+        merges: Sequence[tuple[str, str]],
+        pre: str,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        stop_ids: Iterable[int] = (),
+        add_bos: bool = False,
+    ) -> None:
+        self.pieces = pieces
+        self.types = types
+        self.pre = pre
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.add_bos = add_bos
+        stops = {i for i in np.flatnonzero(types == CONTROL).tolist() if pieces[i] in STOP_PIECES}
+        self.stop_ids = frozenset(stops | set(stop_ids))
+
+        model = BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            ignore_merges=pre in _LLAMA3,
+        )
+        cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in PRE_TOKENIZERS[pre]]
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        # Both share the model; only `_special` recognises tokens by their spelling.
+        self._plain = tokenizers.Tokenizer(model)
+        self._special = tokenizers.Tokenizer(model)
+        self._plain.pre_tokenizer = self._special.pre_tokenizer = pre_tokenizers.Sequence(
+            [*cuts, byte_level]
+        )
+        spelled = np.flatnonzero((types == CONTROL) | (types == USER_DEFINED)).tolist()
+        self._special.add_special_tokens(
+            [AddedToken(pieces[i], special=True, normalized=False) for i in spelled]
+        )
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+        """Build from `tokenizer.ggml.*`; `source` is the file's name, for error messages."""
+        return _from_metadata(metadata, source)
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of tokens in the file (the model's output may have more rows: padding)."""
+        return len(self.pieces)
+
+    def encode(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
+        """Token ids of `text`.
+
+        special: control and user-defined tokens are recognised by their spelling; False reads
+        every spelling as plain text. add_bos: put bos first; None does what the file says.
+        """
+        reader = self._special if special else self._plain
+        try:
+            ids = reader.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise DesksideError(
+                "the text to tokenize is not valid Unicode (it holds a lone surrogate); "
+                "decode its bytes with errors='replace'"
+            ) from None
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise DesksideError("add_bos: this vocabulary has no bos token")
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def piece(self, token: int) -> str:
+        """The token as the file spells it (byte stand-ins for ordinary tokens)."""
+        return self.pieces[self._checked(token)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for. Control and user-defined tokens: their spelling."""
+        piece = self.piece(token)
+        if self.types[token] not in (CONTROL, USER_DEFINED):
+            try:
+                return bytes([_BYTE_OF_CHAR[c] for c in piece])
+            except KeyError:
+                pass  # not made of stand-ins (an unused token's label, say): its own spelling
+        return piece.encode()
+
+    def is_control(self, token: int) -> bool:
+        return bool(self.types[self._checked(token)] == CONTROL)
+
+    def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        kept = (i for i in ids if not (skip_control and self.is_control(i)))
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+
+    def banned(self, n_vocab: int) -> np.ndarray:
+        """Bool (n_vocab,): ids that must never be sampled.
+
+        These are the file's unused tokens (padding such as [PAD7]) and the rows of a padded
+        output, n_vocab of them in all, that have no token.
+        """
+        if n_vocab < self.n_vocab:
+            raise DesksideError(
+                f"the model's output has {n_vocab} rows but the vocabulary {self.n_vocab} tokens"
+            )
+        mask = np.ones(n_vocab, dtype=bool)
+        mask[: self.n_vocab] = self.types == UNUSED
+        return mask
+
+    def _checked(self, token: int) -> int:
+        if not isinstance(token, int | np.integer) or not 0 <= token < self.n_vocab:
+            raise DesksideError(f"token id {token!r:.40} is not in 0..{self.n_vocab - 1}")
+        return token
+
+
+def _from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    def fail(key: str, reason: str) -> DesksideError:
+        return DesksideError(f"{source}: tokenizer.ggml.{key} {reason}")
+
+    def get(key: str) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}")
+
+    def strings(key: str) -> list[str]:
+        value = get(key)
+        if value is None:
+            raise fail(key, "is missing: the file has no usable tokenizer")
+        if len(value) == 0 if isinstance(value, np.ndarray) else value == []:
+            return []  # GGUF readers may type an empty array either way
+        if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
+            raise fail(key, "must be an array of strings")
+        return value
+
+    def token_id(key: str) -> int | None:
+        value = get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise fail(key, f"must be an integer, not {value!r:.40}")
+        if not 0 <= value < len(pieces):
+            raise fail(key, f"is {value}, outside the {len(pieces)} tokens")
+        return int(value)
+
+    model, pre = get("model"), get("pre")
+    if not isinstance(model, str) or model != "gpt2":
+        raise fail("model", f"is {model!r:.40}; only 'gpt2' (byte-level BPE) is supported")
+    pre = "default" if pre is None else pre
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise fail("pre", f"is {pre!r:.40}; known: {', '.join(PRE_TOKENIZERS)}")
+
+    pieces = strings("tokens")
+    if not pieces:
+        raise fail("tokens", "is empty")
+    ids = dict(zip(pieces, range(len(pieces)), strict=True))
+    if len(ids) != len(pieces):
+        twice = next(i for i, piece in enumerate(pieces) if ids[piece] != i)
+        raise fail("tokens", f"lists {pieces[twice]!r:.40} twice ({twice}, {ids[pieces[twice]]})")
+
+    listed = get("token_type")
+    types = np.ones(len(pieces), dtype=np.int32) if listed is None else np.asarray(listed)
+    if types.shape != (len(pieces),):
+        raise fail("token_type", f"has {types.size} entries for {len(pieces)} tokens")
+    if types.dtype.kind not in "iu" or types.min() < 0 or types.max() > _LAST_TYPE:
+        raise fail("token_type", f"must hold integers 0..{_LAST_TYPE}")
+
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in strings("merges")]
+    for rank, merge in enumerate(merges):
+        if len(merge) != 2:
+            raise fail("merges", f"entry {rank} is {' '.join(merge)!r:.60}, not two tokens")
+
+    bos_id = token_id("bos_token_id")
+    add_bos = get("add_bos_token")
+    if add_bos is None:
+        add_bos = pre in _LLAMA3 and bos_id is not None
+    if not isinstance(add_bos, bool | np.bool_):
+        raise fail("add_bos_token", f"must be a bool, not {add_bos!r:.40}")
+    if add_bos and bos_id is None:
+        raise fail("add_bos_token", "is set but bos_token_id is missing")
+    eos_id = token_id("eos_token_id")
+    stops = (eos_id, token_id("eot_token_id"), token_id("eom_token_id"))
+    try:
+        return Tokenizer(
+            pieces,
+            types,
+            merges,
+            pre,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            stop_ids=[i for i in stops if i is not None],
+            add_bos=bool(add_bos),
+        )
+    except Exception as error:  # the type that `tokenizers` raises
+        for rank, (left, right) in enumerate(merges):
+            if not (left in ids and right in ids and left + right in ids):
+                reason = f"entry {rank} ({f'{left} {right}'!r:.60}) names a token not in the list"
+                raise fail("merges", reason) from error
+        raise DesksideError(f"{source}: {error}") from error
+
+
+class StreamDecoder:
+    """Text of tokens as they come; never half a character.
+
+    Bytes of an unfinished character are held until the next token completes it. A byte sequence
+    that cannot become a character turns into U+FFFD as soon as that is certain, so the pieces
+    joined equal `Tokenizer.decode` of all the tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_control: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_control = skip_control
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; may be empty."""
+        if self._skip_control and self._tokenizer.is_control(token):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """The end of the stream: U+FFFD if it stopped inside a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string to be completed.
+
+    However the stream is chunked, the emitted text is the same: the stop string that ends first
+    counts (the longest of those ending together), and text that may be the beginning of one is
+    held back until it is settled.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        if "" in self._stops:
+            raise DesksideError("stop: an empty stop string would stop at once")
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text safe to show, whether a stop string was reached). After a hit: ("", True)."""
+        if self.hit:
+            return "", True
+        text = self._held + text
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
+        if found:
+            self.hit, self._held = True, ""
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The end of the stream: what was held back after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning, not the whole, of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

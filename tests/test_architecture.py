@@ -1,0 +1,53 @@
+"""Imports point one way (docs/ARCHITECTURE.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import deskside
+
+ROOT = Path(deskside.__file__).parent
+# From the bottom to the top; a module imports only from layers below its own.
+LAYERS = [
+    {"errors", "progress", "system", "_native"},
+    {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint"},
+    {"gguf_header", "encoders", "hf_vocab", "hf_source"},
+    {"gguf", "gguf_write", "hf_layout", "toy_vocab"},
+    {"tape", "quantize"},
+    {"models", "cache"},
+    {"config", "convert", "synth"},
+    {"backends"},
+    {"engine"},
+    {"console"},
+    {"doctor", "cli_run"},
+    {"cli"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deskside"):
+            rest = (node.module or "").split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("deskside.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for other in imported(path) - {own}:
+        assert LEVEL[other] < LEVEL[own], f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 800

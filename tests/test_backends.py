@@ -1,0 +1,151 @@
+"""The CPU backend against the reference, and what must not change a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deskside import LLM, _native
+from deskside.backends.buffers import group_linears, plan_buffers
+from deskside.backends.cpu import CpuBackend
+from deskside.cache import Batch, Cache, Segment
+from deskside.gguf import GGUF
+from deskside.models import build_tape
+from deskside.quants import quant_type
+from deskside.tape import Op, Value
+from models import PRESETS, tiny
+
+ISAS = [name for name, supported in _native.instruction_sets() if supported]
+IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cpu_equals_reference_on_float_weights(preset: str, isa: str) -> None:
+    options = {"ctk": "f32", "ctv": "f32"}
+    expected = LLM(tiny(preset, "F32"), backend="reference", **options).logits(IDS)
+    got = LLM(tiny(preset, "F32"), isa=isa, **options).logits(IDS)
+    # Both sum in float32 in different orders: some 2^-24 * sqrt(256) a matrix, 30 matrices deep.
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_cpu_equals_reference_with_the_same_cache_type(kv: str) -> None:
+    path = tiny("tiny-dense", "F32")
+    expected = LLM(path, backend="reference", ctk=kv, ctv=kv).logits(IDS)
+    exact = LLM(path, backend="reference", ctk="f32", ctv="f32").logits(IDS)
+    got = LLM(path, ctk=kv, ctv=kv).logits(IDS)
+    # A value between two steps of the cache type may round either way, which costs less than
+    # rounding all of them does.
+    assert relative(expected, exact) > 0
+    assert relative(got, expected) < relative(expected, exact) / 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_chunks_change_nothing_beyond_rounding(preset: str) -> None:
+    llm = LLM(tiny(preset, "F32"), ctk="f32", ctv="f32")
+    whole = llm.logits(IDS)
+    for chunks in ([1] * 90, [63, 1, 26], [3, 60, 2, 25]):
+        assert relative(llm.logits(IDS, chunks), whole) < 1e-5
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    file = GGUF.open(tiny())
+    tape = build_tape(file)
+    results = []
+    for threads in (1, 2, 5):
+        backend = CpuBackend(file, tape, n_threads=threads, max_tokens=90)
+        results.append(backend.run(one_sequence(IDS), new_cache(tape.states)))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def new_cache(states: tuple[object, ...], n_slots: int = 1, n_ctx: int = 2000) -> Cache:
+    f32 = quant_type("F32")
+    return Cache(states, n_slots=n_slots, n_ctx=n_ctx, k_type=f32, v_type=f32)  # type: ignore[arg-type]
+
+
+def one_sequence(ids: list[int], pos: int = 0, slot: int = 0) -> Batch:
+    tokens = np.array(ids, np.int32)
+    return Batch(tokens, (Segment(slot, pos, len(ids)),), np.arange(len(ids), dtype=np.int32))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sequences_in_one_batch_do_not_touch_each_other(preset: str) -> None:
+    file = GGUF.open(tiny(preset, "F32"))
+    tape = build_tape(file)
+    backend = CpuBackend(file, tape, n_threads=2, max_tokens=64)
+    pieces = [(IDS[:20], IDS[20:21]), (IDS[30:37], IDS[37:40]), (IDS[50:70], IDS[70:71])]
+
+    alone = []
+    for first, then in pieces:
+        cache = new_cache(tape.states)
+        backend.run(one_sequence(first), cache)
+        alone.append(backend.run(one_sequence(then, pos=len(first)), cache))
+
+    cache = new_cache(tape.states, n_slots=3)
+    for step, starts in ((0, [0, 0, 0]), (1, [len(p[0]) for p in pieces])):
+        ids = [piece[step] for piece in pieces]
+        batch = Batch(
+            np.concatenate(ids).astype(np.int32),
+            tuple(Segment(s, starts[s], len(ids[s])) for s in range(3)),
+            np.arange(sum(map(len, ids)), dtype=np.int32),
+        )
+        together = backend.run(batch, cache)
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_long_decode_attention_is_split_and_merged() -> None:
+    """Beyond 512 positions a single token's attention runs in parts."""
+    ids = np.random.default_rng(3).integers(0, 2000, 1300).tolist()
+    path = tiny("tiny-dense", "F32")
+    llm = LLM(path, ctk="f32", ctv="f32")
+    whole = llm.logits(ids)[-1]
+    step = llm.logits(ids, [512, 512, 275, 1])[-1]
+    assert relative(step, whole) < 1e-5
+
+
+def test_weights_are_not_copied(tmp_path: Path) -> None:
+    """The program's own memory is work space: far below the file's."""
+    path = tiny("tiny-moe", "Q8_0")
+    llm = LLM(path, ubatch=1)
+    assert isinstance(llm.backend, CpuBackend)
+    assert llm.backend.nbytes < path.stat().st_size / 4
+
+
+@given(st.data())
+def test_planned_buffers_never_overlap_while_both_are_needed(data: st.DataObject) -> None:
+    values: list[Value] = []
+    ops = []
+    for i in range(data.draw(st.integers(1, 25))):
+        inputs = data.draw(st.lists(st.sampled_from(values), max_size=3)) if values else []
+        kind = data.draw(st.sampled_from(["linear", "add"])) if inputs else "embed"
+        out = Value(i, data.draw(st.integers(1, 100)))
+        values.append(out)
+        ops.append(Op(kind, 0, tuple(inputs[:1] if kind == "linear" else inputs), (out,)))
+    steps = group_linears(ops)
+    assert sorted(id(op) for step in steps for op in step) == sorted(map(id, ops))
+    rows = data.draw(st.integers(1, 8))
+    offsets, total = plan_buffers(steps, rows, values[-1])
+
+    made = {op.outputs[0].id: i for i, step in enumerate(steps) for op in step}
+    last = dict(made)
+    for i, step in enumerate(steps):
+        for op in step:
+            for value in op.inputs:
+                assert made[value.id] < i
+                last[value.id] = max(last[value.id], i)
+    spans = {v.id: (offsets[v.id], offsets[v.id] + v.width * rows) for v in values[:-1]}
+    for a in spans:
+        assert spans[a][1] <= total
+        for b in spans:
+            if a < b and made[a] <= last[b] and made[b] <= last[a]:
+                assert spans[a][1] <= spans[b][0] or spans[b][1] <= spans[a][0]

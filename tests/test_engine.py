@@ -1,0 +1,177 @@
+"""The public contract: LLM, logits, generate, tokenize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deskside import LLM, DesksideError, SamplingParams
+from deskside.config import usable_cores
+from models import rewrite, tiny
+
+IDS = np.random.default_rng(1).integers(0, 2000, 40).tolist()
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(tiny(), ctx=256)
+
+
+def test_text_and_tokens_give_the_same_answer(llm: LLM) -> None:
+    text = "def add(a, b):\n    return"
+    ids = llm.tokenize(text)
+    assert llm.detokenize(ids) == text
+    assert llm.generate(text, GREEDY).tokens == llm.generate(ids, GREEDY).tokens
+
+
+def test_greedy_takes_the_largest_logit_of_tokens_that_exist(llm: LLM) -> None:
+    out = llm.generate(IDS, GREEDY)
+    logits = llm.logits(IDS + out.tokens)
+    logits[:, llm.tokenizer.banned(llm.tape.n_vocab)] = -np.inf
+    best = logits[len(IDS) - 1 : -1].argmax(-1)
+    assert out.tokens == best.tolist()
+    assert out.stop_reason == "length" and out.timings.generated_tokens == 12
+
+
+def test_same_seed_same_text(llm: LLM) -> None:
+    def text(seed: int) -> str:
+        return llm.generate(IDS, SamplingParams(max_tokens=20, temperature=1.5, seed=seed)).text
+
+    assert text(7) == text(7)
+    assert len({text(seed) for seed in range(5)}) > 1
+
+
+def test_padding_is_never_sampled(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=150, temperature=50, top_k=0, top_p=1, min_p=0, seed=1)
+    tokens = np.array(llm.generate(IDS, params).tokens)
+    banned = llm.tokenizer.banned(llm.tape.n_vocab)
+    assert banned.any() and not banned[tokens].any()
+
+
+def test_ignore_eos_goes_on_and_bias_can_force_the_end(llm: LLM) -> None:
+    end = max(llm.tokenizer.stop_ids)
+    forced = SamplingParams(max_tokens=9, logit_bias={end: 1000.0})
+    out = llm.generate(IDS, forced)
+    assert out.tokens == [] and out.stop_reason == "stop"
+    stubborn = SamplingParams(max_tokens=9, logit_bias={end: 1000.0}, ignore_eos=True)
+    assert len(llm.generate(IDS, stubborn).tokens) == 9
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    whole = llm.generate(IDS, SamplingParams(max_tokens=30, temperature=0)).text
+    stop = whole[10:13]
+    out = llm.generate(IDS, SamplingParams(max_tokens=30, temperature=0, stop=(stop,)))
+    assert out.text == whole[: whole.index(stop)] and out.stop_reason == "stop"
+
+
+def test_streamed_chunks_add_up(llm: LLM) -> None:
+    stream = llm.stream(IDS, GREEDY)
+    text = "".join(chunk.text for chunk in stream)
+    assert text == llm.generate(IDS, GREEDY).text
+    assert stream.stop_reason == "length"
+
+
+def test_a_continued_prompt_reuses_the_cache(llm: LLM) -> None:
+    llm.reset()
+    first = llm.generate(IDS, GREEDY)
+    longer = IDS + first.tokens[:-1] + [5, 6, 7]
+    again = llm.generate(longer, GREEDY)
+    assert again.timings.cached_tokens == len(IDS) + len(first.tokens) - 1
+    assert again.timings.prompt_tokens == 3
+    llm.reset()
+    fresh = llm.generate(longer, GREEDY)
+    assert fresh.timings.cached_tokens == 0 and fresh.tokens == again.tokens
+
+
+def test_generation_ends_with_the_context() -> None:
+    llm = LLM(tiny(), ctx=48)
+    out = llm.generate(IDS, SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
+    # The token that no longer fits is known but cannot be computed on.
+    assert out.stop_reason == "context" and len(IDS) + len(out.tokens) == 48 + 1
+
+
+def test_context_zero_is_the_models_own() -> None:
+    llm = LLM(tiny(), ctx=0)
+    assert llm.ctx == llm.tape.n_ctx_train == 8192
+
+
+def test_more_threads_than_cores_run_as_many_as_there_are() -> None:
+    llm = LLM(tiny(), ctx=64, threads=4096)
+    assert llm.config.n_threads == usable_cores()
+    assert len(llm.generate(IDS, GREEDY).tokens) == 12
+
+
+def test_zero_tokens_may_be_asked_for(llm: LLM) -> None:
+    out = llm.generate(IDS, SamplingParams(max_tokens=0))
+    assert out.text == "" and out.tokens == [] and out.stop_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"ctx": -1}, "-c"),
+        ({"ctx": 9000}, "8192"),
+        ({"threads": -2}, "-t"),
+        ({"ubatch": 0}, "-ub"),
+        ({"ctk": "q3"}, "-ctk q3"),
+        ({"ctv": "iq4_nl"}, "-ctv iq4_nl"),
+        ({"backend": "tpu"}, "tpu"),
+        ({"isa": "avx9000"}, "avx9000"),
+        ({"speed": 11}, "speed"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], part: str) -> None:
+    with pytest.raises(DesksideError, match=part):
+        LLM(tiny(), **options)
+
+
+def test_bad_prompts_are_refused(llm: LLM) -> None:
+    for prompt, part in (
+        ([], "empty"),
+        ("", "empty"),
+        ([1] * 257, "257 tokens"),
+        ([99999], "99999"),
+    ):
+        with pytest.raises(DesksideError, match=part):
+            llm.generate(prompt)
+    with pytest.raises(DesksideError, match="add up"):
+        llm.logits(IDS, chunks=[1, 2])
+
+
+def test_nan_weights_are_found_and_named(tmp_path: Path) -> None:
+    bad = np.ones(256, np.float32)
+    bad[3] = np.nan
+    path = rewrite(tiny(), tmp_path / "m.gguf", replace={"blk.1.attn_norm.weight": bad})
+    with pytest.raises(DesksideError, match=r"m\.gguf.*blk\.1\.attn_norm\.weight"):
+        LLM(path)
+
+
+def test_nan_weights_of_a_large_file_are_found_when_they_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deskside import engine
+
+    monkeypatch.setattr(engine, "CHECK_BYTES", 0)
+    # An F16 tensor: not among those that are always checked.
+    half = tiny("tiny-dense", "F16")
+    data = bytearray(half.read_bytes())
+    from deskside.gguf import GGUF
+
+    info = GGUF.open(half).tensors["blk.2.ffn_up.weight"]
+    data[info.offset : info.offset + 2] = np.array([np.inf], "<f2").tobytes()
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    llm = LLM(path, ctx=64)
+    with pytest.raises(DesksideError, match=r"blk\.2\.ffn_up\.weight"):
+        llm.logits(IDS)
+
+
+def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deskside import engine
+
+    monkeypatch.setattr(engine, "available_memory", lambda: 100_000)
+    with pytest.raises(DesksideError, match=r"-c 4096 needs .* GB"):
+        LLM(tiny())

@@ -1,0 +1,148 @@
+"""Native kernels against NumPy, for every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deskside import _native
+from deskside.backends.cpu import KERNEL_TYPES
+from deskside.quants import BY_NAME, QuantType, dequantize
+
+ISAS = [name for name, supported in _native.instruction_sets() if supported]
+QUANTISED = sorted(KERNEL_TYPES - {"F32", "F16", "BF16"})
+
+
+def random_blocks(t: QuantType, rows: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Random bytes whose scales are finite: fp16 and fp32 fields get small random values."""
+    data = rng.integers(0, 256, (rows, t.row_bytes(n)), np.uint8)
+    if t.name in ("F32", "F16", "BF16"):
+        x = rng.standard_normal((rows, n)).astype(np.float32)
+        raw = {"F32": x, "F16": x.astype(np.float16), "BF16": x.view(np.uint32) >> 16}[t.name]
+        return raw.astype(np.uint16).view(np.uint8) if t.name == "BF16" else raw.view(np.uint8)
+    blocks = data[:, t.row_header :].reshape(rows, -1, t.block_bytes)
+    # Where each type keeps its fp16 fields.
+    places = {"Q6_K": (208,), "IQ4_KS": (), "IQ4_KSS": ()}.get(t.name, (0,))
+    if t.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+        places = (0, 2)
+    for at in places:
+        d = rng.uniform(-1e-2, 1e-2, blocks.shape[:2]).astype("<f2")
+        blocks[:, :, at : at + 2] = d[..., None].view(np.uint8)
+    if t.row_header:
+        data[:, :4] = rng.uniform(1e-5, 1e-4, (rows, 1)).astype("<f4").view(np.uint8)
+    return data
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Activations as quantised weights meet them: 8 bits, d = max|x| / 127 per block of 32."""
+    blocks = x.reshape(-1, 32)
+    d = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    q = np.rint(blocks * (np.float32(1) / np.where(d > 0, d, 1)))
+    return (q * d).astype(np.float64).reshape(x.shape)
+
+
+def matmul(w: np.ndarray, t: QuantType, x: np.ndarray, isa: str, threads: int = 2) -> np.ndarray:
+    """x W^T by a program of two ops: the rows of x are embedded, W is the head."""
+    m, n = x.shape
+    program = _native.Program(threads, m, m * n, isa)
+    program.embed(x.view(np.uint8), BY_NAME["F32"].id, n, (0, n))
+    program.linear((0, n), False, [(w, t.id, (0, len(w)), True)])
+    program.finish()
+    out = np.empty((m, len(w)), np.float32)
+    tokens = np.arange(m, dtype=np.int32)
+    segments = np.array([(0, 0, m)], np.int32)
+    program.run(tokens, segments, tokens, out)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
+@pytest.mark.parametrize(("rows", "m"), [(7, 1), (64, 2), (5, 3), (9, 4), (131, 5), (6, 38)])
+def test_matmul(name: str, isa: str, rows: int, m: int) -> None:
+    rng = np.random.default_rng(rows * 100 + m)
+    t = BY_NAME[name]
+    n = 512 if t.block == 256 else 32 * 9
+    w = random_blocks(t, rows, n, rng)
+    x = (rng.standard_normal((m, n)) * rng.uniform(0.01, 30, (m, 1))).astype(np.float32)
+    x[0, :32] = 0
+    values = dequantize(w, t, n).astype(np.float64)
+    seen = rounded(x) if name in QUANTISED else x.astype(np.float64)
+    got = matmul(w, t, x, isa)
+    # The kernel sums n float32 terms: rounding grows with sum |w x| by at most n / 8 additions a
+    # lane, each 2^-24, plus the roundings of the scales' product.
+    bound = (n / 8 + 8) * 2.0**-24 * (np.abs(seen) @ np.abs(values).T) + 1e-30
+    # A value that falls between two 8-bit steps may round either way by the last place of its
+    # scale: one step of one activation in a row.
+    if name in QUANTISED:
+        step = np.abs(x).max(1, keepdims=True) / 127
+        bound = bound + 0.002 * step * np.abs(values).max()
+    assert np.all(np.abs(got - seen @ values.T) <= bound)
+
+
+@pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
+@pytest.mark.parametrize("isa", ISAS)
+def test_embedding_rows_are_dequantised_exactly(name: str, isa: str) -> None:
+    rng = np.random.default_rng(1)
+    t = BY_NAME[name]
+    n = 256 if t.block == 256 else 96
+    table = random_blocks(t, 11, n, rng)
+    program = _native.Program(1, 4, 4 * n, isa)
+    program.embed(table, t.id, n, (0, n))
+    identity = np.eye(n, dtype=np.float32)
+    program.linear((0, n), False, [(identity.view(np.uint8), BY_NAME["F32"].id, (0, n), True)])
+    program.finish()
+    out = np.empty((4, n), np.float32)
+    ids = np.array([10, 0, 3, 3], np.int32)
+    program.run(ids, np.array([(0, 0, 4)], np.int32), np.arange(4, dtype=np.int32), out)
+    expected = dequantize(table, t, n)[ids]
+    # Multiplying out q * d - m may be fused into one rounding: half a place of the product.
+    np.testing.assert_allclose(out, expected, rtol=2**-22, atol=2**-22 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_activations_do_not_overflow(isa: str) -> None:
+    """All weights -128 and all activations at the end of their range: the worst pair sums."""
+    t = BY_NAME["Q8_0"]
+    n = 1024
+    w = np.zeros((3, n // 32, 34), np.uint8)
+    w[..., :2] = np.array([1.0], "<f2").view(np.uint8)
+    w[..., 2:] = np.array([-128], np.int8).view(np.uint8)
+    x = np.full((6, n), 127.0, np.float32)
+    x[1] = -127
+    got = matmul(w.reshape(3, -1), t, x, isa)
+    np.testing.assert_array_equal(np.abs(got), np.full((6, 3), 128 * 127 * n, np.float32))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL", "F32"])
+def test_threads_change_nothing(name: str) -> None:
+    rng = np.random.default_rng(5)
+    w = random_blocks(BY_NAME[name], 301, 256, rng)
+    x = rng.standard_normal((9, 256)).astype(np.float32)
+    one, four = (matmul(w, BY_NAME[name], x, "", threads) for threads in (1, 4))
+    np.testing.assert_array_equal(one, four)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="avx9000 is not compiled in"):
+        _native.choose("avx9000")
+
+
+def test_bad_calls_are_refused() -> None:
+    table = np.zeros((4, 128), np.uint8)
+    program = _native.Program(1, 2, 64)
+    program.embed(table, 0, 32, (0, 32))
+    program.linear((0, 32), False, [(table, 0, (0, 4), True)])
+    program.finish()
+    out = np.empty((1, 4), np.float32)
+    row = np.zeros(1, np.int32)
+    segment = np.array([(0, 0, 1)], np.int32)
+    with pytest.raises(ValueError, match="token id"):
+        program.run(np.array([4], np.int32), segment, row, out)
+    with pytest.raises(ValueError, match="output row"):
+        program.run(row, segment, np.array([1], np.int32), out)
+    with pytest.raises(ValueError, match="add up"):
+        program.run(row, np.array([(0, 0, 2)], np.int32), row, out)
+    with pytest.raises(ValueError, match="number of tokens"):
+        program.run(np.zeros(3, np.int32), np.array([(0, 0, 3)], np.int32), row, out)
+    with pytest.raises(ValueError, match="type without a kernel"):
+        program.embed(table, 99, 32, (0, 32))
