@@ -118,6 +118,8 @@ def test_first_matching_type_rule_wins(tmp_path: Path) -> None:
     assert kinds["blk.3.attn_q.weight"] == "BF16"
     assert kinds["blk.3.attn_k.weight"] == "Q8_0"
     assert kinds["blk.3.attn_q_norm.weight"] == "F32"
+    # llama.cpp's number for "mostly BF16": the experts of three of four layers.
+    assert file.metadata["general.file_type"] == 32
 
 
 def test_default_types_fall_back_where_rows_are_too_short(tmp_path: Path) -> None:
@@ -231,6 +233,7 @@ def test_vocabulary(tmp_path: Path) -> None:
         ("tiny-moe", {"seed": -1}, "seed -1"),
         ("tiny-moe", {"overrides": {"colour": 1}}, "tiny-moe has no colour"),
         ("tiny-moe", {"overrides": {"head_dim": "x"}}, "head_dim is 'x'"),
+        ("tiny-moe", {"overrides": {"model_type": "llama"}}, "tiny-moe has no model_type"),
         ("tiny-llama", {"experts": 4}, "tiny-llama has no num_experts"),
         ("tiny-llama", {"mtp": True}, "no MTP layer"),
         ("tiny-moe", {"types": [("(", quant_type("Q8_0"))]}, r"'\(' is not a regex"),

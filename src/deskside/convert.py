@@ -18,10 +18,11 @@ from deskside.hf_layout import ARCHITECTURES
 from deskside.hf_source import Config, Output, Outputs
 from deskside.hf_vocab import tokenizer_metadata
 from deskside.progress import Progress, silent
+from deskside.quantize import FILE_TYPES
 from deskside.quants import BY_NAME, QuantType
 
 OutType = Literal["f32", "f16", "bf16", "auto"]
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
+MATRIX_TYPES = ("F32", "F16", "BF16")
 CHUNK = 1 << 22  # weights converted at a time: 16 MB as float32
 
 
@@ -98,6 +99,6 @@ def _matrix_type(outtype: str, checkpoint: Checkpoint) -> QuantType:
     if outtype == "auto":
         dtypes = Counter(e.dtype for e in checkpoint.entries.values() if len(e.shape) > 1)
         outtype = dtypes.most_common(1)[0][0]
-    if outtype.upper() not in FILE_TYPES:
+    if outtype.upper() not in MATRIX_TYPES:
         raise DesksideError(f"output type {outtype!r} is not known; use f32, f16, bf16 or auto")
     return BY_NAME[outtype.upper()]

@@ -207,7 +207,7 @@ def qwen35(c: Config, o: Outputs) -> dict[str, Any]:
     metadata["rope.dimension_sections"] = np.array([*sections, 0, 0, 0, 0][:4], np.int32)
     interval = _full_attention_interval(c, n_layers)
     metadata["full_attention_interval"] = interval
-    is_moe = "num_experts" in c.values or "num_local_experts" in c.values
+    is_moe = "_moe" in c.values["model_type"]
     if is_moe:
         shared = c.whole("shared_expert_intermediate_size")
         metadata |= _moe(c) | {"expert_shared_feed_forward_length": shared}

@@ -27,7 +27,7 @@ _UNIT = 1 << 20
 # Matrices that decide much and cost little; they keep their type unless a rule names them.
 _PROTECTED = re.compile(r"norm|conv1d|ffn_gate_inp")
 # `general.file_type` of llama.cpp, and of ik_llama.cpp for the last two.
-_FILE_TYPES = {
+FILE_TYPES = {
     "F32": 0, "F16": 1, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
     "IQ4_KS": 145, "IQ4_KSS": 148,
 }  # fmt: skip
@@ -135,7 +135,7 @@ def _fitting(asked: QuantType, row_len: int) -> QuantType:
 
 def _metadata(model: GGUF, default: QuantType) -> dict[str, Any]:
     meta = {k: v for k, v in model.typed_metadata().items() if not k.startswith("split.")}
-    meta["general.file_type"] = np.uint32(_FILE_TYPES[default.name])
+    meta["general.file_type"] = np.uint32(FILE_TYPES[default.name])
     meta.setdefault("general.quantization_version", np.uint32(2))
     return meta
 

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from deskside.gguf_write import GGUFWriter
 from deskside.hf_layout import ARCHITECTURES
 from deskside.hf_source import Config, Output, Outputs
 from deskside.progress import Progress, silent
+from deskside.quantize import FILE_TYPES
 from deskside.quants import QuantType, quant_type
 from deskside.toy_vocab import toy_vocab
 
@@ -138,7 +140,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Config keys that a preset may leave out.
-_OPTIONAL = ("tie_word_embeddings", "rms_norm_eps", "rope_parameters", "layer_types")
+_OPTIONAL = {"tie_word_embeddings", "rms_norm_eps", "rope_parameters", "layer_types"}
 # Sizes far beyond any model, so that a slip of the keyboard fails at once.
 _LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}
 _PRE = {"qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "llama": "llama-bpe"}
@@ -148,7 +150,6 @@ _DEFAULT_RULES: Rules = (
     (r"^output\.weight", quant_type("Q6_K")),
     (r"", quant_type("Q8_0")),
 )
-_FILE_TYPE = 25  # general.file_type: mostly IQ4_NL
 _POOL_BYTES = 32 << 20
 # Models of up to this many weights are random throughout, larger ones repeat pools of rows.
 _ALL_RANDOM = 1 << 27
@@ -165,10 +166,7 @@ class Plan:
     @property
     def data_bytes(self) -> int:
         """Bytes of all tensors, without padding."""
-        return sum(
-            t.row_bytes(tensor.shape[0]) * math.prod(tensor.shape[1:])
-            for tensor, t in zip(self.tensors, self.types, strict=True)
-        )
+        return sum(map(_nbytes, self.tensors, self.types))
 
     @property
     def nbytes(self) -> int:
@@ -264,7 +262,7 @@ def make_plan(
     changes = {"num_hidden_layers": layers, "num_experts": experts, "vocab_size": vocab}
     changes = {key: value for key, value in changes.items() if value is not None}
     for key, value in {**changes, **(overrides or {})}.items():
-        if key not in values and key not in _OPTIONAL:
+        if key not in values.keys() - {"model_type"} | _OPTIONAL:
             raise DesksideError(f"preset {preset} has no {key}; it has {', '.join(values)}")
         if isinstance(value, int) and value > _LIMITS.get(key, 1 << 22):
             raise DesksideError(f"preset {preset}: {key} {value} is more than deskside writes")
@@ -275,16 +273,20 @@ def make_plan(
         raise DesksideError(f"preset {preset}: architecture {arch} has no MTP layer")
     outputs = _Shapes(mtp)
     hyper_parameters = layout(config, outputs)
+    kinds = [_type_of(tensor, types) for tensor in outputs.tensors]
+    share: Counter[str] = Counter()
+    for tensor, kind in zip(outputs.tensors, kinds, strict=True):
+        share[kind.name] += _nbytes(tensor, kind)
     metadata: dict[str, Any] = {
         "general.architecture": arch,
         "general.type": "model",
         "general.name": f"{preset} with random weights",
-        "general.file_type": _FILE_TYPE,
+        "general.file_type": FILE_TYPES.get(share.most_common(1)[0][0], 0),
         "general.quantization_version": 2,
         **{f"{arch}.{key}": value for key, value in hyper_parameters.items()},
         **toy_vocab(hyper_parameters["vocab_size"], _PRE[arch]),
     }
-    return Plan(metadata, outputs.tensors, [_type_of(t, types) for t in outputs.tensors])
+    return Plan(metadata, outputs.tensors, kinds)
 
 
 class _Shapes(Outputs):
@@ -302,6 +304,10 @@ class _Shapes(Outputs):
 
     def drop(self, source: str) -> None:
         pass
+
+
+def _nbytes(tensor: Output, kind: QuantType) -> int:
+    return kind.row_bytes(tensor.shape[0]) * math.prod(tensor.shape[1:])
 
 
 def _type_of(tensor: Output, rules: Rules) -> QuantType:

@@ -1,0 +1,50 @@
+# make run   builds deskside in .venv and talks to the bundled model
+# make test  builds, then lint, types and all tests
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f -not -name '*.pyc' -not -name '*.so')
+QUESTION := Hello, who are you?
+
+.PHONY: run test check fast format clean
+
+# Without a terminal there is nobody to talk to: ask one question.
+run: $(VENV)/built
+	@if [ -t 0 ]; then $(VENV)/bin/deskside run; else $(VENV)/bin/deskside run -p "$(QUESTION)"; fi
+
+test: $(VENV)/oracles check
+	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q
+
+# As `test` without the other engines: a few hundred megabytes less to install.
+fast: $(VENV)/tools check
+	$(PY) -m pytest -q --ignore=tests/oracles
+
+check: $(VENV)/tools
+	$(VENV)/bin/ruff check src tests tools benchmarks
+	$(VENV)/bin/ruff format --check -q src tests tools benchmarks
+	$(VENV)/bin/mypy
+
+format: $(VENV)/tools
+	$(VENV)/bin/ruff format src tests tools benchmarks
+	$(VENV)/bin/ruff check --fix src tests tools benchmarks
+
+$(PY):
+	tools/bootstrap.sh $(VENV)
+
+$(VENV)/built: $(PY) $(SOURCES)
+	@echo "building deskside (about a minute)"
+	$(PIP) install .
+	@touch $@
+
+$(VENV)/tools: $(VENV)/built
+	$(PIP) install '.[test]'
+	@touch $@
+
+$(VENV)/oracles: $(VENV)/tools
+	@echo "installing the engines that deskside is compared with"
+	$(PIP) install '.[test,oracles]'
+	$(PY) -m tests.oracles.fetch
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
