@@ -36,21 +36,50 @@ template <> struct Traits<Type::IQ4_KS> : TraitsOf<BlockIQ4_KS, 8, false, true> 
 template <> struct Traits<Type::IQ4_KSS> : TraitsOf<BlockIQ4_KSS, 8, false, true> {};
 
 // 16 bytes of nibbles through a 16-entry table: low nibbles to w[0..15], high ones to w[16..31].
-inline void look_up(const void* nibbles, const int8_t* table, int8_t* w) {
 #if defined(__AVX2__)
-  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-  const __m128i x = _mm_loadu_si128(static_cast<const __m128i*>(nibbles));
-  const __m128i mask = _mm_set1_epi8(15);
-  const __m128i lo = _mm_and_si128(x, mask), hi = _mm_and_si128(_mm_srli_epi16(x, 4), mask);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(w), _mm_shuffle_epi8(t, lo));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(w + 16), _mm_shuffle_epi8(t, hi));
+inline void look_up(__m128i x, const int8_t* table, int8_t* w) {
+  const __m256i t =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m256i pair = _mm256_set_m128i(_mm_srli_epi16(x, 4), x);
+  const __m256i values = _mm256_shuffle_epi8(t, _mm256_and_si256(pair, _mm256_set1_epi8(15)));
+  // One store as wide as the load that follows: two halves could not be forwarded to it.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(w), values);
+}
+#endif
+
+inline void look_up(const uint8_t* x, const int8_t* table, int8_t* w) {
+#if defined(__AVX2__)
+  look_up(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), table, w);
 #else
-  const uint8_t* x = static_cast<const uint8_t*>(nibbles);
   for (int i = 0; i < 16; i++) {
     w[i] = table[x[i] & 15];
     w[i + 16] = table[x[i] >> 4];
   }
 #endif
+}
+
+// Eight words of IQ4_KSS: bit 0 of word k is bit k of the scale, which is returned; the other 15
+// bits, xored with themselves shifted by one, are four nibbles with an even number of set bits.
+inline int look_up_kss(const uint16_t* q, int8_t* w) {
+#if defined(__AVX2__)
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+  // The low bits moved to the sign, sixteen words narrowed to bytes with their signs kept.
+  const __m128i low = _mm_slli_epi16(x, 15);
+  const int s = _mm_movemask_epi8(_mm_packs_epi16(low, _mm_setzero_si128()));
+  const __m128i v = _mm_and_si128(x, _mm_set1_epi16(int16_t(0xfffe)));
+  look_up(_mm_xor_si128(v, _mm_srli_epi16(v, 1)), kCodebook[s & 1], w);
+#else
+  uint8_t nibbles[16];
+  int s = 0;
+  for (int k = 0; k < 8; k++) {
+    s |= (q[k] & 1) << k;
+    const uint16_t v = q[k] & 0xfffe, pair = v ^ (v >> 1);
+    nibbles[2 * k] = uint8_t(pair);
+    nibbles[2 * k + 1] = uint8_t(pair >> 8);
+  }
+  look_up(nibbles, kCodebook[s & 1], w);
+#endif
+  return s;
 }
 
 inline void nibbles(const uint8_t* x, int offset, int8_t* w) {
@@ -150,18 +179,8 @@ inline void decode(const typename Traits<T>::Block& b, float row, int8_t* w, flo
   } else {
     static_assert(T == Type::IQ4_KSS);
     for (int j = 0; j < 8; j++) {
-      uint16_t words[8];
-      std::memcpy(words, b.qs + 8 * j, 16);
-      // Bit 0 of word k is bit k of the scale; the other 15 bits, xored with themselves shifted,
-      // are four nibbles with an even number of set bits.
-      int s = 0;
-      for (int k = 0; k < 8; k++) {
-        s |= (words[k] & 1) << k;
-        const uint16_t v = words[k] & 0xfffe;
-        words[k] = v ^ (v >> 1);
-      }
+      const int s = look_up_kss(b.qs + 8 * j, w + 32 * j);
       scale[j] = row * ((s & 254) - 127);
-      look_up(words, kCodebook[s & 1], w + 32 * j);
     }
   }
 }

@@ -36,7 +36,7 @@ struct Rows {
   int64_t cols;
 };
 
-// Work memory of one thread for matmul: `w` holds decoded rows.
+// Work memory of one thread for matmul: kTileRows decoded rows, of integers or of floats.
 struct Tile {
   int8_t* w;
   float* scale;

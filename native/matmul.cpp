@@ -100,6 +100,9 @@ void dot_direct(const uint8_t* row, int64_t cols, const Activation* x, float* y,
   Acc acc[M];
   float correction[M];
   for (int i = 0; i < M; i++) acc[i] = zero(), correction[i] = 0;
+  // The minimums of a row meet the block sums of x: vectors of them for the types that have many.
+  constexpr bool wide_min = Tr::has_min && Tr::groups % kLanes == 0;
+  vf wide_correction[M] = {};
 
   const float d = row_scale<T>(row);
   const auto* blocks = row_blocks<T>(row);
@@ -112,11 +115,16 @@ void dot_direct(const uint8_t* row, int64_t cols, const Activation* x, float* y,
       const Acc sv = scale_vector<Tr::halves>(scale + per * g);
       for (int i = 0; i < M; i++) {
         add_scaled(acc[i], weights.dot(x[i].q + 32 * block), sv, x[i].d[block]);
-        if constexpr (Tr::has_min) correction[i] += min[g] * x[i].s[block];
+        if constexpr (Tr::has_min && !wide_min) correction[i] += min[g] * x[i].s[block];
       }
     }
+    if constexpr (wide_min)
+      for (int i = 0; i < M; i++)
+        for (int g = 0; g < Tr::groups; g += kLanes)
+          wide_correction[i] += load(min + g) * load(x[i].s + b * Tr::groups + g);
   }
-  for (int i = 0; i < M; i++) y[i * ldy] = total(acc[i]) - correction[i];
+  for (int i = 0; i < M; i++)
+    y[i * ldy] = total(acc[i]) - (wide_min ? sum(wide_correction[i]) : correction[i]);
 }
 
 // Decoded rows of the tile against M rows of x, two rows of w at a time.
@@ -125,9 +133,8 @@ void dot_tile(const Tile& t, int r, int64_t cols, const Activation* x, float* y,
   constexpr int per = Halves ? 2 : 1;
   const int64_t blocks = cols / 32;
   Acc acc[R][M];
-  float correction[R][M];
   for (int j = 0; j < R; j++)
-    for (int i = 0; i < M; i++) acc[j][i] = zero(), correction[j][i] = 0;
+    for (int i = 0; i < M; i++) acc[j][i] = zero();
 
   const int8_t* w = t.w + r * cols;
   const float* scale = t.scale + r * blocks * per;
@@ -138,12 +145,14 @@ void dot_tile(const Tile& t, int r, int64_t cols, const Activation* x, float* y,
       const Acc sv = scale_vector<Halves>(scale + (j * blocks + b) * per);
       for (int i = 0; i < M; i++) {
         add_scaled(acc[j][i], weights.dot(x[i].q + 32 * b), sv, x[i].d[b]);
-        if constexpr (HasMin) correction[j][i] += min[j * blocks + b] * x[i].s[b];
       }
     }
   }
   for (int j = 0; j < R; j++)
-    for (int i = 0; i < M; i++) y[i * ldy + j] = total(acc[j][i]) - correction[j][i];
+    for (int i = 0; i < M; i++) {
+      y[i * ldy + j] = total(acc[j][i]);
+      if constexpr (HasMin) y[i * ldy + j] -= dot(min + j * blocks, x[i].s, blocks);
+    }
 }
 
 template <Type T> void decode_row(const uint8_t* row, int64_t cols, const Tile& t, int slot) {
@@ -233,42 +242,48 @@ void to_float(const uint8_t* row, Type type, int64_t n, float* y) {
   for (; i < n; i++) y[i] = element(row, type, i);
 }
 
-template <int M>
-void dot_float(const float* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
-  vf acc[M][2];
-  float tail[M];
-  for (int i = 0; i < M; i++) acc[i][0] = acc[i][1] = vf{}, tail[i] = 0;
+// R rows of w against M rows of x.
+template <int R, int M>
+void dot_float(const float* const* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
+  vf acc[R][M];
+  float tail[R][M];
+  for (int j = 0; j < R; j++)
+    for (int i = 0; i < M; i++) acc[j][i] = vf{}, tail[j][i] = 0;
   int64_t c = 0;
-  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
-    const vf w0 = load(w + c), w1 = load(w + c + kLanes);
-    for (int i = 0; i < M; i++) {
-      acc[i][0] += w0 * load(x[i] + c);
-      acc[i][1] += w1 * load(x[i] + c + kLanes);
-    }
-  }
+  for (; c + kLanes <= cols; c += kLanes)
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) acc[j][i] += load(w[j] + c) * load(x[i] + c);
   for (; c < cols; c++)
-    for (int i = 0; i < M; i++) tail[i] += w[c] * x[i][c];
-  for (int i = 0; i < M; i++) y[i * ldy] = sum(acc[i][0] + acc[i][1]) + tail[i];
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) tail[j][i] += w[j][c] * x[i][c];
+  for (int j = 0; j < R; j++)
+    for (int i = 0; i < M; i++) y[i * ldy + j] = sum(acc[j][i]) + tail[j][i];
 }
 
 void matmul_float(const Matrix& w, int64_t r0, int64_t r1, const Rows& x, const int32_t* index,
                   int m, float* y, int64_t ldy, const Tile& tile) {
-  for (int64_t r = r0; r < r1; r++) {
-    const uint8_t* raw = w.data + r * w.row_bytes;
-    const float* row = tile.f;
-    // GGUF aligns tensors to 32 bytes at most, rows of float32 to 4: read them in place.
-    if (w.type == Type::F32) row = reinterpret_cast<const float*>(raw);
-    else to_float(raw, w.type, w.cols, tile.f);
-    for (int i = 0; i < m; i += 4) {
-      const int n = m - i < 4 ? m - i : 4;
-      const float* a[4];
+  for (int64_t r = r0; r < r1; r += kTileRows) {
+    const int rows = int(r1 - r < kTileRows ? r1 - r : kTileRows);
+    const float* row[kTileRows];
+    for (int j = 0; j < rows; j++) {
+      const uint8_t* raw = w.data + (r + j) * w.row_bytes;
+      // GGUF aligns tensors to 32 bytes, rows of float32 to 4: they are read in place.
+      row[j] = w.type == Type::F32 ? reinterpret_cast<const float*>(raw) : tile.f + j * w.cols;
+      if (w.type != Type::F32) to_float(raw, w.type, w.cols, tile.f + j * w.cols);
+    }
+    for (int i = 0; i < m; i += 2) {
+      const int n = m - i < 2 ? m - i : 2;
+      const float* a[2];
       for (int k = 0; k < n; k++) a[k] = x.f + (index ? index[i + k] : i + k) * x.cols;
       float* out = y + int64_t(i) * ldy + r;
-      switch (n) {
-        case 1: dot_float<1>(row, w.cols, a, out, ldy); break;
-        case 2: dot_float<2>(row, w.cols, a, out, ldy); break;
-        case 3: dot_float<3>(row, w.cols, a, out, ldy); break;
-        case 4: dot_float<4>(row, w.cols, a, out, ldy); break;
+      if (rows == kTileRows && n == 2) {
+        dot_float<kTileRows, 2>(row, w.cols, a, out, ldy);
+      } else if (rows == kTileRows) {
+        dot_float<kTileRows, 1>(row, w.cols, a, out, ldy);
+      } else {
+        for (int j = 0; j < rows; j++)
+          for (int k = 0; k < n; k++)
+            dot_float<1, 1>(row + j, w.cols, a + k, out + k * ldy + j, ldy);
       }
     }
   }

@@ -24,9 +24,9 @@ void Program::finish() {
     cols = std::max(cols, op->max_cols());
   }
   scratch_.resize(size_t(scratch));
-  // A tile: kTileRows rows of int8, a scale per 16 weights, a minimum per 32, one float row.
+  // kTileRows rows: of int8 with a scale per 16 weights and a minimum per 32, and of floats.
   const int64_t w = align64(kTileRows * cols), scale = align64(kTileRows * cols / 16 * 4),
-                min = align64(kTileRows * cols / 32 * 4), f = align64(cols * 4);
+                min = align64(kTileRows * cols / 32 * 4), f = align64(kTileRows * cols * 4);
   const int64_t each = w + scale + min + f;
   tiles_.resize(size_t(each * pool_.size() + 64));
   auto base = reinterpret_cast<uint8_t*>(align64(reinterpret_cast<intptr_t>(tiles_.data())));

@@ -9,15 +9,6 @@
 namespace deskside {
 namespace {
 
-float dot(const float* a, const float* b, int n) {
-  vf s = vf{};
-  float tail = 0;
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) s += load(a + i) * load(b + i);
-  for (; i < n; i++) tail += a[i] * b[i];
-  return sum(s) + tail;
-}
-
 // Applies f to vectors of rows of floats, the last ones through zero-padded copies.
 template <class F> inline void each(int64_t n, const float* a, const float* b, float* y, F f) {
   int64_t i = 0;
@@ -109,30 +100,37 @@ template <class V> inline V load_as(const float* p) {
   return v;
 }
 
-// N vectors of type V (or float, for odd widths) of columns from c on.
+// One token's q and k, and from column c on its v and result; the state's rows are `pitch` apart.
+struct DeltaToken {
+  const float *q, *k, *v;
+  float decay, beta, kq;
+  float* out;
+};
+
+// N vectors of type V (or float, for odd widths) of columns.
 template <class V, int N>
-void delta_columns(const DeltaSlice& s, int c, const float* q, const float* k, const float* v,
-                   float decay, float beta, float kq, float* out) {
+void delta_columns(const DeltaToken& t, float* column, int dim, int pitch, int c) {
   constexpr int lanes = int(sizeof(V) / 4);
+  const float *q = t.q, *k = t.k;
+  const float decay = t.decay;
   V p[N], r[N];
   for (int j = 0; j < N; j++) p[j] = r[j] = V{};
-  float* column = s.state + c;
-  for (int i = 0; i < s.dim; i++) {
+  for (int i = 0; i < dim; i++) {
     for (int j = 0; j < N; j++) {
-      const V x = load_as<V>(column + int64_t(i) * s.dim + j * lanes);
+      const V x = load_as<V>(column + int64_t(i) * pitch + j * lanes);
       p[j] += x * k[i];
       r[j] += x * q[i];
     }
   }
   V delta[N];
   for (int j = 0; j < N; j++) {
-    delta[j] = (load_as<V>(v + c + j * lanes) - p[j] * decay) * beta;
-    const V o = r[j] * decay + delta[j] * kq;
-    memcpy(out + c + j * lanes, &o, sizeof o);
+    delta[j] = (load_as<V>(t.v + c + j * lanes) - p[j] * decay) * t.beta;
+    const V o = r[j] * decay + delta[j] * t.kq;
+    memcpy(t.out + c + j * lanes, &o, sizeof o);
   }
-  for (int i = 0; i < s.dim; i++) {
+  for (int i = 0; i < dim; i++) {
     for (int j = 0; j < N; j++) {
-      float* at = column + int64_t(i) * s.dim + j * lanes;
+      float* at = column + int64_t(i) * pitch + j * lanes;
       const V x = load_as<V>(at) * decay + delta[j] * k[i];
       memcpy(at, &x, sizeof x);
     }
@@ -140,18 +138,38 @@ void delta_columns(const DeltaSlice& s, int c, const float* q, const float* k, c
 }
 
 void gated_delta(const DeltaSlice& s) {
+  // Rows of a slice lie a whole head's row apart, which maps them to few sets of L1. Over several
+  // tokens they are gathered.
+  constexpr int kGathered = 8192;  // floats: 32 KiB
+  const int columns = s.c1 - s.c0;
+  float gathered[kGathered];
+  const bool gather = s.n > 1 && s.dim * columns <= kGathered;
+  float* state = gather ? gathered : s.state + s.c0;
+  const int pitch = gather ? columns : s.dim;
+  const auto copy = [&](bool in) {
+    for (int i = 0; i < s.dim; i++) {
+      float *far = s.state + int64_t(i) * s.dim + s.c0, *near = gathered + int64_t(i) * columns;
+      memcpy(in ? near : far, in ? far : near, size_t(columns) * 4);
+    }
+  };
+  if (gather) copy(true);
   for (int t = 0; t < s.n; t++) {
-    const float *q = s.q + t * s.stride, *k = s.k + t * s.stride, *v = s.v + t * s.stride;
-    const float decay = s.decay[t * s.gate_stride], beta = s.beta[t * s.gate_stride];
-    const float kq = dot(k, q, s.dim);
-    float* out = s.out + t * s.out_stride;
-    int c = s.c0;
-    for (; c + 4 * kLanes <= s.c1; c += 4 * kLanes)
-      delta_columns<vf, 4>(s, c, q, k, v, decay, beta, kq, out);
-    for (; c + kLanes <= s.c1; c += kLanes)
-      delta_columns<vf, 1>(s, c, q, k, v, decay, beta, kq, out);
-    for (; c < s.c1; c++) delta_columns<float, 1>(s, c, q, k, v, decay, beta, kq, out);
+    const float *q = s.q + t * s.stride, *k = s.k + t * s.stride;
+    const DeltaToken token{q,
+                           k,
+                           s.v + t * s.stride + s.c0,
+                           s.decay[t * s.gate_stride],
+                           s.beta[t * s.gate_stride],
+                           dot(k, q, s.dim),
+                           s.out + t * s.out_stride + s.c0};
+    int c = 0;
+    for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
+      delta_columns<vf, 4>(token, state + c, s.dim, pitch, c);
+    for (; c + kLanes <= columns; c += kLanes)
+      delta_columns<vf, 1>(token, state + c, s.dim, pitch, c);
+    for (; c < columns; c++) delta_columns<float, 1>(token, state + c, s.dim, pitch, c);
   }
+  if (gather) copy(false);
 }
 
 // ---- attention ----------------------------------------------------------------------------------

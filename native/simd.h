@@ -44,6 +44,15 @@ inline float max(vf v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
+inline float dot(const float* a, const float* b, int64_t n) {
+  vf s = vf{};
+  float tail = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) s += load(a + i) * load(b + i);
+  for (; i < n; i++) tail += a[i] * b[i];
+  return sum(s) + tail;
+}
+
 // e^x to about 2 ulp: x = n ln2 + r with |r| <= ln2 / 2, e^r by its Taylor series to r^7
 // (remainder 5e-9), 2^n by the exponent bits. Saturates outside [-87, 88].
 inline vf vexp(vf x) {
