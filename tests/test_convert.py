@@ -445,6 +445,37 @@ def test_bad_config(tmp_path: Path, change: dict[str, Any], message: str) -> Non
     refused(folder, tmp_path, message)
 
 
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**12,
+    10**40,
+    math.inf,
+    math.nan,
+    "x",
+    [],
+    [1],
+    {},
+]
+
+
+@pytest.mark.filterwarnings("error")
+@SHARED_TMP
+@given(key=st.sampled_from([*LLAMA, *LLAMA["rope_scaling"]]), value=st.sampled_from(ODD_VALUES))
+def test_odd_config_values_never_escape(tmp_path: Path, key: str, value: Any) -> None:
+    config = LLAMA | {key: value}
+    if key in LLAMA["rope_scaling"]:
+        config = LLAMA | {"rope_scaling": LLAMA["rope_scaling"] | {key: value}}
+    folder = write_checkpoint(tmp_path / "hf", config, llama_tensors())
+    try:
+        convert_hf(folder, tmp_path / "out.gguf")
+    except DesksideError as error:
+        assert str(folder) in str(error)
+
+
 def test_missing_files(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "model.safetensors", "config.json"):
         folder = write_checkpoint(tmp_path / name, LLAMA, llama_tensors())

@@ -254,7 +254,7 @@ def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     class Usage:
         free = 10**9
 
-    monkeypatch.setattr(synth.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
     with pytest.raises(DesksideError, match=r"needs 20\.7 GB, the disk has 1\.0 GB free"):
         synth_file("qwen3.5-35b-a3b", tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())

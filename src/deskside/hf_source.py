@@ -59,10 +59,10 @@ class Config:
         } | rope
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number >= 1."""
+        """A whole number >= 1 that fits the u32 of GGUF's hyper-parameters."""
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**32:
             raise self.bad(key, f"is {value!r}; expected a whole number of at least 1")
         return value
 
@@ -82,7 +82,7 @@ class Config:
 
     def _number(self, source: dict[str, Any], key: str, default: float | None) -> float:
         value = source.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise self.bad(key, f"is {value!r}; expected a number above 0")
         return float(value)
 

@@ -1,0 +1,240 @@
+"""The command line as a person uses it: real processes, pipes and a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from models import rewrite, tiny
+
+COMMAND = [sys.executable, "-c", "from deskside.cli import main; main()"]
+
+
+def deskside(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=120
+    )
+
+
+def refused(*arguments: str | Path, stdin: bytes = b"", part: str) -> None:
+    """One line on stderr, nothing on stdout, exit code 2."""
+    done = deskside(*arguments, stdin=stdin)
+    lines = done.stderr.decode().strip().splitlines()
+    assert done.returncode == 2, done
+    assert done.stdout == b""
+    assert len([line for line in lines if "error" in line]) == 1
+    assert "Traceback" not in done.stderr.decode()
+    assert part in lines[0], lines
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return tiny()
+
+
+def test_a_prompt_is_answered_with_figures(model: Path) -> None:
+    done = deskside("run", "-m", model, "-p", "hello", "-n", "5", "--temp", "0")
+    assert done.returncode == 0 and done.stdout.strip()
+    figures = done.stderr.decode()
+    for part in ("prefill", "tok/s", "first token after", "decode 5 tokens", "ended by length"):
+        assert part in figures
+
+
+def test_greedy_answers_repeat(model: Path) -> None:
+    first, second = (
+        deskside("run", "-m", model, "-p", "x", "-n", "8", "--temp", "0").stdout for _ in "12"
+    )
+    assert first == second
+
+
+def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
+    done = deskside(
+        *("run", "-m", model, "-p", "hi", "-n", "2", "-c", "512", "-t", "2", "-tb", "2"),
+        *("-b", "2048", "-ub", "64", "-ngl", "99", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"),
+        *("-ot", "exps=CPU", "--cpu-moe", "--n-cpu-moe", "3", "--no-mmap", "--jinja"),
+        *("--temp", "0.7", "--repeat-penalty", "1.2", "--min-p", "0.01", "--top-p", "0.95"),
+        *("--top-k", "40", "--seed", "7", "--device", "CUDA0", "--tensor-split=1,1"),
+    )
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.decode().splitlines() if line.startswith("note:")]
+    assert len(notes) == 11 and all("does nothing" in line for line in notes)
+
+
+def test_piped_text_is_the_prompt_and_need_not_be_utf8(model: Path) -> None:
+    done = deskside("run", "-m", model, "-n", "2", stdin=b"caf\xe9 \xff")
+    assert done.returncode == 0 and "not all UTF-8" in done.stderr.decode()
+
+
+def test_context_zero_and_too_many_threads_are_defined(model: Path) -> None:
+    done = deskside("run", "-m", model, "-p", "a", "-n", "1", "-c", "0", "-t", "999")
+    assert done.returncode == 0 and "-t 999 is more than the usable cores" in done.stderr.decode()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    refused("run", "-m", tmp_path / "none.gguf", "-p", "x", part="none.gguf")
+    refused("run", "-m", tmp_path / "text.gguf", "-p", "x", part="text.gguf")
+    refused("run", "-m", tmp_path, "-p", "x", part=str(tmp_path))
+    refused("run", "-m", model, "-p", "", part="empty")
+    refused("run", "-m", model, stdin=b"", part="empty")
+    refused("run", "-m", model, "-p", "x", "-f", "y", part="-p and -f")
+    refused("run", "-m", model, "-f", tmp_path / "none.txt", part="none.txt")
+    refused("run", "-m", model, "-p", "word " * 900, "-c", "64", part="context 64")
+    refused("run", "-m", model, "-p", "x", "-c", "100000", part="-c 100000")
+    refused("run", "-m", model, "-p", "x", "-ctk", "q2", part="-ctk q2")
+    refused("run", "-m", model, "-p", "x", "--isa", "avx9000", part="avx9000")
+    refused("run", "-m", model, "-p", "x", "--temp", "nan", part="temperature")
+    refused("run", "-m", model, "-p", "x", "-l", "five", part="--logit-bias five")
+    refused("run", "-m", model, "-p", "x", "--no-such-flag", part="--no-such-flag")
+    refused("frobnicate", part="frobnicate")
+    refused("synth", "no-such-preset", tmp_path / "o.gguf", part="no-such-preset")
+    refused("synth", "tiny-moe", tmp_path / "o.gguf", "--experts", "1", part="experts")
+    refused("quantize", model, tmp_path / "o.gguf", "--type", "Q9", part="Q9")
+    refused("quantize", model, model, "--type", "Q8_0", part=str(model))
+    refused("convert", tmp_path, tmp_path / "o.gguf", part="config.json")
+    assert not (tmp_path / "o.gguf").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["text.gguf"]
+
+
+def test_a_hostile_file_cannot_forge_the_error_line(model: Path, tmp_path: Path) -> None:
+    evil = {"general.architecture": "x\x1b[2J\nall is well"}
+    path = rewrite(model, tmp_path / "m.gguf", metadata=evil)
+    done = deskside("run", "-m", path, "-p", "x")
+    assert done.returncode == 2 and b"\x1b[2J" not in done.stderr
+    assert len(done.stderr.decode().strip().splitlines()) == 1
+
+
+def test_templates_that_loop_or_escape_are_stopped(model: Path, tmp_path: Path) -> None:
+    for i, template in enumerate(
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{{ 'a' * 10 ** 12 }}",
+            "{% if %}",
+        )
+    ):
+        keys = {"tokenizer.chat_template": template}
+        path = rewrite(model, tmp_path / f"{i}.gguf", metadata=keys)
+        refused("run", "-m", path, "-p", "x", part=f"{i}.gguf")
+
+
+def test_synth_quantize_and_run(tmp_path: Path) -> None:
+    made, smaller = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    done = deskside("synth", "tiny-moe", made, "--layers", "4", "--experts", "8", "--type", "F16")
+    assert done.returncode == 0, done.stderr
+    rules = ("--type", "Q8_0", "--tensor-type", "_exps=IQ4_NL")
+    assert deskside("quantize", made, smaller, *rules).returncode == 0
+    assert smaller.stat().st_size < made.stat().st_size / 2
+    assert deskside("run", "-m", smaller, "-p", "x", "-n", "3").returncode == 0
+
+
+def test_doctor_tells_what_there_is() -> None:
+    done = deskside("doctor")
+    assert done.returncode == 0
+    for part in ("kernels chosen", "scalar", "read bandwidth", "GB/s", "memory", "cores"):
+        assert part in done.stdout.decode()
+
+
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["run", "--help"], ["--version"]):
+        done = deskside(*arguments)
+        assert done.returncode == 0 and b"deskside" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_traceback(model: Path) -> None:
+    command = [*COMMAND, "run", "-m", str(model), "-p", "x", "-n", "200", "--ignore-eos"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.wait(60)
+
+
+# ---- a terminal ---------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A chat in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(COMMAND[0], [*COMMAND, "run", *arguments])
+        self.seen = ""
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read until `text` appears behind what was waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
+            try:
+                self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
+            except OSError:
+                break
+        before, found, self.seen = self.seen.partition(text)
+        assert found, f"ended without {text!r}: {before!r}"
+        return before
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@contextmanager
+def chat(*arguments: str) -> Iterator[Terminal]:
+    terminal = Terminal(*arguments)
+    try:
+        yield terminal
+    finally:
+        os.close(terminal.fd)
+        try:
+            os.kill(terminal.pid, signal.SIGKILL)
+            os.waitpid(terminal.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path) -> None:
+    with chat("-m", str(model), "--ignore-eos", "-c", "8192") as terminal:
+        terminal.wait_for("> ")
+        terminal.send("tell me everything\n")
+        terminal.wait_for("\n")  # the echo
+        time.sleep(1.0)
+        terminal.send("\x03")
+        terminal.wait_for("ended by stopped")
+        terminal.wait_for("> ")
+        terminal.send("\x03")
+        terminal.wait_for("Ctrl-D ends")
+        terminal.send("/exit\n")
+        assert terminal.exit_code() == 0
+
+
+def test_a_conversation_goes_on_and_can_be_cleared(model: Path) -> None:
+    with chat("-m", str(model), "-n", "4", "--temp", "0", "-c", "200") as terminal:
+        terminal.wait_for("> ")
+        terminal.send("one two three four five six seven eight nine ten\n")
+        first = terminal.wait_for("ended by").split("prefill ")[1]
+        terminal.send("and then\n")
+        second = terminal.wait_for("ended by").split("prefill ")[1]
+        assert int(second.split()[0]) != int(first.split()[0])
+        terminal.send("many words " * 80 + "\n")
+        terminal.wait_for("/clear starts anew")
+        terminal.send("/clear\n")
+        terminal.send("\n")
+        terminal.send("one two three four five six seven eight nine ten\n")
+        third = terminal.wait_for("ended by").split("prefill ")[1]
+        assert third.split()[0] == first.split()[0]
+        terminal.send("\x04")
+        assert terminal.exit_code() == 0
