@@ -10,7 +10,7 @@ QUESTION := Hello, who are you?
 
 # Without a terminal there is nobody to talk to: ask one question.
 run: $(VENV)/built
-	@if [ -t 0 ]; then $(VENV)/bin/deskside run; else $(VENV)/bin/deskside run -p "$(QUESTION)"; fi
+	@if [ -t 0 ]; then $(VENV)/bin/deskside run; else $(VENV)/bin/deskside run -n 200 -p "$(QUESTION)"; fi
 
 test: $(VENV)/oracles check
 	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q

@@ -36,7 +36,9 @@ using Acc = __m256;
 // The block's scale in every lane, or those of its two halves of 16 weights.
 template <bool Halves> inline Acc scale_vector(const float* scale) {
   if constexpr (Halves) {
-    return _mm256_set_m128(_mm_set1_ps(scale[1]), _mm_set1_ps(scale[0]));
+    const __m128 both = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale)));
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(both),
+                                    _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
   } else {
     return _mm256_set1_ps(*scale);
   }

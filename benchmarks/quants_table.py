@@ -1,0 +1,141 @@
+"""Held-out loss of a model in several quant types: the table of docs/QUANTS.md.
+
+    python benchmarks/quants_table.py MODEL-F32.gguf benchmarks/heldout.txt --out docs/QUANTS.md
+
+The float model is quantised with deskside's own encoders into a temporary folder, every variant
+reads the same windows of text, and differences are paired by window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside import LLM
+from deskside.gguf import GGUF
+from deskside.quantize import quantize_file
+from deskside.quants import quant_type
+
+EXPERTS = r"_exps\.weight$"
+
+
+@dataclass
+class Variant:
+    """One row: a model file and cache type, and per window loss, divergence, agreement."""
+
+    name: str
+    path: Path
+    kv: str = "f16"
+    loss: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+
+
+def log_softmax(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    x = x.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
+def variants(model: Path, folder: Path, threads: int) -> Iterator[Variant]:
+    yield Variant("F32", model)
+    for name in ("F16", "Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ4_KSS"):
+        path = folder / f"{name}.gguf"
+        fallbacks = quantize_file(model, path, quant_type(name), threads=threads)
+        yield Variant(name + (" *" if fallbacks else ""), path)
+    mixed = folder / "bundled.gguf"
+    rules = [(EXPERTS, quant_type("IQ4_NL"))]
+    quantize_file(model, mixed, quant_type("Q8_0"), rules, threads=threads)
+    yield Variant("experts IQ4_NL, rest Q8_0 (bundled)", mixed)
+    yield Variant("the same, q8_0 KV", mixed, kv="q8_0")
+
+
+def measure(rows: list[Variant], text: str, window: int, limit: int) -> int:
+    """Fill the rows; returns the number of tokens that were predicted."""
+    models = [LLM(v.path, ctx=window, ctk=v.kv, ctv=v.kv) for v in rows]
+    ids = models[0].tokenize(text, special=False)[: limit * window]
+    windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+    for n, part in enumerate(windows):
+        target = np.array(part[1:])
+        at = np.arange(len(target))
+        reference: NDArray[np.float64] | None = None
+        for variant, model in zip(rows, models, strict=True):
+            logp = log_softmax(model.logits(part)[:-1])
+            if reference is None:
+                reference = logp
+            variant.loss.append(float(-logp[at, target].mean()))
+            kl = (np.exp(reference) * (reference - logp)).sum(-1)
+            variant.kl.append(float(kl.mean()))
+            variant.top1.append(float((logp.argmax(-1) == reference.argmax(-1)).mean()))
+        print(f"\rwindow {n + 1} of {len(windows)}", end="", flush=True)
+    print()
+    return len(windows) * (window - 1)
+
+
+def table(rows: list[Variant]) -> Iterator[str]:
+    yield "| weights | MB | bits/weight | loss | change | perplexity | KL from F32 | top-1 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    base = np.array(rows[0].loss)
+    for v in rows:
+        loss = np.array(v.loss)
+        change = loss - base
+        error = change.std(ddof=1) / len(change) ** 0.5
+        tensors = GGUF.open(v.path).tensors.values()
+        n_bytes = sum(t.nbytes for t in tensors)
+        weights = sum(int(np.prod(t.shape)) for t in tensors)
+        yield (
+            f"| {v.name} | {n_bytes / 1e6:.1f} | {8 * n_bytes / weights:.2f} | {loss.mean():.4f} | "
+            f"{change.mean():+.4f} ± {error:.4f} | {np.exp(loss.mean()):.3f} | "
+            f"{np.mean(v.kl):.2e} | {100 * np.mean(v.top1):.2f} % |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="float32 GGUF")
+    parser.add_argument("text", type=Path, help="held-out text")
+    parser.add_argument("--out", type=Path, help="write Markdown here; default: print")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of context")
+    parser.add_argument("--windows", type=int, default=40, help="most windows to read")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(variants(args.model, Path(folder), args.threads))
+        n = measure(rows, args.text.read_text(encoding="utf-8"), args.window, args.windows)
+        lines = list(table(rows))
+    page = f"""# Quant types, measured
+
+Held-out loss (nats per token) of the bundled model's float32 checkpoint, its other forms and two
+types of KV cache: {n} predicted tokens of `{args.text}`, windows of {args.window} tokens, AVX2 or
+scalar kernels of deskside on {platform.machine()}. The change against F32 is paired by window,
+± its standard error.
+
+{chr(10).join(lines)}
+
+`*`: matrices whose rows are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0, as
+`deskside quantize` reports. `token_embd` and `output` have the row's type as well. KV is f16 unless
+the row says otherwise. KL and top-1 agreement compare with F32 token by token.
+
+Made by
+
+    deskside convert CHECKPOINT demo-f32.gguf --outtype f32
+    python benchmarks/quants_table.py demo-f32.gguf benchmarks/heldout.txt --out docs/QUANTS.md
+
+with the checkpoint of `tools/train_demo`. A model this small feels rounding more than a large one;
+the order of the types carries over, the size of the changes does not.
+"""
+    if args.out:
+        args.out.write_text(page, encoding="utf-8")
+    else:
+        print(page)
+
+
+if __name__ == "__main__":
+    main()
