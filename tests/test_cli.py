@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from models import rewrite, tiny
 
 COMMAND = [sys.executable, "-c", "from deskside.cli import main; main()"]

@@ -143,7 +143,7 @@ class LLM:
         free = available_memory()
         if needed > free:
             raise DesksideError(
-                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, {free / 1e9:.1f} GB free; "
+                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, but {free / 1e9:.1f} are free; "
                 "lower -c or use -ctk q8_0 -ctv q8_0"
             )
 

@@ -44,6 +44,23 @@ class Model:
             raise self.bad(key, f"is {value!r}; expected a number above 0")
         return float(value)
 
+    def heads(self) -> tuple[int, int]:
+        """Query heads and KV heads of full attention."""
+        heads = self.positive("attention.head_count")
+        kv_heads = self.positive("attention.head_count_kv", heads)
+        if heads % kv_heads:
+            raise self.bad(
+                "attention.head_count", f"is {heads}, no multiple of {kv_heads} KV heads"
+            )
+        return heads, kv_heads
+
+    def n_rot(self, head_dim: int, default: int | None = None) -> int:
+        """Dimensions of a head that rope rotates: an even number."""
+        n_rot = self.positive("rope.dimension_count", default)
+        if n_rot % 2 or n_rot > head_dim:
+            raise self.bad("rope.dimension_count", f"is {n_rot}; expected even, at most {head_dim}")
+        return n_rot
+
     def bad(self, key: str, what: str) -> DesksideError:
         return DesksideError(f"{self.file.path}: metadata key {self.arch}.{key} {what}")
 

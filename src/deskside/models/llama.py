@@ -24,10 +24,9 @@ def build(m: Model) -> Tape:
 
 
 def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
-    heads = m.positive("attention.head_count")
-    kv_heads = m.positive("attention.head_count_kv", heads)
+    heads, kv_heads = m.heads()
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
-    n_rot = m.positive("rope.dimension_count", head_dim)
+    n_rot = m.n_rot(head_dim, head_dim)
     base = m.real("rope.freq_base", 1e4)
     # Llama 3 stretches its wave lengths by per-frequency factors.
     factors = m.tensor("rope_freqs.weight", n_rot // 2) if m.has("rope_freqs.weight") else None

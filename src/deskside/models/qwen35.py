@@ -44,10 +44,9 @@ def attention_layers(m: Model) -> list[bool]:
 
 
 def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
-    heads = m.positive("attention.head_count")
-    kv_heads = m.positive("attention.head_count_kv")
+    heads, kv_heads = m.heads()
     head_dim = m.positive("attention.key_length")
-    n_rot = m.positive("rope.dimension_count")
+    n_rot = m.n_rot(head_dim)
     base = m.real("rope.freq_base", 1e7)
 
     # attn_q holds per head [q | gate].

@@ -21,9 +21,9 @@ def build(m: Model) -> Tape:
 
 
 def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
-    heads = m.positive("attention.head_count")
-    kv_heads = m.positive("attention.head_count_kv", heads)
+    heads, kv_heads = m.heads()
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
+    n_rot = m.n_rot(head_dim, head_dim)
     base = m.real("rope.freq_base", 1e6)
 
     q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
@@ -31,7 +31,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
     q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
     k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
-    q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=head_dim, base=base, neox=True)
-    k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=head_dim, base=base, neox=True)
+    q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
+    k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     o = t.attention(q, k, v, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return t.linear(o, m.tensor(p + "attn_output.weight", heads * head_dim, m.n_embd))
