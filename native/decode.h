@@ -35,6 +35,16 @@ template <> struct Traits<Type::IQ4_XS> : TraitsOf<BlockIQ4_XS, 8> {};
 template <> struct Traits<Type::IQ4_KS> : TraitsOf<BlockIQ4_KS, 8, false, true> {};
 template <> struct Traits<Type::IQ4_KSS> : TraitsOf<BlockIQ4_KSS, 8, false, true> {};
 
+inline void copy_32(const int8_t* from, int8_t* to) {
+#if defined(__AVX2__)
+  // As one store: see look_up.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  std::memcpy(to, from, 32);
+#endif
+}
+
 // 16 bytes of nibbles through a 16-entry table: low nibbles to w[0..15], high ones to w[16..31].
 #if defined(__AVX2__)
 inline void look_up(__m128i x, const int8_t* table, int8_t* w) {
@@ -82,50 +92,73 @@ inline int look_up_kss(const uint16_t* q, int8_t* w) {
   return s;
 }
 
-inline void nibbles(const uint8_t* x, int offset, int8_t* w) {
+// 16 bytes of nibbles to integers, low ones first: bit i of `fifth` is the fifth bit of weight i.
+inline void nibbles(const uint8_t* x, uint32_t fifth, int offset, int8_t* w) {
+#if defined(__AVX2__)
+  const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  const __m256i low =
+      _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+  // Byte i / 8 of `fifth` in byte i of the vector, then bit i % 8 of it.
+  const __m256i bytes = _mm256_shuffle_epi8(
+      _mm256_set1_epi32(int(fifth)),
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+  const __m256i high = _mm256_and_si256(set, _mm256_set1_epi8(16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(w),
+                      _mm256_add_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(char(offset))));
+#else
   for (int i = 0; i < 16; i++) {
-    w[i] = int8_t((x[i] & 15) + offset);
-    w[i + 16] = int8_t((x[i] >> 4) + offset);
+    w[i] = int8_t((x[i] & 15) + ((fifth >> i & 1) << 4) + offset);
+    w[i + 16] = int8_t((x[i] >> 4) + ((fifth >> (i + 16) & 1) << 4) + offset);
   }
+#endif
 }
 
-// Adds the fifth bits of Q5_0 and Q5_1: bit i of `high` belongs to weight i.
-inline void add_fifth_bits(uint32_t high, int8_t* w) {
-  for (int i = 0; i < 32; i++) w[i] = int8_t(w[i] + (((high >> i) & 1) << 4));
+// Eight small integers to floats, times d. (Left to itself the compiler converts one by one.)
+inline void scale_bytes(const uint8_t* bytes, float d, float* y) {
+#if defined(__AVX2__)
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_set1_ps(d)));
+#else
+  for (int i = 0; i < 8; i++) y[i] = d * float(int8_t(bytes[i]));
+#endif
 }
 
-// The packed 6-bit (scale, min) pair j of Q4_K and Q5_K.
-inline void k_scale(const uint8_t* b, int j, int& sc, int& m) {
-  if (j < 4) {
-    sc = b[j] & 63;
-    m = b[j + 4] & 63;
-  } else {
-    sc = (b[j + 4] & 15) | (b[j - 4] >> 6) << 4;
-    m = (b[j + 4] >> 4) | (b[j] >> 6) << 4;
-  }
+// The 6-bit scales and minimums of Q4_K and Q5_K, 12 bytes b: for j < 4 the low six bits of b[j] and
+// b[j + 4]; the others have four bits in b[j + 4] and two on top of b[j - 4] and b[j].
+inline void k_scales(const uint8_t* b, uint8_t* scales, uint8_t* mins) {
+  uint32_t u[3];
+  std::memcpy(u, b, 12);
+  const uint32_t out[4] = {
+      u[0] & 0x3f3f3f3f,
+      (u[2] & 0x0f0f0f0f) | (u[0] >> 6 & 0x03030303) << 4,
+      u[1] & 0x3f3f3f3f,
+      (u[2] >> 4 & 0x0f0f0f0f) | (u[1] >> 6 & 0x03030303) << 4,
+  };
+  std::memcpy(scales, out, 8);
+  std::memcpy(mins, out + 2, 8);
 }
 
 template <Type T>
 inline void decode(const typename Traits<T>::Block& b, float row, int8_t* w, float* scale,
                    float* min) {
   if constexpr (T == Type::Q4_0) {
-    nibbles(b.qs, -8, w);
+    nibbles(b.qs, 0, -8, w);
     scale[0] = f16_to_float(b.d);
   } else if constexpr (T == Type::Q4_1) {
-    nibbles(b.qs, 0, w);
+    nibbles(b.qs, 0, 0, w);
     scale[0] = f16_to_float(b.d);
     min[0] = -f16_to_float(b.m);
   } else if constexpr (T == Type::Q5_0) {
-    nibbles(b.qs, -16, w);
-    add_fifth_bits(b.qh, w);
+    nibbles(b.qs, b.qh, -16, w);
     scale[0] = f16_to_float(b.d);
   } else if constexpr (T == Type::Q5_1) {
-    nibbles(b.qs, 0, w);
-    add_fifth_bits(b.qh, w);
+    nibbles(b.qs, b.qh, 0, w);
     scale[0] = f16_to_float(b.d);
     min[0] = -f16_to_float(b.m);
   } else if constexpr (T == Type::Q8_0) {
-    std::memcpy(w, b.qs, 32);
+    copy_32(b.qs, w);
     scale[0] = f16_to_float(b.d);
   } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
     const float d = f16_to_float(b.d), dmin = f16_to_float(b.dmin);
@@ -141,12 +174,10 @@ inline void decode(const typename Traits<T>::Block& b, float row, int8_t* w, flo
         w[64 * g + 32 + i] = int8_t(hi);
       }
     }
-    for (int j = 0; j < 8; j++) {
-      int sc, m;
-      k_scale(b.scales, j, sc, m);
-      scale[j] = d * sc;
-      min[j] = dmin * m;
-    }
+    uint8_t scales[8], mins[8];
+    k_scales(b.scales, scales, mins);
+    scale_bytes(scales, d, scale);
+    scale_bytes(mins, dmin, min);
   } else if constexpr (T == Type::Q6_K) {
     for (int h = 0; h < 2; h++) {
       const uint8_t *ql = b.ql + 64 * h, *qh = b.qh + 32 * h;
@@ -159,7 +190,8 @@ inline void decode(const typename Traits<T>::Block& b, float row, int8_t* w, flo
       }
     }
     const float d = f16_to_float(b.d);
-    for (int j = 0; j < 16; j++) scale[j] = d * b.scales[j];
+    for (int j = 0; j < 16; j += 8)
+      scale_bytes(reinterpret_cast<const uint8_t*>(b.scales + j), d, scale + j);
   } else if constexpr (T == Type::IQ4_NL) {
     look_up(b.qs, kCodebook[0], w);
     scale[0] = f16_to_float(b.d);
