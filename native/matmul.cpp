@@ -331,21 +331,24 @@ void quantize_row(const float* x, int64_t n, int8_t* q, float* d, float* s) {
   constexpr int parts = 32 / kLanes;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even
   for (int64_t b = 0; b < n / 32; b++) {
-    vf v[parts], top = vf{};
+    vf v[parts], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
     for (int i = 0; i < parts; i++) {
       v[i] = load(x + 32 * b + kLanes * i);
       top = vmax(top, vmax(v[i], -v[i]));
+      poison += v[i] * 0.0f;
     }
     const float amax = max(top);
     // Below 1e-30 the inverse would overflow; such a block counts as zero.
     const vf inverse = splat(amax > 1e-30f ? 127.0f / amax : 0.0f);
     vi total = vi{};
     for (int i = 0; i < parts; i++) {
-      const vi r = __builtin_convertvector((v[i] * inverse + magic) - magic, vi);
+      const vf scaled = v[i] * inverse;
+      const vf finite = scaled == scaled ? scaled : vf{};
+      const vi r = __builtin_convertvector((finite + magic) - magic, vi);
       for (int j = 0; j < kLanes; j++) q[32 * b + kLanes * i + j] = int8_t(r[j]);
       total += r;
     }
-    d[b] = amax > 1e-30f ? amax / 127.0f : 0.0f;
+    d[b] = (amax > 1e-30f ? amax / 127.0f : 0.0f) + sum(poison);
     s[b] = d[b] * sum(__builtin_convertvector(total, vf));
   }
 }

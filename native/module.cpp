@@ -5,6 +5,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <stdexcept>
 
 #include "bandwidth.h"
@@ -29,10 +31,17 @@ void require(bool ok, const char* what) {
 
 Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p)}; }
 
-bool known_type(int t) {
-  for (int known : {0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 30, 144, 146})
-    if (t == known) return true;
-  return false;
+// Bytes of a row of n weights; -1 for a type without a kernel or rows that are no whole blocks.
+int64_t row_bytes(int type, int64_t n) {
+  struct { int type, block, bytes, header; } const table[] = {
+      {0, 1, 4, 0},      {1, 1, 2, 0},      {2, 32, 18, 0},    {3, 32, 20, 0},   {6, 32, 22, 0},
+      {7, 32, 24, 0},    {8, 32, 34, 0},    {12, 256, 144, 0}, {13, 256, 176, 0},
+      {14, 256, 210, 0}, {20, 32, 18, 0},   {23, 256, 136, 0}, {30, 1, 2, 0},
+      {144, 256, 136, 4}, {146, 256, 128, 4},
+  };
+  for (const auto& t : table)
+    if (t.type == type) return n % t.block ? -1 : n / t.block * t.bytes + t.header;
+  return -1;
 }
 
 class PyProgram {
@@ -174,7 +183,8 @@ class PyProgram {
     op->up = matrix(std::get<0>(up), std::get<1>(up), op->in.width);
     op->down = matrix(std::get<0>(down), std::get<1>(down), width);
     require(op->gate.rows == int64_t(n_expert) * width && op->up.rows == op->gate.rows &&
-                op->down.rows == int64_t(n_expert) * op->out.width,
+                op->down.rows == int64_t(n_expert) * op->out.width &&
+                op->in.width == op->out.width,
             "experts: bad shapes");
     program_.add(std::move(op));
   }
@@ -238,11 +248,18 @@ class PyProgram {
             "run: bad logits shape");
     require(int(program_.n_states()) >= n_states_, "run: set_states was not called");
     batch.logits = logits.data();
+    if (getpid() != pid_)
+      throw std::runtime_error("run: the threads did not survive a fork; make a program here");
     std::vector<double> micros;
+    bool done;
     {
       nb::gil_scoped_release release;
-      program_.run(batch, profile ? &micros : nullptr);
+      done = program_.run(batch, profile ? &micros : nullptr, [] {
+        nb::gil_scoped_acquire acquire;
+        return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
+      });
     }
+    if (!done) throw nb::python_error();
     return micros;
   }
 
@@ -261,7 +278,9 @@ class PyProgram {
   }
 
   Matrix matrix(const Bytes& w, int type, int cols) {
-    require(known_type(type), "matrix: type without a kernel");
+    const int64_t bytes = row_bytes(type, cols);
+    require(bytes >= 0, "matrix: type without a kernel, or rows that are no whole blocks");
+    require(int64_t(w.shape(1)) == bytes, "matrix: rows of a wrong length");
     keep_.push_back(nb::cast(w));
     return {w.data(), Type(type), int64_t(w.shape(0)), cols, int64_t(w.shape(1))};
   }
@@ -277,6 +296,7 @@ class PyProgram {
   }
 
   Program program_;
+  const pid_t pid_ = getpid();
   std::vector<nb::object> keep_, keep_states_;
   int n_vocab_ = 0, n_logits_ = 0, n_states_ = 0;
 };

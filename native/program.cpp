@@ -36,15 +36,22 @@ void Program::finish() {
                      reinterpret_cast<float*>(base + w + scale + min)});
 }
 
-void Program::run(const Batch& batch, std::vector<double>* micros) {
+bool Program::run(const Batch& batch, std::vector<double>* micros,
+                  const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
+  constexpr auto kPatience = std::chrono::milliseconds(50);
+  bool stop = false;  // written by thread 0 before a barrier, read by all behind it
   if (micros) micros->assign(ops_.size(), 0);
   Team team(pool_.size());
   pool_.run([&](int thread) {
     const Run r{kernels_, *this, team, batch, thread};
-    auto before = Clock::now();
-    for (size_t i = 0; i < ops_.size(); i++) {
+    auto before = Clock::now(), asked = before;
+    for (size_t i = 0; i < ops_.size() && !stop; i++) {
       ops_[i]->run(r);
+      if (thread == 0 && Clock::now() - asked > kPatience) {
+        if (interrupted()) stop = true;
+        asked = Clock::now();
+      }
       team.barrier();
       if (micros && thread == 0) {
         const auto now = Clock::now();
@@ -53,6 +60,7 @@ void Program::run(const Batch& batch, std::vector<double>* micros) {
       }
     }
   });
+  return !stop;
 }
 
 }  // namespace deskside

@@ -2,6 +2,7 @@
 // threads together, one barrier after each phase.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -77,8 +78,11 @@ class Program {
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs all ops; `micros`, if not null, receives each op's wall time.
-  void run(const Batch& batch, std::vector<double>* micros = nullptr);
+  // Runs all ops; `micros`, if not null, receives each op's wall time. `interrupted` is asked now
+  // and then between ops; true ends the run early, with whatever the states then hold, and makes
+  // this return false.
+  bool run(const Batch& batch, std::vector<double>* micros,
+           const std::function<bool()>& interrupted);
 
   const char* isa() const { return kernels_.name; }
   int n_threads() const { return pool_.size(); }

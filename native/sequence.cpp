@@ -143,7 +143,7 @@ void gated_delta(const DeltaSlice& s) {
   constexpr int kGathered = 8192;  // floats: 32 KiB
   const int columns = s.c1 - s.c0;
   float gathered[kGathered];
-  const bool gather = s.n > 1 && s.dim * columns <= kGathered;
+  const bool gather = s.n > 1 && int64_t(s.dim) * columns <= kGathered;
   float* state = gather ? gathered : s.state + s.c0;
   const int pitch = gather ? columns : s.dim;
   const auto copy = [&](bool in) {
@@ -185,11 +185,16 @@ void store_kv(const float* x, int n, Type type, uint8_t* dst) {
   } else {
     for (int b = 0; b < n / 32; b++) {
       BlockQ8_0 block;
-      float top = 0;
-      for (int i = 0; i < 32; i++) top = fmaxf(top, fabsf(x[32 * b + i]));
-      const float d = top / 127.0f, inverse = d > 0 ? 1.0f / d : 0.0f;
-      for (int i = 0; i < 32; i++) block.qs[i] = int8_t(lrintf(x[32 * b + i] * inverse));
-      block.d = float_to_f16(d);
+      float top = 0, poison = 0;  // NaN if any value is NaN or infinite
+      for (int i = 0; i < 32; i++) {
+        top = fmaxf(top, fabsf(x[32 * b + i]));
+        poison += x[32 * b + i] * 0.0f;
+      }
+      const bool finite = poison == 0;
+      const float d = top / 127.0f, inverse = d > 0 && finite ? 1.0f / d : 0.0f;
+      for (int i = 0; i < 32; i++)
+        block.qs[i] = finite ? int8_t(lrintf(x[32 * b + i] * inverse)) : int8_t(0);
+      block.d = float_to_f16(d + poison);
       memcpy(dst + sizeof block * size_t(b), &block, sizeof block);
     }
   }
@@ -298,7 +303,7 @@ void attention(const AttentionTile& t) {
       for (int p = 0; p < kKeyBlock; p += kLanes) {
         const vf raw = load(s + p);
         const vf e = vexp(raw - top);
-        const vf w = raw > splat(-INFINITY) ? e : vf{};
+        const vf w = raw == splat(-INFINITY) ? vf{} : e;  // a NaN stays one
         store(s + p, w);
         total += w;
       }

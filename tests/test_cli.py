@@ -144,6 +144,21 @@ def test_doctor_tells_what_there_is() -> None:
         assert part in done.stdout.decode()
 
 
+def test_a_locale_without_unicode_is_no_traceback(model: Path) -> None:
+    command = [*COMMAND, "run", "-m", str(model), "-p", "x", "-n", "40", "--ignore-eos"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, env=env, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+def test_closed_streams_are_no_traceback(model: Path) -> None:
+    line = " ".join(f"'{part}'" for part in [*COMMAND, "run", "-m", str(model)])
+    done = subprocess.run(["sh", "-c", line + " <&-"], capture_output=True)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    done = subprocess.run(["sh", "-c", line + " -p x >&-"], capture_output=True)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
 def test_help_and_version() -> None:
     for arguments in (["--help"], ["run", "--help"], ["--version"]):
         done = deskside(*arguments)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +89,43 @@ def test_a_continued_prompt_reuses_the_cache(llm: LLM) -> None:
     assert fresh.timings.cached_tokens == 0 and fresh.tokens == again.tokens
 
 
+def test_keys_and_values_are_cut_back_where_nothing_else_is_carried() -> None:
+    llm = LLM(tiny("tiny-llama", "F32"), ctx=256)
+    first = llm.generate(IDS, GREEDY)
+    again = llm.generate(IDS, GREEDY)
+    assert again.tokens == first.tokens and again.timings.cached_tokens == len(IDS) - 1
+    other = [*IDS[:25], 7, 8, 9]
+    cut = llm.generate(other, GREEDY)
+    assert cut.timings.cached_tokens == 25
+    llm.reset()
+    assert llm.generate(other, GREEDY).tokens == cut.tokens
+
+
+def test_a_stream_ends_when_another_generation_begins(llm: LLM) -> None:
+    first = llm.stream(IDS, GREEDY)
+    next(first)
+    llm.generate(IDS[:5], GREEDY)
+    with pytest.raises(DesksideError, match="another generation"):
+        next(first)
+
+
+def test_an_interrupted_step_leaves_a_model_that_works() -> None:
+    slow = LLM(tiny(), ctx=8192, ubatch=8192)
+    expected = slow.generate(IDS, GREEDY).tokens
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            slow.logits(IDS * 200)
+    timer.cancel()
+    assert slow.generate(IDS, GREEDY).tokens == expected
+
+
+def test_placement_options_are_accepted() -> None:
+    with pytest.warns(UserWarning, match="cpu_moe, override_tensor"):
+        LLM(tiny(), ctx=64, cpu_moe=True, override_tensor=["exps=CPU"])
+
+
 def test_generation_ends_with_the_context() -> None:
     llm = LLM(tiny(), ctx=48)
     out = llm.generate(IDS, SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
@@ -120,6 +160,8 @@ def test_zero_tokens_may_be_asked_for(llm: LLM) -> None:
         ({"ctv": "iq4_nl"}, "-ctv iq4_nl"),
         ({"backend": "tpu"}, "tpu"),
         ({"isa": "avx9000"}, "avx9000"),
+        ({"isa": 5}, "isa"),
+        ({"ctk": None}, "ctk"),
         ({"speed": 11}, "speed"),
     ],
 )
@@ -137,6 +179,9 @@ def test_bad_prompts_are_refused(llm: LLM) -> None:
     ):
         with pytest.raises(DesksideError, match=part):
             llm.generate(prompt)
+    for ids in ([1.5, 2.5], ["a"], [[1, 2]]):
+        with pytest.raises(DesksideError, match="flat list"):
+            llm.logits(ids)  # type: ignore[arg-type]
     with pytest.raises(DesksideError, match="add up"):
         llm.logits(IDS, chunks=[1, 2])
 

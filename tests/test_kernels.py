@@ -113,6 +113,18 @@ def test_extreme_activations_do_not_overflow(isa: str) -> None:
     np.testing.assert_array_equal(np.abs(got), np.full((6, 3), 128 * 127 * n, np.float32))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "F32"])
+def test_nan_and_infinity_are_not_rounded_away(name: str, bad: float, isa: str) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((6, 256)).astype(np.float32)
+    x[2, 100] = bad
+    got = matmul(random_blocks(BY_NAME[name], 5, 256, rng), BY_NAME[name], x, isa)
+    finite = np.isfinite(got)
+    assert not finite[2].any() and finite[[0, 1, 3, 4, 5]].all()
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL", "F32"])
 def test_threads_change_nothing(name: str) -> None:
     rng = np.random.default_rng(5)
@@ -146,3 +158,5 @@ def test_bad_calls_are_refused() -> None:
         program.run(np.zeros(3, np.int32), np.array([(0, 0, 3)], np.int32), row, out)
     with pytest.raises(ValueError, match="type without a kernel"):
         program.embed(table, 99, 32, (0, 32))
+    with pytest.raises(ValueError, match="wrong length"):
+        program.embed(table, 0, 33, (0, 33))

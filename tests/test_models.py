@@ -48,6 +48,7 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
         ("general.architecture", None, "general.architecture"),
         ("qwen35moe.block_count", None, "missing"),
         ("qwen35moe.block_count", 0, "0 layers"),
+        ("qwen35moe.context_length", 0, "at least 1"),
         ("qwen35moe.block_count", "many", "'many'"),
         ("qwen35moe.embedding_length", np.int32(-4), "-4"),
         ("qwen35moe.attention.head_count_kv", 0, "at least 1"),
@@ -62,6 +63,11 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_hyper_parameters_are_named(tmp_path: Path, key: str, value: Any, part: str) -> None:
     refused(rewrite(tiny(), tmp_path / "m.gguf", metadata={key: value}), key, part)
+
+
+def test_fused_tensors_are_named(tmp_path: Path) -> None:
+    names = {"blk.0.ffn_gate_exps.weight": "blk.0.ffn_gate_up_exps.weight"}
+    refused(rewrite(tiny(), tmp_path / "m.gguf", rename=names), "fused ffn_gate_up_exps")
 
 
 def test_mtp_tensors_are_left_alone(tmp_path: Path) -> None:
@@ -80,4 +86,5 @@ def test_recurrent_layers_may_be_listed(tmp_path: Path) -> None:
     path = rewrite(tiny(), tmp_path / "m.gguf", metadata={key: listed})
     kinds = {op.layer for op in build_tape(GGUF.open(path)).ops if op.kind == "attention"}
     assert kinds == {3}
-    refused(rewrite(tiny(), tmp_path / "m.gguf", metadata={key: listed[:2]}), key)
+    for bad in (listed[:2], True, "all", ["a", "b", "c", "d"], np.full(4, 7)):
+        refused(rewrite(tiny(), tmp_path / "m.gguf", metadata={key: bad}), key)

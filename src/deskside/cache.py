@@ -12,6 +12,7 @@ per KV head. The recurrent states stay float32: half precision breaks the model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ def cache_bytes(
     """Bytes of one sequence at `n_ctx` positions: (keys and values, recurrent state)."""
     kv = recurrent = 0
     for state in states:
-        elements = sum(int(np.prod(s)) for s in state_shapes(state, n_ctx, k_type, v_type))
+        elements = sum(math.prod(s) for s in state_shapes(state, n_ctx, k_type, v_type))
         if isinstance(state, KVState):
             kv += elements
         else:

@@ -5,7 +5,6 @@ Modules that load slowly are imported by the command that needs them.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,7 +96,13 @@ def run(
         int, Option("-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit")
     ] = -1,
     ctx: Annotated[
-        int, Option("-c", "--ctx-size", help="context in tokens; 0 = the model's own")
+        int | None,
+        Option(
+            "-c",
+            "--ctx-size",
+            help="context in tokens; 0 = the model's own",
+            show_default="4096, or the model's own if less",
+        ),
     ] = DEFAULTS.ctx,
     threads: Annotated[
         int, Option("-t", "--threads", help="threads; 0 = one per usable core")
@@ -310,6 +315,8 @@ def main() -> None:
     for line in notes:
         console.note(line)
     code = 0
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(2)  # closed: nobody could read a result or a reason
     try:
         result = app(args=arguments, prog_name="deskside", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -317,16 +324,14 @@ def main() -> None:
         console.error(str(failure))
         code = 2
     except USAGE_ERROR as failure:
-        console.error(failure.format_message())
+        # Without arguments the help has been shown and there is nothing to add.
+        if message := failure.format_message().strip():
+            console.error(message)
         console.err.print("see deskside --help, or deskside COMMAND --help", style="dim")
         code = 2
     except (KeyboardInterrupt, EOFError, typer.Abort):
         console.err.print("interrupted")
         code = 130
-    except BrokenPipeError:
-        # The reader of our output went away; nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
     except OSError as failure:
         name = f"{failure.filename}: " if failure.filename else ""
         console.error(f"{name}{failure.strerror or failure}")

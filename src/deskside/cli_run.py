@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from importlib import resources
 from pathlib import Path
@@ -37,16 +39,17 @@ def main(
         raise DesksideError("-p and -f both give a prompt; use one of them")
     if file is not None:
         prompt = _decode(file.read_bytes(), str(file))
-    elif prompt is None and not sys.stdin.isatty():
-        prompt = _decode(sys.stdin.buffer.read(), "stdin")
+    elif prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
+        prompt = _decode(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
     if system is not None and not chat:
         raise DesksideError("-sys is a chat message; it has no place with --no-chat")
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
     path = model or demo_model()
-    # A demo's context is what it was trained for, if the user asks for no other.
-    llm = LLM(path, **_fitting(path, options))
+    llm = LLM(path, **options)
     if llm.config.threads > llm.config.n_threads:
         asked, running = llm.config.threads, llm.config.n_threads
         note(f"-t {asked} is more than the usable cores; running {running}")
@@ -61,21 +64,7 @@ def main(
     elif chat:
         conversation.answer(prompt)
     else:
-        _show(llm.stream(prompt, params))
-
-
-def _fitting(path: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with the default context cut to a model that was trained for less."""
-    from deskside.config import EngineConfig
-    from deskside.gguf import GGUF
-
-    if options["ctx"] != EngineConfig().ctx:
-        return options
-    file = GGUF.open(path)
-    own = file.get(f"{file.get('general.architecture')}.context_length")
-    if isinstance(own, int) and 0 < own < options["ctx"]:
-        return {**options, "ctx": own}
-    return options
+        _show(llm.stream(prompt, params), [])
 
 
 class _Conversation:
@@ -94,13 +83,17 @@ class _Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self.llm.template.render(messages, enable_thinking=self.think)
         stream = self.llm.stream(self.llm.tokenize(rendered, add_bos=False), self.params)
-        answer = _show(stream)
         # Where the template opened the thinking, the answer's text begins inside it.
-        opened = "<think>\n" if rendered.endswith("<think>\n") else ""
-        self.messages = [*messages, {"role": "assistant", "content": opened + answer}]
+        pieces = ["<think>\n"] if rendered.endswith("<think>\n") else []
+        try:
+            _show(stream, pieces)
+        finally:
+            answer = {"role": "assistant", "content": "".join(pieces)}
+            self.messages = [*messages, answer]
 
     def loop(self) -> None:
-        import readline  # noqa: F401  (gives input() its line editing)
+        with contextlib.suppress(ImportError):  # gives input() its line editing
+            import readline  # noqa: F401
 
         while True:
             try:
@@ -124,11 +117,12 @@ class _Conversation:
                     self.answer(text)
                 except DesksideError as failure:
                     err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
+                except KeyboardInterrupt:
+                    err.print("stopped", style="dim")
 
 
-def _show(stream: Stream) -> str:
-    """Print an answer as it comes, then its figures; Ctrl-C ends it early."""
-    pieces: list[str] = []
+def _show(stream: Stream, pieces: list[str]) -> None:
+    """Print an answer as it comes, then its figures; Ctrl-C ends it. Text goes to `pieces`."""
     stopped = False
     try:
         for chunk in stream:
@@ -140,10 +134,11 @@ def _show(stream: Stream) -> str:
     sys.stdout.write("\n")
     sys.stdout.flush()
     err.print(_figures(stream.timings, "stopped" if stopped else stream.stop_reason), style="dim")
-    return "".join(pieces)
 
 
 def _figures(t: Timings, reason: str) -> str:
+    if not t.prompt_seconds:
+        return f"ended by {reason} during prefill"
     cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
     prefill = f"prefill {t.prompt_tokens} tokens{cached}"
     if t.prompt_seconds:

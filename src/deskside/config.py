@@ -18,7 +18,8 @@ def usable_cores() -> int:
 class EngineConfig:
     """Validated once, here. Flags of the command line have the same names.
 
-    ctx        context in tokens; 0 for the model's own; at most the model's own
+    ctx        context in tokens, at most the model's own; 0 for the model's own; None for 4096 or
+               the model's own, whichever is less
     threads    0 for one per usable core
     ubatch     most tokens computed in one step of prefill
     ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
@@ -26,7 +27,7 @@ class EngineConfig:
     isa        a compiled instruction set; None for the fastest one here
     """
 
-    ctx: int = 4096
+    ctx: int | None = None
     threads: int = 0
     ubatch: int = 512
     ctk: str = "f16"
@@ -36,12 +37,17 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for flag, value, least in (
-            ("-c/ctx", self.ctx, 0),
+            ("-c/ctx", 0 if self.ctx is None else self.ctx, 0),
             ("-t/threads", self.threads, 0),
             ("-ub/ubatch", self.ubatch, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
+        for name in ("ctk", "ctv", "backend"):
+            if not isinstance(getattr(self, name), str):
+                raise DesksideError(f"{name} is {getattr(self, name)!r}; expected text")
+        if not isinstance(self.isa, str | None):
+            raise DesksideError(f"isa is {self.isa!r}; expected a name or None")
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):

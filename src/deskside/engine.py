@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
+from deskside.tape import KVState
 from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Files up to this size are checked for NaN and infinity in full when they are loaded.
 CHECK_BYTES = 1 << 30
+DEFAULT_CTX = 4096
+# Placement options of the public contract: accepted, for there is one place to put things yet.
+PLACEMENT = frozenset({"cpu_moe", "override_tensor", "devices"})
 
 __all__ = ["LLM", "Chunk", "Completion", "Timings"]
 
@@ -87,11 +92,14 @@ class LLM:
     """
 
     def __init__(self, path: str | Path, **options: Any) -> None:
-        try:
-            self.config = EngineConfig(**options)
-        except TypeError:
-            unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
-            raise DesksideError(f"unknown option {', '.join(unknown)}") from None
+        placement = sorted(PLACEMENT & options.keys())
+        if placement:
+            warnings.warn(f"{', '.join(placement)}: deskside runs on the CPU only", stacklevel=2)
+        options = {name: value for name, value in options.items() if name not in PLACEMENT}
+        unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise DesksideError(f"unknown option {', '.join(unknown)}")
+        self.config = EngineConfig(**options)
         self.file = GGUF.open(path)
         self.tokenizer = Tokenizer.from_metadata(self.file.metadata, str(path))
         self.tape = build_tape(self.file)
@@ -115,6 +123,8 @@ class LLM:
             self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
         )
         self._cached: list[int] = []
+        self._can_cut = all(isinstance(state, KVState) for state in self.tape.states)
+        self._stream: Stream | None = None
         self._banned = self.tokenizer.banned(self.tape.n_vocab)
         self._template: ChatTemplate | None = None
 
@@ -130,7 +140,8 @@ class LLM:
         self.file.check_values(weights)
 
     def _context(self) -> int:
-        ctx = self.config.ctx or self.tape.n_ctx_train
+        own = self.tape.n_ctx_train
+        ctx = min(DEFAULT_CTX, own) if self.config.ctx is None else self.config.ctx or own
         if ctx > self.tape.n_ctx_train:
             raise DesksideError(
                 f"-c {ctx} is more than the model's context of {self.tape.n_ctx_train} tokens"
@@ -143,7 +154,7 @@ class LLM:
         free = available_memory()
         if needed > free:
             raise DesksideError(
-                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, but {free / 1e9:.1f} are free; "
+                f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, of {free / 1e9:.1f} GB free; "
                 "lower -c or use -ctk q8_0 -ctv q8_0"
             )
 
@@ -185,6 +196,7 @@ class LLM:
             raise DesksideError(
                 f"chunks {list(chunks)} must be 1 to {self.ubatch} each and add up to {len(tokens)}"
             )
+        self._stream = None
         self.reset()
         out = np.empty((len(tokens), self.tape.n_vocab), np.float32)
         start = 0
@@ -207,8 +219,8 @@ class LLM:
 
     def reset(self) -> None:
         """Forget the sequence in the cache."""
+        self._cached = []  # first: an interruption must not leave tokens that are half cleared
         self.cache.clear(0)
-        self._cached = []
 
     def _checked(self, ids: Sequence[int]) -> NDArray[np.int32]:
         if len(ids) == 0:
@@ -219,6 +231,8 @@ class LLM:
                 "raise -c or shorten the prompt"
             )
         tokens = np.asarray(ids)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise DesksideError("token ids must be a flat list of whole numbers")
         bad = (tokens < 0) | (tokens >= self.tape.n_vocab)
         if bad.any():
             raise DesksideError(
@@ -245,11 +259,16 @@ class LLM:
     def _prefill(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.float32], int]:
         """Logits of the last token, and how many tokens the cache already held.
 
-        The cached sequence is continued where the prompt extends it; recurrent state cannot be cut
-        back, so any other prompt starts anew.
+        The cached sequence is continued where the prompt extends it. Keys and values can also be
+        cut back to what both have in common; recurrent state cannot, so there any other prompt
+        starts anew.
         """
-        n = len(self._cached)
-        if not (0 < n < len(tokens) and tokens[:n].tolist() == self._cached):
+        shared = min(len(self._cached), len(tokens) - 1)
+        differing = np.flatnonzero(tokens[:shared] != np.array(self._cached[:shared], np.int32))
+        n = int(differing[0]) if len(differing) else shared
+        if n > 0 and (n == len(self._cached) or self._can_cut):
+            self._cached = self._cached[:n]
+        else:
             n = 0
             self.reset()
         logits = np.empty((0, 0), np.float32)
@@ -261,7 +280,11 @@ class LLM:
 
 
 class Stream(Iterator[Chunk]):
-    """Generation as an iterator; `timings` and `stop_reason` are right after every step."""
+    """Generation as an iterator. `timings` are right after every step, `stop_reason` at the end.
+
+    A stream belongs to its model's one sequence: when another generation begins, it ends with a
+    DesksideError.
+    """
 
     def __init__(self, llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> None:
         self._llm = llm
@@ -291,6 +314,7 @@ class Stream(Iterator[Chunk]):
 
     def _generate(self) -> Iterator[Chunk]:
         llm, t = self._llm, self.timings
+        llm._stream = self
         began = time.perf_counter()
         logits, t.cached_tokens = llm._prefill(self._prompt)
         t.prompt_tokens = len(self._prompt) - t.cached_tokens
@@ -302,6 +326,8 @@ class Stream(Iterator[Chunk]):
         first, token = 0.0, -1
         self.stop_reason = "length" if limit <= room else "context"
         for step in range(limit):
+            if llm._stream is not self:
+                raise DesksideError("another generation has begun on this model; this one is over")
             if step > 0:
                 logits = llm._step(np.array([token], np.int32), np.array([0]))[0]
             token = self._sampler.sample(logits)
@@ -309,10 +335,10 @@ class Stream(Iterator[Chunk]):
             if step == 0:
                 first = now
                 t.first_seconds = now - self._started
-            t.decode_seconds = now - first
             if token in llm.tokenizer.stop_ids:
                 self.stop_reason = "stop"
                 break
+            t.decode_seconds = now - first
             self._sampler.accept(token)
             self.tokens.append(token)
             t.generated_tokens = len(self.tokens)
@@ -322,6 +348,9 @@ class Stream(Iterator[Chunk]):
                 self.stop_reason = "stop"
                 return
         text, hit = self._stops.push(self._decoder.flush())
-        text += "" if hit else self._stops.flush()
+        if hit:
+            self.stop_reason = "stop"
+        else:
+            text += self._stops.flush()
         if text:
             yield Chunk(None, text)

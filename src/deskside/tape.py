@@ -25,7 +25,8 @@ Ops and the order of their `weights` (shapes in ggml order, fastest dimension fi
 | experts      | x, ids, w     | gate, up, down (.., .., E)   |                                    |
 | take_rows    | x             |                              |                                    |
 
-`backends/reference.py` states what each op means.
+`backends/reference.py` states what each op means. An executor may overwrite the inputs of
+`gated_delta`: nothing else reads them.
 """
 
 from __future__ import annotations

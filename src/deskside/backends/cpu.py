@@ -13,6 +13,7 @@ from deskside.backends.buffers import group_linears, plan_buffers
 from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.system import available_memory
 from deskside.tape import Op, Tape, Value
 
 Place = tuple[int, int]  # offset into the arena, width
@@ -30,17 +31,27 @@ class CpuBackend:
     ) -> None:
         self.tape = tape
         self._cache: Cache | None = None
-        steps = group_linears(tape.ops)
-        offsets, arena = plan_buffers(steps, max_tokens, tape.logits)
         try:
-            self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+            _native.choose(isa or "")
         except ValueError as error:
             raise DesksideError(f"--isa {isa}: {error}") from None
-        lowering = _Lowering(self.program, file, tape, offsets)
-        for step in steps:
-            lowering.lower(step)
-        self.program.finish()
-        self.steps = steps
+        self.steps = group_linears(tape.ops)
+        offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
+        too_large = DesksideError(
+            f"-ub {max_tokens} needs {4 * arena / 1e9:.1f} GB and more of work memory; lower it"
+        )
+        if 4 * arena > available_memory():
+            raise too_large
+        try:
+            self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+            lowering = _Lowering(self.program, file, tape, offsets)
+            for step in self.steps:
+                lowering.lower(step)
+            self.program.finish()
+        except MemoryError:
+            raise too_large from None
+        except ValueError as error:
+            raise DesksideError(f"{file.path}: {error}") from None
 
     @property
     def isa(self) -> str:

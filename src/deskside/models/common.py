@@ -15,9 +15,9 @@ class Model:
         self.arch = arch
         self.used: set[str] = set()
         self.n_layers = self.count("block_count") - self.count("nextn_predict_layers", 0)
-        self.n_embd = self.count("embedding_length")
+        self.n_embd = self.positive("embedding_length")
         self.eps = self.real("attention.layer_norm_rms_epsilon")
-        self.n_ctx_train = self.count("context_length")
+        self.n_ctx_train = self.positive("context_length")
         if self.n_layers < 1:
             raise self.bad("block_count", f"leaves {self.n_layers} layers to run")
 
@@ -49,9 +49,7 @@ class Model:
         heads = self.positive("attention.head_count")
         kv_heads = self.positive("attention.head_count_kv", heads)
         if heads % kv_heads:
-            raise self.bad(
-                "attention.head_count", f"is {heads}, no multiple of {kv_heads} KV heads"
-            )
+            raise self.bad("attention.head_count", f"is {heads}, no multiple of {kv_heads}")
         return heads, kv_heads
 
     def n_rot(self, head_dim: int, default: int | None = None) -> int:
@@ -71,9 +69,7 @@ class Model:
         """The tensor `name`, whose ggml shape (fastest dimension first) must be `shape`."""
         info = self.file.tensors.get(name)
         if info is None:
-            raise DesksideError(
-                f"{self.file.path}: tensor {name} is missing; is the file complete?"
-            )
+            raise DesksideError(f"{self.file.path}: tensor {name} is missing; {self._reason(name)}")
         if info.shape != shape:
             raise DesksideError(
                 f"{self.file.path}: tensor {name} has shape {list(info.shape)}; "
@@ -81,6 +77,12 @@ class Model:
             )
         self.used.add(name)
         return info
+
+    def _reason(self, name: str) -> str:
+        for part, fused in (("ffn_gate_exps", "ffn_gate_up_exps"), ("attn_q", "attn_qkv")):
+            if f".{part}." in name and self.has(name.replace(part, fused)):
+                return f"the file has a fused {fused}, which is not supported yet"
+        return "is the file complete?"
 
     def head(self, t: TapeBuilder, x: Value, token_embd: TensorInfo) -> Value:
         """Output norm and LM head; without an `output.weight` the embedding serves as head."""

@@ -35,7 +35,9 @@ def attention_layers(m: Model) -> list[bool]:
     """Which layers are full attention: as listed, or every `full_attention_interval`-th."""
     recurrent = m.file.get(f"{m.arch}.attention.recurrent_layers")
     if recurrent is not None:
-        flags = np.asarray(recurrent).astype(bool).tolist()
+        flags = recurrent.tolist() if isinstance(recurrent, np.ndarray) else None
+        if flags is None or not all(flag in (0, 1) for flag in flags):
+            raise m.bad("attention.recurrent_layers", "is no list of booleans")
         if len(flags) < m.n_layers:
             raise m.bad("attention.recurrent_layers", f"names {len(flags)} of {m.n_layers} layers")
         return [not flag for flag in flags[: m.n_layers]]
