@@ -201,11 +201,23 @@ class Terminal:
         assert found, f"ended without {text!r}: {before!r}"
         return before
 
+    def say(self, text: str) -> None:
+        """Type at the prompt: before it, the terminal's own line editing would take Ctrl-D."""
+        self.wait_for("> ")
+        time.sleep(0.2)
+        self.send(text)
+
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def exit_code(self, seconds: float = 60) -> int:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        raise AssertionError("the program did not end")
 
 
 @contextmanager
@@ -224,33 +236,30 @@ def chat(*arguments: str) -> Iterator[Terminal]:
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(model: Path) -> None:
     with chat("-m", str(model), "--ignore-eos", "-c", "8192") as terminal:
-        terminal.wait_for("> ")
-        terminal.send("tell me everything\n")
+        terminal.say("tell me everything\n")
         terminal.wait_for("\n")  # the echo
         time.sleep(1.0)
         terminal.send("\x03")
         terminal.wait_for("ended by stopped")
-        terminal.wait_for("> ")
-        terminal.send("\x03")
+        terminal.say("\x03")
         terminal.wait_for("Ctrl-D ends")
-        terminal.send("/exit\n")
+        terminal.say("/exit\n")
         assert terminal.exit_code() == 0
 
 
 def test_a_conversation_goes_on_and_can_be_cleared(model: Path) -> None:
     with chat("-m", str(model), "-n", "4", "--temp", "0", "-c", "200") as terminal:
-        terminal.wait_for("> ")
-        terminal.send("one two three four five six seven eight nine ten\n")
+        terminal.say("one two three four five six seven eight nine ten\n")
         first = terminal.wait_for("ended by").split("prefill ")[1]
-        terminal.send("and then\n")
+        terminal.say("and then\n")
         second = terminal.wait_for("ended by").split("prefill ")[1]
         assert int(second.split()[0]) != int(first.split()[0])
-        terminal.send("many words " * 80 + "\n")
+        terminal.say("many words " * 80 + "\n")
         terminal.wait_for("/clear starts anew")
-        terminal.send("/clear\n")
-        terminal.send("\n")
-        terminal.send("one two three four five six seven eight nine ten\n")
+        terminal.say("/clear\n")
+        terminal.say("\n")
+        terminal.say("one two three four five six seven eight nine ten\n")
         third = terminal.wait_for("ended by").split("prefill ")[1]
         assert third.split()[0] == first.split()[0]
-        terminal.send("\x04")
+        terminal.say("\x04")
         assert terminal.exit_code() == 0
