@@ -6,6 +6,12 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f -not -name '*.pyc' -not -name '*.so')
 QUESTION := Hello, who are you?
 
+# The packages of an extra in pyproject.toml, without building deskside again.
+define install_extra
+@$(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'], sep='\n')" > $(VENV)/$(1).txt
+$(PIP) install -r $(VENV)/$(1).txt
+endef
+
 .PHONY: run test check fast format clean
 
 # Without a terminal there is nobody to talk to: ask one question.
@@ -37,12 +43,12 @@ $(VENV)/built: $(PY) $(SOURCES)
 	@touch $@
 
 $(VENV)/tools: $(VENV)/built
-	$(PIP) install '.[test]'
+	$(call install_extra,test)
 	@touch $@
 
 $(VENV)/oracles: $(VENV)/tools
 	@echo "installing the engines that deskside is compared with"
-	$(PIP) install '.[test,oracles]'
+	$(call install_extra,oracles)
 	$(PY) -m tests.oracles.fetch
 	@touch $@
 
