@@ -128,8 +128,8 @@ Made by
     deskside convert CHECKPOINT demo-f32.gguf --outtype f32
     python benchmarks/quants_table.py demo-f32.gguf benchmarks/heldout.txt --out docs/QUANTS.md
 
-with the checkpoint of `tools/train_demo`. A model this small feels rounding more than a large one;
-the order of the types carries over, the size of the changes does not.
+with the checkpoint of `tools/train_demo`. The sizes of the changes are those of this small model;
+large models are usually hurt less.
 """
     if args.out:
         args.out.write_text(page, encoding="utf-8")
