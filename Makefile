@@ -16,7 +16,8 @@ endef
 
 # Without a terminal there is nobody to talk to: ask one question.
 run: $(VENV)/built
-	@if [ -t 0 ]; then $(VENV)/bin/deskside run; else $(VENV)/bin/deskside run -n 200 -p "$(QUESTION)"; fi
+	@if [ -t 0 ]; then set --; else set -- -n 200 -p "$(QUESTION)"; fi; \
+	  $(VENV)/bin/deskside run --temp 0.3 "$$@"
 
 test: $(VENV)/oracles check
 	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from deskside.cache import kv_type
 from deskside.errors import DesksideError
-
-
-def usable_cores() -> int:
-    """Logical CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
+from deskside.system import usable_cores
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deskside import _native
-from deskside.config import usable_cores
-from deskside.system import available_memory, cpu_flags, cpu_name, total_memory
+from deskside.system import (
+    available_memory,
+    cpu_flags,
+    cpu_name,
+    total_memory,
+    usable_cores,
+)
 
 # What the kernels could use, as the Linux kernel spells it.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")

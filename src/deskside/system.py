@@ -7,6 +7,17 @@ import platform
 from pathlib import Path
 
 
+def usable_cores() -> int:
+    """Logical CPUs that this process may keep busy: its affinity, within a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    # cgroup v2: microseconds of CPU per period of microseconds, or "max".
+    for line in _lines("/sys/fs/cgroup/cpu.max"):
+        quota, _, period = line.partition(" ")
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
 def cpu_name() -> str:
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
