@@ -12,6 +12,8 @@ namespace deskside {
 namespace {
 
 constexpr int kMaxDirect = 4;
+// Bytes ahead: the hardware's prefetcher stops at the end of a 4 KiB page.
+constexpr int64_t kPrefetch = 2048;
 
 // ---- one block of 32 products -------------------------------------------------------------------
 
@@ -109,7 +111,8 @@ void dot_direct(const uint8_t* row, int64_t cols, const Activation* x, float* y,
   const float d = row_scale<T>(row);
   const auto* blocks = row_blocks<T>(row);
   for (int64_t b = 0; b < cols / (32 * Tr::groups); b++) {
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(blocks + b) + 1024);
+    for (size_t line = 0; line < sizeof(*blocks); line += 64)
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(blocks + b) + kPrefetch + line);
     decode<T>(blocks[b], d, w, scale, min);
     for (int g = 0; g < Tr::groups; g++) {
       const int64_t block = b * Tr::groups + g;
