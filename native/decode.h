@@ -47,11 +47,16 @@ inline void copy_32(const int8_t* from, int8_t* to) {
 
 // 16 bytes of nibbles through a 16-entry table: low nibbles to w[0..15], high ones to w[16..31].
 #if defined(__AVX2__)
+// A byte a nibble: the low ones of 16 bytes, then the high ones.
+inline __m256i split_nibbles(__m128i x) {
+  const __m256i pair = _mm256_set_m128i(_mm_srli_epi16(x, 4), x);
+  return _mm256_and_si256(pair, _mm256_set1_epi8(15));
+}
+
 inline void look_up(__m128i x, const int8_t* table, int8_t* w) {
   const __m256i t =
       _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  const __m256i pair = _mm256_set_m128i(_mm_srli_epi16(x, 4), x);
-  const __m256i values = _mm256_shuffle_epi8(t, _mm256_and_si256(pair, _mm256_set1_epi8(15)));
+  const __m256i values = _mm256_shuffle_epi8(t, split_nibbles(x));
   // One store as wide as the load that follows: two halves could not be forwarded to it.
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(w), values);
 }
@@ -95,9 +100,7 @@ inline int look_up_kss(const uint16_t* q, int8_t* w) {
 // 16 bytes of nibbles to integers, low ones first: bit i of `fifth` is the fifth bit of weight i.
 inline void nibbles(const uint8_t* x, uint32_t fifth, int offset, int8_t* w) {
 #if defined(__AVX2__)
-  const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  const __m256i low =
-      _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
+  const __m256i low = split_nibbles(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   // Byte i / 8 of `fifth` in byte i of the vector, then bit i % 8 of it.
   const __m256i bytes = _mm256_shuffle_epi8(
       _mm256_set1_epi32(int(fifth)),

@@ -12,6 +12,7 @@
 #include "bandwidth.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "quants.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,14 +34,28 @@ Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p)}; }
 
 // Bytes of a row of n weights; -1 for a type without a kernel or rows that are no whole blocks.
 int64_t row_bytes(int type, int64_t n) {
-  struct { int type, block, bytes, header; } const table[] = {
-      {0, 1, 4, 0},      {1, 1, 2, 0},      {2, 32, 18, 0},    {3, 32, 20, 0},   {6, 32, 22, 0},
-      {7, 32, 24, 0},    {8, 32, 34, 0},    {12, 256, 144, 0}, {13, 256, 176, 0},
-      {14, 256, 210, 0}, {20, 32, 18, 0},   {23, 256, 136, 0}, {30, 1, 2, 0},
-      {144, 256, 136, 4}, {146, 256, 128, 4},
+  struct {
+    Type type;
+    int block, bytes, header;
+  } const table[] = {
+      {Type::F32, 1, 4, 0},
+      {Type::F16, 1, 2, 0},
+      {Type::BF16, 1, 2, 0},
+      {Type::Q4_0, 32, sizeof(BlockQ4_0), 0},
+      {Type::Q4_1, 32, sizeof(BlockQ4_1), 0},
+      {Type::Q5_0, 32, sizeof(BlockQ5_0), 0},
+      {Type::Q5_1, 32, sizeof(BlockQ5_1), 0},
+      {Type::Q8_0, 32, sizeof(BlockQ8_0), 0},
+      {Type::Q4_K, 256, sizeof(BlockQ4_K), 0},
+      {Type::Q5_K, 256, sizeof(BlockQ5_K), 0},
+      {Type::Q6_K, 256, sizeof(BlockQ6_K), 0},
+      {Type::IQ4_NL, 32, sizeof(BlockIQ4_NL), 0},
+      {Type::IQ4_XS, 256, sizeof(BlockIQ4_XS), 0},
+      {Type::IQ4_KS, 256, sizeof(BlockIQ4_KS), 4},
+      {Type::IQ4_KSS, 256, sizeof(BlockIQ4_KSS), 4},
   };
   for (const auto& t : table)
-    if (t.type == type) return n % t.block ? -1 : n / t.block * t.bytes + t.header;
+    if (int(t.type) == type) return n % t.block ? -1 : n / t.block * t.bytes + t.header;
   return -1;
 }
 

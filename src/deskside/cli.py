@@ -13,6 +13,7 @@ import typer
 
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
+from deskside.sampler import SamplingParams
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
 DEFAULTS = EngineConfig()
+SAMPLING = SamplingParams()
 # llama.cpp's flags that have no meaning here (yet): accepted, so that a command line for
 # llama-cli starts deskside unchanged, with a note that they did nothing.
 _NO_GPU = "deskside runs on the CPU; nothing to place"
@@ -116,16 +118,22 @@ def run(
     ctv: Annotated[
         str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
     ] = DEFAULTS.ctv,
-    temp: Annotated[float, Option("--temp", help="temperature; 0 = greedy")] = 0.8,
-    top_k: Annotated[int, Option("--top-k", help="0 = off")] = 40,
-    top_p: Annotated[float, Option("--top-p", help="1 = off")] = 0.95,
-    min_p: Annotated[float, Option("--min-p", help="0 = off")] = 0.05,
-    repeat_penalty: Annotated[float, Option("--repeat-penalty", help="1 = off")] = 1.0,
+    temp: Annotated[float, Option("--temp", help="temperature; 0 = greedy")] = SAMPLING.temperature,
+    top_k: Annotated[int, Option("--top-k", help="0 = off")] = SAMPLING.top_k,
+    top_p: Annotated[float, Option("--top-p", help="1 = off")] = SAMPLING.top_p,
+    min_p: Annotated[float, Option("--min-p", help="0 = off")] = SAMPLING.min_p,
+    repeat_penalty: Annotated[
+        float, Option("--repeat-penalty", help="1 = off")
+    ] = SAMPLING.repeat_penalty,
     repeat_last_n: Annotated[
         int, Option("--repeat-last-n", help="tokens that penalties look back on; -1 = all")
-    ] = 64,
-    presence_penalty: Annotated[float, Option("--presence-penalty", help="0 = off")] = 0.0,
-    frequency_penalty: Annotated[float, Option("--frequency-penalty", help="0 = off")] = 0.0,
+    ] = SAMPLING.repeat_last_n,
+    presence_penalty: Annotated[
+        float, Option("--presence-penalty", help="0 = off")
+    ] = SAMPLING.presence_penalty,
+    frequency_penalty: Annotated[
+        float, Option("--frequency-penalty", help="0 = off")
+    ] = SAMPLING.frequency_penalty,
     seed: Annotated[int, Option("-s", "--seed", help="-1 = random")] = -1,
     logit_bias: Annotated[
         list[str] | None,
@@ -142,7 +150,6 @@ def run(
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
     from deskside import cli_run
-    from deskside.sampler import SamplingParams
 
     params = SamplingParams(
         max_tokens=n_predict,
@@ -308,6 +315,8 @@ def main() -> None:
     """Entry point: bad input is one line and exit code 2, an interruption exit code 130."""
     from deskside import console
 
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(2)  # closed: nobody could read a result or a reason
     arguments = sys.argv[1:]
     notes: list[str] = []
     if arguments[:1] == ["run"]:
@@ -315,8 +324,6 @@ def main() -> None:
     for line in notes:
         console.note(line)
     code = 0
-    if sys.stdout is None or sys.stderr is None:
-        sys.exit(2)  # closed: nobody could read a result or a reason
     try:
         result = app(args=arguments, prog_name="deskside", standalone_mode=False)
         code = result if isinstance(result, int) else 0

@@ -140,9 +140,7 @@ def _figures(t: Timings, reason: str) -> str:
     if not t.prompt_seconds:
         return f"ended by {reason} during prefill"
     cached = f" ({t.cached_tokens} cached)" if t.cached_tokens else ""
-    prefill = f"prefill {t.prompt_tokens} tokens{cached}"
-    if t.prompt_seconds:
-        prefill += f" at {t.prefill_rate:.1f} tok/s"
+    prefill = f"prefill {t.prompt_tokens} tokens{cached} at {t.prefill_rate:.1f} tok/s"
     decode = f"decode {t.generated_tokens} tokens"
     if t.decode_rate:
         decode += f" at {t.decode_rate:.1f} tok/s"

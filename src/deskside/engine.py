@@ -21,6 +21,7 @@ from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.quants import QuantType
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
 from deskside.tape import KVState
@@ -107,7 +108,7 @@ class LLM:
         self.ctx = self._context()
         self.ubatch = min(self.config.ubatch, self.ctx)
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
-        self._check_memory()
+        self._check_memory(k_type, v_type)
         self.backend: Backend
         if self.config.backend == "cpu":
             self.backend = CpuBackend(
@@ -142,14 +143,11 @@ class LLM:
     def _context(self) -> int:
         own = self.tape.n_ctx_train
         ctx = min(DEFAULT_CTX, own) if self.config.ctx is None else self.config.ctx or own
-        if ctx > self.tape.n_ctx_train:
-            raise DesksideError(
-                f"-c {ctx} is more than the model's context of {self.tape.n_ctx_train} tokens"
-            )
+        if ctx > own:
+            raise DesksideError(f"-c {ctx} is more than the model's context of {own} tokens")
         return ctx
 
-    def _check_memory(self) -> None:
-        k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
+    def _check_memory(self, k_type: QuantType, v_type: QuantType) -> None:
         needed = sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type))
         free = available_memory()
         if needed > free:
@@ -209,7 +207,7 @@ class LLM:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Completion:
         """Complete a prompt, given as text or token ids."""
-        stream = Stream(self, prompt, params or SamplingParams())
+        stream = self.stream(prompt, params)
         text = "".join(chunk.text for chunk in stream)
         return stream.completion(text)
 
