@@ -1,7 +1,7 @@
 // The only interface across instruction sets: a table of kernels, one instance per compiled set.
 //
-// Files compiled once per instruction set (matmul.cpp, sequence.cpp) see only this header, quants.h,
-// simd.h and C headers, and keep everything but their table entry in internal linkage: a weak symbol
+// Files compiled once per instruction set see only this header, quants.h, simd.h and what they include
+// by name, and keep everything but their table entry in internal linkage: a weak symbol
 // from an AVX-512 file must never be picked for the baseline path.
 #pragma once
 
@@ -19,31 +19,43 @@ enum class Type : int32_t {
 
 static inline bool is_float(Type t) { return t == Type::F32 || t == Type::F16 || t == Type::BF16; }
 
-// A weight matrix in its file layout: `rows` rows of `cols` weights, `row_bytes` apart.
-struct Matrix {
+constexpr int kPanelRows = 16;
+
+// A weight matrix packed in panels of 16 rows (panel.h), `stride` bytes from a panel to the next.
+// Float types keep their rows one after another within a panel.
+struct Weights {
   const uint8_t* data;
   Type type;
-  int64_t rows, cols, row_bytes;
+  int64_t rows, cols, stride;
+
+  int64_t panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
 };
 
-// Activations: float rows for float weights, and for quantised weights the same rows in 8 bits:
-//   x[i] ~ q[i] * d[i / 32],   s[i / 32] = d * sum of the block's q  (for types with a minimum).
+// Rows of activations in 8 bits, for quantised weights. A row is one record:
+//   q    int8[cols]        x[i] ~ q[i] * d[i / 32]
+//   d    float[cols / 32]
+//   s    float[cols / 32]  d * sum of the block's q (for weights with a minimum)
+//   c32  int32[cols / 32]  -128 * sum of the block's q (for weights biased by 128)
+//   c16  int32[cols / 16]  the same per 16
+static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
+
 struct Rows {
-  const float* f;  // (n, cols)
-  int8_t* q;       // (n, cols)
-  float* d;        // (n, cols / 32)
-  float* s;        // (n, cols / 32)
+  const float* f;     // (n, cols), for float weights
+  const uint8_t* q;   // n records
   int64_t cols;
 };
 
-// Work memory of one thread for matmul: kTileRows decoded rows, of integers or of floats.
+// Work memory of one thread for matmul: an unpacked panel, and for F16 and BF16 four rows of floats.
 struct Tile {
   int8_t* w;
   float* scale;
   float* min;
   float* f;
 };
-constexpr int kTileRows = 4;
+constexpr int kFloatRows = 4;
+static inline int64_t tile_bytes(int64_t cols) {
+  return kPanelRows * (cols + cols / 16 * 4 + cols / 32 * 4) + kFloatRows * cols * 4 + 256;
+}
 
 struct DeltaSlice {
   float* state;           // (dim, dim): key x value, this head's
@@ -79,13 +91,13 @@ static inline int64_t attention_work(int head_dim) {
 struct Kernels {
   const char* name;
 
-  // Rounds a row to 8 bits, d = max|x| / 127 per block of 32. n is a multiple of 32.
-  void (*quantize_row)(const float* x, int64_t n, int8_t* q, float* d, float* s);
-  // y[i * ldy + r] = row r of w . row index[i] of x, for r in [r0, r1), i in [0, m).
-  // index may be null (row i).
-  void (*matmul)(const Matrix& w, int64_t r0, int64_t r1, const Rows& x, const int32_t* index,
+  // Rounds n values of a row, from column `first` on, to 8 bits in its record, d = max|x| / 127 per
+  // block of 32. first and n are multiples of 32.
+  void (*quantize)(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
+  // y[i * ldy + r] = row r of w . row index[i] of x, for the rows r of panels [p0, p1), i in [0, m).
+  // index may be null (row i). y points at row 0.
+  void (*matmul)(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                  int m, float* y, int64_t ldy, const Tile& tile);
-  void (*dequantize_row)(const Matrix& w, int64_t row, float* y, const Tile& tile);
 
   void (*rms_norm)(const float* x, const float* w, int n, float eps, float* y);
   void (*gated_norm)(const float* x, const float* z, const float* w, int n, float eps, float* y);
@@ -108,6 +120,7 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 #if defined(DESKSIDE_X86)
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
 #endif
 
 }  // namespace deskside

@@ -5,9 +5,8 @@
 
 namespace deskside::DESKSIDE_ISA {
 
-void quantize_row(const float* x, int64_t n, int8_t* q, float* d, float* s);
-void matmul(const Matrix& w, int64_t r0, int64_t r1, const Rows& x, const int32_t* index, int m,
+void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
+void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
             float* y, int64_t ldy, const Tile& tile);
-void dequantize_row(const Matrix& w, int64_t row, float* y, const Tile& tile);
 
 }  // namespace deskside::DESKSIDE_ISA

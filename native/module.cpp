@@ -12,7 +12,7 @@
 #include "bandwidth.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "quants.h"
+#include "pack.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -32,32 +32,59 @@ void require(bool ok, const char* what) {
 
 Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p)}; }
 
-// Bytes of a row of n weights; -1 for a type without a kernel or rows that are no whole blocks.
-int64_t row_bytes(int type, int64_t n) {
-  struct {
-    Type type;
-    int block, bytes, header;
-  } const table[] = {
-      {Type::F32, 1, 4, 0},
-      {Type::F16, 1, 2, 0},
-      {Type::BF16, 1, 2, 0},
-      {Type::Q4_0, 32, sizeof(BlockQ4_0), 0},
-      {Type::Q4_1, 32, sizeof(BlockQ4_1), 0},
-      {Type::Q5_0, 32, sizeof(BlockQ5_0), 0},
-      {Type::Q5_1, 32, sizeof(BlockQ5_1), 0},
-      {Type::Q8_0, 32, sizeof(BlockQ8_0), 0},
-      {Type::Q4_K, 256, sizeof(BlockQ4_K), 0},
-      {Type::Q5_K, 256, sizeof(BlockQ5_K), 0},
-      {Type::Q6_K, 256, sizeof(BlockQ6_K), 0},
-      {Type::IQ4_NL, 32, sizeof(BlockIQ4_NL), 0},
-      {Type::IQ4_XS, 256, sizeof(BlockIQ4_XS), 0},
-      {Type::IQ4_KS, 256, sizeof(BlockIQ4_KS), 4},
-      {Type::IQ4_KSS, 256, sizeof(BlockIQ4_KSS), 4},
-  };
-  for (const auto& t : table)
-    if (int(t.type) == type) return n % t.block ? -1 : n / t.block * t.bytes + t.header;
-  return -1;
+// Packed weights that Python holds: they keep their arena alive.
+struct PyWeights {
+  std::shared_ptr<Arena> arena;
+  Weights w;
+  int64_t groups;  // matrices of the same shape, one after another
+};
+
+int64_t panel_bytes(int type, int64_t cols) {
+  const int64_t row = file_row_bytes(Type(type), cols);
+  require(row > 0, "type without a kernel, or rows that are no whole blocks");
+  return row * kPanelRows;
 }
+
+// Memory for weights, filled tensor by tensor.
+class PyArena {
+ public:
+  explicit PyArena(int64_t bytes)
+      : arena_((require(bytes >= 0, "arena: negative size"), std::make_shared<Arena>(bytes))) {}
+
+  PyWeights from_file(int fd, int64_t offset, int type, int64_t cols, int64_t rows, int64_t groups,
+                      int64_t at, int64_t stride, int n_threads) {
+    return fill({nullptr, fd, offset}, type, cols, rows, groups, at, stride, n_threads);
+  }
+
+  PyWeights from_array(Bytes data, int type, int64_t cols, int64_t groups, int64_t at,
+                       int64_t stride, int n_threads) {
+    require(groups >= 1 && int64_t(data.shape(0)) % groups == 0, "pack: rows do not divide by groups");
+    require(int64_t(data.shape(1)) * kPanelRows == panel_bytes(type, cols),
+            "pack: rows of a wrong length");
+    return fill({data.data(), -1, 0}, type, cols, int64_t(data.shape(0)) / groups, groups, at,
+                stride, n_threads);
+  }
+
+  int64_t nbytes() const { return arena_->bytes(); }
+
+ private:
+  PyWeights fill(const Source& from, int type, int64_t cols, int64_t rows, int64_t groups,
+                 int64_t at, int64_t stride, int n_threads) {
+    const int64_t panel = panel_bytes(type, cols), panels = (rows + kPanelRows - 1) / kPanelRows;
+    require(rows >= 1 && groups >= 1 && n_threads >= 1, "pack: nothing to pack");
+    require(at >= 0 && at % 4 == 0 && stride % 4 == 0 && stride >= panel &&
+                at + (groups * panels - 1) * stride + panel <= arena_->bytes(),
+            "pack: the weights lie outside the arena");
+    uint8_t* to = arena_->data() + at;
+    {
+      nb::gil_scoped_release release;
+      pack(from, Type(type), cols, rows, groups, to, stride, n_threads);
+    }
+    return {arena_, {to, Type(type), rows * groups, cols, stride}, groups};
+  }
+
+  std::shared_ptr<Arena> arena_;
+};
 
 class PyProgram {
  public:
@@ -67,107 +94,158 @@ class PyProgram {
                   n_threads),
                  max_tokens, arena_floats, isa) {}
 
-  void embed(Bytes table, int type, int cols, Place out) {
-    auto op = std::make_unique<Embed>();
-    op->table = matrix(table, type, cols);
-    op->out = buffer(out);
+  void begin(const std::string& kind) {
+    const char* const names[] = {"rows", "outputs", "once", "tasks"};
+    for (int i = 0; i < 4; i++)
+      if (kind == names[i]) {
+        begun_ = true;
+        return program_.begin(Step::Kind(i));
+      }
+    throw std::invalid_argument("begin: rows, outputs, once or tasks");
+  }
+
+  void embed(Bytes table, int type, int64_t cols, Place out) {
+    auto& op = add<Embed>();
+    require(file_row_bytes(Type(type), cols) >= 0,
+            "embed: type without a kernel, or rows that are no whole blocks");
+    require(int64_t(table.shape(1)) == file_row_bytes(Type(type), cols), "embed: rows of a wrong length");
+    keep_.push_back(nb::cast(table));
+    op.table = table.data();
+    op.type = Type(type);
+    op.cols = cols;
+    op.row_bytes = int64_t(table.shape(1));
+    op.out = buffer(out);
     n_vocab_ = int(table.shape(0));
-    program_.add(std::move(op));
   }
 
-  void norm(Place in, Place out, Floats weight, float eps, bool per_output, nb::object gate) {
-    auto op = std::make_unique<Norm>();
-    op->in = buffer(in);
-    op->out = buffer(out);
-    op->gated = !gate.is_none();
-    op->gate = op->gated ? buffer(nb::cast<Place>(gate)) : Buffer{0, 0};
-    op->weight = floats(weight);
-    op->group = int(weight.size());
-    op->eps = eps;
-    op->per_output = per_output;
-    require(op->group > 0 && op->in.width % op->group == 0, "norm: width is no multiple of the group");
-    program_.add(std::move(op));
+  void norm(Place in, Place out, Floats weight, float eps, nb::object gate) {
+    auto& op = add<Norm>();
+    op.in = buffer(in);
+    op.out = buffer(out);
+    op.gated = !gate.is_none();
+    op.gate = op.gated ? buffer(nb::cast<Place>(gate)) : Buffer{0, 0};
+    op.weight = floats(weight);
+    op.group = int(weight.size());
+    op.eps = eps;
+    require(op.group > 0 && op.in.width % op.group == 0, "norm: width is no multiple of the group");
   }
 
-  void linear(Place in, bool per_output, std::vector<std::tuple<Bytes, int, Place, bool>> parts) {
-    auto op = std::make_unique<Linear>();
-    op->in = buffer(in);
-    op->per_output = per_output;
-    for (auto& [w, type, out, to_logits] : parts) {
-      op->parts.push_back({matrix(w, type, op->in.width), buffer(out), to_logits});
-      if (to_logits) n_logits_ = int(w.shape(0));
+  void quantize(Place in, Place out) {
+    auto& op = add<Quantize>();
+    op.in = buffer(in);
+    op.out = buffer(out);
+    require(op.in.width % 32 == 0 && int64_t(op.out.width) * 4 == record_bytes(op.in.width),
+            "quantize: bad widths");
+  }
+
+  // parts: (weights, out, to logits, weights of up or None, (taps, out, state) of a convolution or None)
+  void linear(Place in, Place record, bool per_output, nb::list parts) {
+    auto& op = add<Linear>();
+    op.in = {buffer(in), buffer(record)};
+    op.per_output = per_output;
+    for (nb::handle entry : parts) {
+      auto t = nb::cast<nb::tuple>(entry);
+      Linear::Part p;
+      p.w = matrix(t[0], op.in);
+      p.out = buffer(nb::cast<Place>(t[1]));
+      p.to_logits = nb::cast<bool>(t[2]);
+      if (p.to_logits) n_logits_ = int(p.w.rows);
+      require(p.to_logits || p.out.width == p.w.rows, "linear: bad output width");
+      if (!t[3].is_none()) {
+        p.has_up = true;
+        p.up = matrix(t[3], op.in);
+        require(p.up.rows == p.w.rows, "linear: gate and up differ");
+      }
+      if (!t[4].is_none()) {
+        auto conv = nb::cast<nb::tuple>(t[4]);
+        const auto taps = nb::cast<Floats>(conv[0]);
+        require(taps.ndim() == 2 && int64_t(taps.shape(1)) == p.w.rows, "conv: bad weight shape");
+        p.kernel = int(taps.shape(0));
+        p.taps.assign(taps.data(), taps.data() + taps.size());
+        p.conv_out = buffer(nb::cast<Place>(conv[1]));
+        p.state = used_state(nb::cast<int>(conv[2]));
+      }
+      op.parts.push_back(std::move(p));
     }
-    program_.add(std::move(op));
   }
 
   void split_gate(Place in, Place out, Place gate, int heads, int head_dim) {
-    auto op = std::make_unique<SplitGate>();
-    op->in = buffer(in);
-    op->out = buffer(out);
-    op->gate = buffer(gate);
-    op->heads = heads;
-    op->head_dim = head_dim;
-    program_.add(std::move(op));
+    auto& op = add<SplitGate>();
+    op.in = buffer(in);
+    op.out = buffer(out);
+    op.gate = buffer(gate);
+    op.heads = heads;
+    op.head_dim = head_dim;
   }
 
   void rope(Place in, Place out, int heads, int head_dim, int n_rot, bool neox,
             std::vector<double> inv_freq) {
     require(int(inv_freq.size()) == n_rot / 2 && n_rot <= head_dim, "rope: bad n_rot");
-    auto op = std::make_unique<Rope>();
-    op->in = buffer(in);
-    op->out = buffer(out);
-    op->heads = heads;
-    op->head_dim = head_dim;
-    op->n_rot = n_rot;
-    op->neox = neox;
-    op->inv_freq = std::move(inv_freq);
-    program_.add(std::move(op));
+    auto& op = add<Rope>();
+    op.in = buffer(in);
+    op.out = buffer(out);
+    op.heads = heads;
+    op.head_dim = head_dim;
+    op.n_rot = n_rot;
+    op.neox = neox;
+    op.inv_freq = std::move(inv_freq);
   }
 
-  void attention(Place q, Place k, Place v, Place out, int heads, int kv_heads, int head_dim,
-                 float scale, int state) {
+  void store_kv(Place k, Place v, int kv_heads, int head_dim, int state) {
+    auto& op = add<StoreKV>();
+    op.k = buffer(k);
+    op.v = buffer(v);
+    op.kv_heads = kv_heads;
+    op.head_dim = head_dim;
+    op.state = used_state(state);
+  }
+
+  void attention(Place q, Place out, int heads, int kv_heads, int head_dim, float scale, int state) {
     require(kv_heads > 0 && heads % kv_heads == 0, "attention: heads is no multiple of kv_heads");
-    auto op = std::make_unique<Attention>();
-    op->q = buffer(q);
-    op->k = buffer(k);
-    op->v = buffer(v);
-    op->out = buffer(out);
-    op->heads = heads;
-    op->kv_heads = kv_heads;
-    op->head_dim = head_dim;
-    op->scale = scale;
-    op->state = used_state(state);
-    program_.add(std::move(op));
+    auto& op = add<Attention>();
+    op.q = buffer(q);
+    op.out = buffer(out);
+    op.heads = heads;
+    op.kv_heads = kv_heads;
+    op.head_dim = head_dim;
+    op.scale = scale;
+    op.state = used_state(state);
   }
 
-  void conv_silu(Place in, Place out, Floats weight, int state) {
-    require(weight.ndim() == 2 && int(weight.shape(1)) == std::get<1>(in), "conv: bad weight shape");
-    auto op = std::make_unique<ConvSilu>();
-    op->in = buffer(in);
-    op->out = buffer(out);
-    op->kernel = int(weight.shape(0));
-    op->weight.assign(weight.data(), weight.data() + weight.size());
-    op->state = used_state(state);
-    program_.add(std::move(op));
+  void merge_attention(Place out, int heads, int head_dim) {
+    auto& op = add<MergeAttention>();
+    op.out = buffer(out);
+    op.heads = heads;
+    op.head_dim = head_dim;
   }
 
-  void gated_delta(Place qkv, Place a, Place b, Place out, Floats ssm_a, Floats dt_bias,
-                   int k_heads, int v_heads, int head_dim, float eps, int state) {
+  void delta_gates(Place qkv, Place a, Place b, Floats ssm_a, Floats dt_bias, int k_heads,
+                   int v_heads, int head_dim, float eps) {
     require(int(ssm_a.size()) == v_heads && int(dt_bias.size()) == v_heads && v_heads % k_heads == 0,
             "gated_delta: bad head counts");
-    auto op = std::make_unique<GatedDelta>();
-    op->qkv = buffer(qkv);
-    op->a = buffer(a);
-    op->b = buffer(b);
-    op->out = buffer(out);
-    op->ssm_a = floats(ssm_a);
-    op->dt_bias = floats(dt_bias);
-    op->k_heads = k_heads;
-    op->v_heads = v_heads;
-    op->head_dim = head_dim;
-    op->eps = eps;
-    op->state = used_state(state);
-    program_.add(std::move(op));
+    auto& op = add<DeltaGates>();
+    op.qkv = buffer(qkv);
+    op.a = buffer(a);
+    op.b = buffer(b);
+    op.ssm_a = floats(ssm_a);
+    op.dt_bias = floats(dt_bias);
+    op.k_heads = k_heads;
+    op.v_heads = v_heads;
+    op.head_dim = head_dim;
+    op.eps = eps;
+  }
+
+  void gated_delta(Place qkv, Place decay, Place beta, Place out, int k_heads, int v_heads,
+                   int head_dim, int state) {
+    auto& op = add<GatedDelta>();
+    op.qkv = buffer(qkv);
+    op.decay = buffer(decay);
+    op.beta = buffer(beta);
+    op.out = buffer(out);
+    op.k_heads = k_heads;
+    op.v_heads = v_heads;
+    op.head_dim = head_dim;
+    op.state = used_state(state);
   }
 
   void swiglu(Place x, Place y, Place out) { binary(Binary::kSwiglu, x, y, out); }
@@ -176,39 +254,47 @@ class PyProgram {
 
   void route(Place logits, Place ids, Place weights, int top_k) {
     require(top_k >= 1 && top_k <= std::get<1>(logits), "route: bad top_k");
-    auto op = std::make_unique<Route>();
-    op->logits = buffer(logits);
-    op->ids = buffer(ids);
-    op->weights = buffer(weights);
-    op->top_k = top_k;
-    program_.add(std::move(op));
+    auto& op = add<Route>();
+    op.logits = buffer(logits);
+    op.ids = buffer(ids);
+    op.weights = buffer(weights);
+    op.top_k = top_k;
   }
 
-  void experts(Place in, Place ids, Place weights, Place out, int n_expert, int width,
-               std::tuple<Bytes, int> gate, std::tuple<Bytes, int> up, std::tuple<Bytes, int> down) {
-    auto op = std::make_unique<Experts>();
-    op->in = buffer(in);
-    op->ids = buffer(ids);
-    op->weights = buffer(weights);
-    op->out = buffer(out);
-    op->n_expert = n_expert;
-    op->top_k = op->ids.width;
-    op->width = width;
-    op->gate = matrix(std::get<0>(gate), std::get<1>(gate), op->in.width);
-    op->up = matrix(std::get<0>(up), std::get<1>(up), op->in.width);
-    op->down = matrix(std::get<0>(down), std::get<1>(down), width);
-    require(op->gate.rows == int64_t(n_expert) * width && op->up.rows == op->gate.rows &&
-                op->down.rows == int64_t(n_expert) * op->out.width &&
-                op->in.width == op->out.width,
+  void sort_experts(Place ids, int n_expert, int width) {
+    auto& op = add<SortExperts>();
+    op.shape = {n_expert, std::get<1>(ids), width};
+    op.ids = buffer(ids);
+  }
+
+  void experts_up(Place in, Place record, Place out, Place out_record, int top_k, nb::object gate,
+                  nb::object up) {
+    auto& op = add<ExpertsUp>();
+    op.in = {buffer(in), buffer(record)};
+    op.out = {buffer(out), buffer(out_record)};
+    op.weights = {matrix(gate, op.in), matrix(up, op.in)};
+    op.shape = expert_shape(gate, top_k);
+    require(op.weights.up.rows == op.weights.gate.rows, "experts: gate and up differ");
+  }
+
+  void experts_down(Place in, Place record, Place weights, Place out, int top_k, nb::object down) {
+    auto& op = add<ExpertsDown>();
+    op.in = {buffer(in), buffer(record)};
+    op.weights = buffer(weights);
+    op.out = buffer(out);
+    const auto& w = nb::cast<const PyWeights&>(down);
+    Input one_pair = op.in;
+    one_pair.f.width = int(w.w.cols);
+    op.down = matrix(down, one_pair);
+    op.shape = {int(w.groups), top_k, int(w.w.cols)};
+    require(op.down.rows == w.groups * op.out.width && op.in.f.width == top_k * op.shape.width,
             "experts: bad shapes");
-    program_.add(std::move(op));
   }
 
   void take_rows(Place in, Place out) {
-    auto op = std::make_unique<TakeRows>();
-    op->in = buffer(in);
-    op->out = buffer(out);
-    program_.add(std::move(op));
+    auto& op = add<TakeRows>();
+    op.in = buffer(in);
+    op.out = buffer(out);
   }
 
   void finish() { program_.finish(); }
@@ -256,6 +342,7 @@ class PyProgram {
       const int32_t* s = segments.data() + 3 * i;
       require(s[0] >= 0 && s[1] >= 0 && s[2] >= 1, "run: bad segment");
       batch.segments.push_back({s[0], s[1], s[2], row});
+      batch.segment_of.insert(batch.segment_of.end(), size_t(s[2]), int32_t(i));
       row += s[2];
     }
     require(row == n, "run: segments do not add up to the tokens");
@@ -283,21 +370,35 @@ class PyProgram {
   int64_t nbytes() const { return program_.nbytes(); }
 
  private:
-  void binary(Binary::Kind kind, Place x, Place y, Place out) {
-    auto op = std::make_unique<Binary>();
-    op->kind = kind;
-    op->x = buffer(x);
-    op->y = buffer(y);
-    op->out = buffer(out);
+  template <class T> T& add() {
+    require(begun_, "begin() comes first");
+    auto op = std::make_unique<T>();
+    T& ref = *op;
     program_.add(std::move(op));
+    return ref;
   }
 
-  Matrix matrix(const Bytes& w, int type, int cols) {
-    const int64_t bytes = row_bytes(type, cols);
-    require(bytes >= 0, "matrix: type without a kernel, or rows that are no whole blocks");
-    require(int64_t(w.shape(1)) == bytes, "matrix: rows of a wrong length");
-    keep_.push_back(nb::cast(w));
-    return {w.data(), Type(type), int64_t(w.shape(0)), cols, int64_t(w.shape(1))};
+  void binary(Binary::Kind kind, Place x, Place y, Place out) {
+    auto& op = add<Binary>();
+    op.kind = kind;
+    op.x = buffer(x);
+    op.y = buffer(y);
+    op.out = buffer(out);
+  }
+
+  ExpertShape expert_shape(nb::handle weights, int top_k) {
+    const auto& w = nb::cast<const PyWeights&>(weights);
+    return {int(w.groups), top_k, int(w.w.rows / w.groups)};
+  }
+
+  // Weights for the rows of `x`: of as many columns, and with records where they are quantised.
+  Weights matrix(nb::handle weights, const Input& x) {
+    const auto& w = nb::cast<const PyWeights&>(weights);
+    require(w.w.cols == x.f.width, "matrix: rows of a wrong length");
+    require(is_float(w.w.type) || int64_t(x.q.width) * 4 >= record_bytes(x.f.width),
+            "matrix: its input was not quantised");
+    keep_.push_back(nb::borrow(weights));
+    return w.w;
   }
 
   const float* floats(const Floats& w) {
@@ -313,6 +414,7 @@ class PyProgram {
   Program program_;
   const pid_t pid_ = getpid();
   std::vector<nb::object> keep_, keep_states_;
+  bool begun_ = false;
   int n_vocab_ = 0, n_logits_ = 0, n_states_ = 0;
 };
 
@@ -333,23 +435,39 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &deskside::read_bandwidth, "n_threads"_a, "bytes"_a, "repeats"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Best bytes per second of `repeats` passes of n_threads over `bytes` of memory.");
+  m.attr("PANEL_ROWS") = deskside::kPanelRows;
+  m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
+  m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
+  nb::class_<deskside::PyWeights>(m, "Weights");
+  nb::class_<deskside::PyArena>(m, "Arena")
+      .def(nb::init<int64_t>(), "bytes"_a)
+      .def("from_file", &deskside::PyArena::from_file, "fd"_a, "offset"_a, "type"_a, "cols"_a,
+           "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a)
+      .def("from_array", &deskside::PyArena::from_array, "data"_a, "type"_a, "cols"_a, "groups"_a,
+           "at"_a, "stride"_a, "n_threads"_a)
+      .def_prop_ro("nbytes", &deskside::PyArena::nbytes);
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<int, int, int64_t, const std::string&>(), "n_threads"_a, "max_tokens"_a,
            "arena_floats"_a, "isa"_a = "")
+      .def("begin", &PyProgram::begin)
       .def("embed", &PyProgram::embed)
-      .def("norm", &PyProgram::norm, "input"_a, "out"_a, "weight"_a, "eps"_a, "per_output"_a,
-           "gate"_a = nb::none())
+      .def("norm", &PyProgram::norm, "input"_a, "out"_a, "weight"_a, "eps"_a, "gate"_a = nb::none())
+      .def("quantize", &PyProgram::quantize)
       .def("linear", &PyProgram::linear)
       .def("split_gate", &PyProgram::split_gate)
       .def("rope", &PyProgram::rope)
+      .def("store_kv", &PyProgram::store_kv)
       .def("attention", &PyProgram::attention)
-      .def("conv_silu", &PyProgram::conv_silu)
+      .def("merge_attention", &PyProgram::merge_attention)
+      .def("delta_gates", &PyProgram::delta_gates)
       .def("gated_delta", &PyProgram::gated_delta)
       .def("swiglu", &PyProgram::swiglu)
       .def("sigmoid_gate", &PyProgram::sigmoid_gate)
       .def("add", &PyProgram::residual)
       .def("route", &PyProgram::route)
-      .def("experts", &PyProgram::experts)
+      .def("sort_experts", &PyProgram::sort_experts)
+      .def("experts_up", &PyProgram::experts_up)
+      .def("experts_down", &PyProgram::experts_down)
       .def("take_rows", &PyProgram::take_rows)
       .def("finish", &PyProgram::finish)
       .def("set_states", &PyProgram::set_states)

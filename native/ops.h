@@ -1,4 +1,4 @@
-// The ops of the tape (tape.py) as the CPU runs them. Meaning: backends/reference.py.
+// The ops of a program (backends/steps.py makes them from a tape). Meaning: backends/reference.py.
 #pragma once
 
 #include <array>
@@ -8,43 +8,40 @@
 
 namespace deskside {
 
+// ---- rows ---------------------------------------------------------------------------------------
+
 struct Embed : Op {
-  Matrix table;
+  const uint8_t* table;  // the file's rows
+  Type type;
+  int64_t cols, row_bytes;
   Buffer out;
-  void run(const Run& r) const override;
-  int64_t max_cols() const override { return table.cols; }
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return 2 * cols; }
 };
 
-// rms_norm, or gated_norm where `gate` is set; groups of `group` values.
+// rms_norm, or gated_norm where `gated`; groups of `group` values.
 struct Norm : Op {
   Buffer in, gate, out;
   bool gated;
   const float* weight;
   int group;
   float eps;
-  bool per_output;
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return int64_t(in.width) * (gated ? 8 : 2); }
 };
 
-// One or more matrices applied to the same rows: they share the activations' rounding to 8 bits.
-struct Linear : Op {
-  struct Part {
-    Matrix w;
-    Buffer out;
-    bool to_logits;  // write to the batch's logits instead of `out`
-  };
-  Buffer in;
-  bool per_output;
-  std::vector<Part> parts;
-  void run(const Run& r) const override;
-  int64_t scratch_bytes(int64_t max_tokens, int threads) const override;
-  int64_t max_cols() const override { return in.width; }
+// Rows to 8 bits, as records (kernels.h).
+struct Quantize : Op {
+  Buffer in, out;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return 2 * int64_t(in.width); }
 };
 
 struct SplitGate : Op {
   Buffer in, out, gate;
   int heads, head_dim;
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return in.width; }
 };
 
 struct Rope : Op {
@@ -52,64 +49,187 @@ struct Rope : Op {
   int heads, head_dim, n_rot;
   bool neox;
   std::vector<double> inv_freq;  // n_rot / 2
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return in.width + 100 * int64_t(n_rot); }
 };
 
-struct Attention : Op {
-  Buffer q, k, v, out;
-  int heads, kv_heads, head_dim;
-  float scale;
-  int state;
-  void run(const Run& r) const override;
-  int64_t scratch_bytes(int64_t max_tokens, int threads) const override;
+// A token's keys and values into the cache.
+struct StoreKV : Op {
+  Buffer k, v;
+  int kv_heads, head_dim, state;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return 4 * int64_t(k.width); }
 };
 
-struct ConvSilu : Op {
-  Buffer in, out;
-  int kernel;
-  std::vector<float> weight;  // (kernel, width)
-  int state;
-  void run(const Run& r) const override;
-};
-
-struct GatedDelta : Op {
-  Buffer qkv, a, b, out;
+// Per token, in place: unit q (divided by sqrt(head_dim)) and k, decay in a, beta in b.
+struct DeltaGates : Op {
+  Buffer qkv, a, b;
   const float *ssm_a, *dt_bias;
   int k_heads, v_heads, head_dim;
   float eps;
-  int state;
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return 4 * int64_t(k_heads) * head_dim + 40 * int64_t(v_heads); }
 };
 
 // swiglu, sigmoid_gate and add: two inputs, element by element.
 struct Binary : Op {
   enum Kind { kSwiglu, kSigmoidGate, kAdd } kind;
   Buffer x, y, out;
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return int64_t(x.width) * (kind == kAdd ? 1 : 8); }
 };
 
 struct Route : Op {
   Buffer logits, ids, weights;
   int top_k;
-  void run(const Run& r) const override;
-};
-
-struct Experts : Op {
-  Buffer in, ids, weights, out;
-  int n_expert, top_k, width;
-  Matrix gate, up, down;  // of all experts: rows of expert e start at e * rows per expert
-  void run(const Run& r) const override;
-  int64_t scratch_bytes(int64_t max_tokens, int threads) const override;
-  int64_t max_cols() const override { return in.width > width ? in.width : width; }
-
- private:
-  struct Scratch;
-  Scratch layout(uint8_t* base, int64_t max_tokens, int threads) const;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return 4 * int64_t(logits.width); }
 };
 
 struct TakeRows : Op {
   Buffer in, out;
-  void run(const Run& r) const override;
+  void row(const Run& r, int64_t i) const override;
+  int64_t row_work() const override { return in.width; }
+};
+
+// ---- tasks --------------------------------------------------------------------------------------
+
+// Rows of activations as matrices read them: floats, and records where a weight is quantised.
+struct Input {
+  Buffer f, q;
+  Rows rows(const Run& r, int64_t first = 0) const {
+    return {r.row(f, first), r.record(q, first), f.width};
+  }
+};
+
+// silu(gate x) * (up x), some panels of it at a time; gate and up have the same shape.
+struct GatedPair {
+  Weights gate, up;
+
+  // Panels [p0, p1) for the rows x[index[0..m)]: calls done(i, values) with the (p1 - p0) * 16 values
+  // of row i. `work` has room for kTokens rows of both.
+  template <class F>
+  void run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
+           float* work, F&& done) const;
+  static constexpr int kTokens = 256;
+  static constexpr int kPanels = 8;  // most of a call
+  static constexpr int64_t kWork = int64_t(2) * kTokens * kPanels * kPanelRows;
+};
+
+// Matrices that are applied to the same rows.
+struct Linear : Op {
+  struct Part {
+    Weights w;
+    Buffer out;
+    bool to_logits = false;  // write to the batch's logits instead of `out`
+    // swiglu: `w` is the gate, out = silu(w x) * (up x).
+    bool has_up = false;
+    Weights up{};
+    // conv_silu follows: it reads `out` and writes `conv_out`.
+    int kernel = 0;
+    std::vector<float> taps{};  // (kernel, width)
+    Buffer conv_out{};
+    int state = 0;
+  };
+  Input in;
+  bool per_output;
+  std::vector<Part> parts;
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+  int64_t work_floats(int64_t, int) const override { return GatedPair::kWork; }
+  int64_t max_cols() const override { return in.f.width; }
+
+ private:
+  int rows_of(const Run& r) const;
+  int64_t chunk(const Part& p, const Run& r) const;
+  void run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const;
+};
+
+struct Attention : Op {
+  Buffer q, out;
+  int heads, kv_heads, head_dim;
+  float scale;
+  int state;
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+  int64_t work_floats(int64_t max_tokens, int threads) const override;
+  int64_t shared_bytes(int64_t max_tokens, int threads) const override;
+};
+
+// Merges what Attention computed in parts; it has no tasks where there was one part.
+struct MergeAttention : Op {
+  Buffer out;
+  int heads, head_dim;
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+};
+
+struct GatedDelta : Op {
+  Buffer qkv, decay, beta, out;
+  int k_heads, v_heads, head_dim, state;
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+
+ private:
+  int slices() const;
+};
+
+// Which tokens an expert works for. A pair is one (token, chosen expert) and has the number
+// token * top_k + choice; pairs are sorted by expert.
+struct Routing {
+  int32_t *n_active;
+  int32_t *active;  // experts with at least one token
+  int32_t *first;   // per active expert: its first sorted pair; one more entry ends the last
+  int32_t *pair;    // sorted pair -> its number
+  int32_t *token;   // sorted pair -> its token
+  int32_t *count;   // work space
+  int64_t bytes;
+
+  Routing(uint8_t* base, int n_expert, int64_t pairs);
+};
+
+struct ExpertShape {
+  int n_expert, top_k, width;
+  Routing routing(const Run& r) const {
+    return Routing(r.shared(), n_expert, int64_t(r.n_tokens()) * top_k);
+  }
+  int64_t shared_bytes(int64_t max_tokens) const {
+    return Routing(nullptr, n_expert, max_tokens * top_k).bytes;
+  }
+};
+
+struct SortExperts : Op {
+  ExpertShape shape;
+  Buffer ids;
+  void row(const Run& r, int64_t i) const override;
+  int64_t shared_bytes(int64_t n, int) const override { return shape.shared_bytes(n); }
+};
+
+// Per sorted pair: silu(gate x) * (up x) of its expert.
+struct ExpertsUp : Op {
+  ExpertShape shape;
+  Input in, out;     // out holds top_k rows a token, as floats or as records
+  GatedPair weights; // of all experts: panels of expert e start at e * panels of one
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+  int64_t work_floats(int64_t, int) const override { return GatedPair::kWork; }
+  int64_t max_cols() const override { return in.f.width; }
+};
+
+// Sum over a token's experts of weight * down h.
+struct ExpertsDown : Op {
+  ExpertShape shape;
+  Input in;
+  Buffer weights, out;
+  Weights down;
+  int64_t tasks(const Run& r) const override;
+  void task(const Run& r, int64_t i) const override;
+  int64_t work_floats(int64_t, int) const override { return int64_t(kTokens) * kPanels * kPanelRows; }
+  int64_t max_cols() const override { return shape.width; }
+
+ private:
+  static constexpr int kTokens = 256, kPanels = 32;
+  int64_t chunk(const Run& r) const;
 };
 
 }  // namespace deskside

@@ -8,6 +8,10 @@
 namespace deskside {
 
 namespace {
+// Floats that one thread handles in about the time that a barrier and its imbalance cost.
+constexpr int64_t kSerialWork = 32768;
+constexpr uint32_t kRounds = uint32_t(1) << 24;
+
 int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 }  // namespace
 
@@ -15,49 +19,102 @@ Program::Program(int n_threads, int max_tokens, int64_t arena_floats, const std:
     : kernels_(choose_kernels(isa)),
       max_tokens_(max_tokens),
       pool_(n_threads),
-      arena_(size_t(arena_floats)) {}
+      team_(n_threads),
+      arena_(arena_floats * 4) {}
 
 void Program::finish() {
-  int64_t scratch = 0, cols = 32;
-  for (const auto& op : ops_) {
-    scratch = std::max(scratch, op->scratch_bytes(max_tokens_, pool_.size()));
-    cols = std::max(cols, op->max_cols());
+  int64_t shared = 0, work = 0, cols = 32;
+  for (const Step& step : steps_) {
+    for (const auto& op : step.ops) {
+      shared = std::max(shared, op->shared_bytes(max_tokens_, pool_.size()));
+      work = std::max(work, op->work_floats(max_tokens_, pool_.size()));
+      cols = std::max(cols, op->max_cols());
+    }
   }
-  scratch_.resize(size_t(scratch));
-  // kTileRows rows: of int8 with a scale per 16 weights and a minimum per 32, and of floats.
-  const int64_t w = align64(kTileRows * cols), scale = align64(kTileRows * cols / 16 * 4),
-                min = align64(kTileRows * cols / 32 * 4), f = align64(kTileRows * cols * 4);
-  const int64_t each = w + scale + min + f;
-  tiles_.resize(size_t(each * pool_.size() + 64));
-  auto base = reinterpret_cast<uint8_t*>(align64(reinterpret_cast<intptr_t>(tiles_.data())));
-  for (int i = 0; i < pool_.size(); i++, base += each)
-    tile_.push_back({reinterpret_cast<int8_t*>(base), reinterpret_cast<float*>(base + w),
-                     reinterpret_cast<float*>(base + w + scale),
-                     reinterpret_cast<float*>(base + w + scale + min)});
+  const int64_t w = align64(kPanelRows * cols), scale = align64(cols / 16 * kPanelRows * 4),
+                min = align64(cols / 32 * kPanelRows * 4), f = align64(kFloatRows * cols * 4);
+  shared = align64(shared), work = align64(work * 4);
+  const int64_t each = work + w + scale + min + f;
+  memory_ = std::make_unique<Arena>(shared + each * pool_.size());
+  uint8_t* at = memory_->data() + shared;
+  for (int i = 0; i < pool_.size(); i++, at += each) {
+    uint8_t* tile = at + work;
+    work_.push_back(reinterpret_cast<float*>(at));
+    tile_.push_back({reinterpret_cast<int8_t*>(tile), reinterpret_cast<float*>(tile + w),
+                     reinterpret_cast<float*>(tile + w + scale),
+                     reinterpret_cast<float*>(tile + w + scale + min)});
+  }
+}
+
+int64_t Program::rows(const Step& step, const Batch& batch) const {
+  if (step.kind == Step::kOnce) return 1;
+  return int64_t(step.kind == Step::kOutputs ? batch.outputs.size() : batch.tokens.size());
+}
+
+bool Program::serial(const Step& step, const Batch& batch) const {
+  if (step.kind == Step::kTasks) return false;
+  int64_t work = 0;
+  for (const auto& op : step.ops) work += op->row_work();
+  const int64_t n = rows(step, batch);
+  return n <= 1 || n * work <= kSerialWork;
+}
+
+void Program::run_rows(const Step& step, const Run& r, int64_t row) const {
+  for (const auto& op : step.ops) op->row(r, row);
 }
 
 bool Program::run(const Batch& batch, std::vector<double>* micros,
                   const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kPatience = std::chrono::milliseconds(50);
+  const size_t n = steps_.size();
+  std::vector<char> alone(n);
+  for (size_t i = 0; i < n; i++) alone[i] = serial(steps_[i], batch);
+  if (micros) micros->assign(n, 0);
   bool stop = false;  // written by thread 0 before a barrier, read by all behind it
-  if (micros) micros->assign(ops_.size(), 0);
-  Team team(pool_.size());
+  auto mark = Clock::now();  // of the last arrival at a barrier
+  const auto lap = [&](size_t step) {
+    const auto now = Clock::now();
+    if (micros) (*micros)[step] += std::chrono::duration<double, std::micro>(now - mark).count();
+    mark = now;
+  };
+  const uint32_t first_round = round_;
+  round_ = (round_ + uint32_t(n)) % kRounds;
+
   pool_.run([&](int thread) {
-    const Run r{kernels_, *this, team, batch, thread};
-    auto before = Clock::now(), asked = before;
-    for (size_t i = 0; i < ops_.size() && !stop; i++) {
-      ops_[i]->run(r);
+    const Run r{kernels_, *this, batch, thread, pool_.size()};
+    auto asked = Clock::now();
+    for (size_t i = 0;; i++) {
       if (thread == 0 && Clock::now() - asked > kPatience) {
         if (interrupted()) stop = true;
         asked = Clock::now();
       }
-      team.barrier();
-      if (micros && thread == 0) {
-        const auto now = Clock::now();
-        (*micros)[i] = std::chrono::duration<double, std::micro>(now - before).count();
-        before = now;
+      team_.barrier([&] {
+        if (micros && i > 0) lap(i - 1);
+        for (size_t j = i; j < n && alone[j] && !stop; j++) {
+          const int64_t rows = this->rows(steps_[j], batch);
+          for (int64_t row = 0; row < rows; row++) run_rows(steps_[j], r, row);
+          if (micros) lap(j);
+        }
+      });
+      while (i < n && alone[i]) i++;
+      if (i >= n || stop) return;
+      const Step& step = steps_[i];
+      const uint32_t round = (first_round + uint32_t(i)) % kRounds;
+      if (step.kind != Step::kTasks) {
+        team_.share(round, thread, rows(step, batch), [&](int64_t row) { run_rows(step, r, row); });
+        continue;
       }
+      // The tasks of all ops, one after another.
+      int64_t all = 0;
+      for (const auto& op : step.ops) all += op->tasks(r);
+      team_.share(round, thread, all, [&](int64_t task) {
+        for (const auto& op : step.ops) {
+          const int64_t own = op->tasks(r);
+          if (task < own) return op->task(r, task);
+          task -= own;
+        }
+      });
     }
   });
   return !stop;

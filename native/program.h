@@ -1,5 +1,10 @@
-// A tape made ready for this machine: a list of ops with their weights and buffer places, run by all
-// threads together, one barrier after each phase.
+// A tape made ready for this machine: a list of steps with their weights and buffer places, walked
+// by all threads together.
+//
+// A step is either *rows* (its ops treat every row on its own: they run one after another on a row)
+// or *tasks* (its ops do not depend on each other and share out their tasks together). A barrier
+// stands between steps; rows steps that are too small to share are run inside it by one thread, so a
+// decode step has a barrier for each matrix product or attention and for nothing else.
 #pragma once
 
 #include <functional>
@@ -8,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pack.h"
 #include "thread_pool.h"
 
 namespace deskside {
@@ -31,6 +37,7 @@ struct Batch {
   std::vector<int32_t> tokens;
   std::vector<Segment> segments;
   std::vector<int32_t> outputs;  // rows whose logits are wanted
+  std::vector<int32_t> segment_of;  // of each row
   float* logits;                 // (outputs, n_vocab)
 };
 
@@ -45,66 +52,95 @@ struct State {
 
 class Program;
 
-// What an op sees while it runs: everything is shared but the thread's own id and tile.
+// What an op sees while it runs: everything is shared but the thread's own id, tile and work memory.
 struct Run {
   const Kernels& kernels;
   Program& program;
-  Team& team;
   const Batch& batch;
-  int thread;
+  int thread, n_threads;
 
   int n_tokens() const { return int(batch.tokens.size()); }
+  const Segment& segment_of(int64_t row) const {
+    return batch.segments[size_t(batch.segment_of[size_t(row)])];
+  }
   float* at(Buffer b) const;
-  uint8_t* scratch() const;
+  float* row(Buffer b, int64_t i) const { return at(b) + i * b.width; }
+  uint8_t* record(Buffer b, int64_t i) const { return reinterpret_cast<uint8_t*>(row(b, i)); }
+  float* work() const;      // this thread's, as much as its op asked for
+  uint8_t* shared() const;  // one for all threads, as much as its op asked for
   const Tile& tile() const;
   const State& state(int index) const;
 };
 
 struct Op {
   virtual ~Op() = default;
-  virtual void run(const Run& r) const = 0;
-  // Bytes of shared scratch for max_tokens tokens.
-  virtual int64_t scratch_bytes(int64_t /*max_tokens*/, int /*threads*/) const { return 0; }
-  // Longest weight row that the op decodes.
+  // Rows ops: one row; about how many floats it touches.
+  virtual void row(const Run&, int64_t) const {}
+  virtual int64_t row_work() const { return 0; }
+  // Tasks ops.
+  virtual int64_t tasks(const Run&) const { return 0; }
+  virtual void task(const Run&, int64_t) const {}
+
+  virtual int64_t work_floats(int64_t /*max_tokens*/, int /*threads*/) const { return 0; }
+  virtual int64_t shared_bytes(int64_t /*max_tokens*/, int /*threads*/) const { return 0; }
+  // Longest weight row that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
+};
+
+struct Step {
+  // Rows are tokens (kRows), wanted logits (kOutputs), or there is one for all (kOnce).
+  enum Kind { kRows, kOutputs, kOnce, kTasks } kind;
+  std::vector<std::unique_ptr<Op>> ops;
 };
 
 class Program {
  public:
   Program(int n_threads, int max_tokens, int64_t arena_floats, const std::string& isa);
 
-  void add(std::unique_ptr<Op> op) { ops_.push_back(std::move(op)); }
-  // Call once after the last op: takes the scratch memory that the ops need.
+  void begin(Step::Kind kind) { steps_.push_back({kind, {}}); }
+  void add(std::unique_ptr<Op> op) { steps_.back().ops.push_back(std::move(op)); }
+  // Call once after the last op: takes the work memory that the ops need.
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs all ops; `micros`, if not null, receives each op's wall time. `interrupted` is asked now
-  // and then between ops; true ends the run early, with whatever the states then hold, and makes
-  // this return false.
+  // Runs all steps; `micros`, if not null, receives each step's wall time. `interrupted` is asked
+  // now and then between steps; true ends the run early, with whatever the states then hold, and
+  // makes this return false.
   bool run(const Batch& batch, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 
   const char* isa() const { return kernels_.name; }
   int n_threads() const { return pool_.size(); }
   int max_tokens() const { return max_tokens_; }
-  size_t n_ops() const { return ops_.size(); }
   size_t n_states() const { return states_.size(); }
-  int64_t nbytes() const { return int64_t(arena_.size() * 4 + scratch_.size() + tiles_.size()); }
+  int64_t nbytes() const {
+    return arena_.bytes() + (memory_ ? memory_->bytes() : 0);
+  }
 
  private:
   friend struct Run;
+  int64_t rows(const Step& step, const Batch& batch) const;
+  bool serial(const Step& step, const Batch& batch) const;
+  void run_rows(const Step& step, const Run& r, int64_t row) const;
+
   const Kernels& kernels_;
   const int max_tokens_;
   Pool pool_;
-  std::vector<std::unique_ptr<Op>> ops_;
+  Team team_;
+  uint32_t round_ = 0;
+  std::vector<Step> steps_;
   std::vector<State> states_;
-  std::vector<float> arena_;
-  std::vector<uint8_t> scratch_, tiles_;
+  Arena arena_;                     // activations
+  std::unique_ptr<Arena> memory_;   // shared memory of the ops, then each thread's
+  std::vector<float*> work_;
   std::vector<Tile> tile_;
 };
 
-inline float* Run::at(Buffer b) const { return program.arena_.data() + b.offset; }
-inline uint8_t* Run::scratch() const { return program.scratch_.data(); }
+inline float* Run::at(Buffer b) const {
+  return reinterpret_cast<float*>(program.arena_.data()) + b.offset;
+}
+inline uint8_t* Run::shared() const { return program.memory_->data(); }
+inline float* Run::work() const { return program.work_[size_t(thread)]; }
 inline const Tile& Run::tile() const { return program.tile_[size_t(thread)]; }
 inline const State& Run::state(int index) const { return program.states_[size_t(index)]; }
 

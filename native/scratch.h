@@ -1,9 +1,7 @@
-// Cuts an op's shared scratch memory into aligned arrays. With a null base it only counts.
+// Cuts memory into aligned arrays. With a null base it only counts.
 #pragma once
 
 #include <cstdint>
-
-#include "program.h"
 
 namespace deskside {
 
@@ -17,27 +15,11 @@ class Carver {
     return reinterpret_cast<T*>(base_ + at);
   }
 
-  // Room for n rows of activations in 8 bits.
-  Rows rows(int64_t n, int64_t cols, const float* f) {
-    int8_t* q = take<int8_t>(n * cols);
-    float* d = take<float>(n * (cols / 32));
-    float* s = take<float>(n * (cols / 32));
-    return {f, q, d, s, cols};
-  }
-
   int64_t used() const { return used_; }
 
  private:
   uint8_t* base_;
   int64_t used_ = 0;
 };
-
-// Rounds rows of x to 8 bits in parallel; follow with a barrier.
-inline void quantize_rows(const Run& r, const Rows& x, int64_t n) {
-  r.team.for_each(n, [&](int64_t i) {
-    r.kernels.quantize_row(x.f + i * x.cols, x.cols, x.q + i * x.cols, x.d + i * (x.cols / 32),
-                           x.s + i * (x.cols / 32));
-  });
-}
 
 }  // namespace deskside

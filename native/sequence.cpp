@@ -1,7 +1,7 @@
 // Kernels that work along a row or along the sequence: norms, gates, convolution, gated delta net,
 // attention, routing. Compiled once per instruction set (DESKSIDE_ISA).
-#include "decode.h"
 #include "matmul_entry.h"
+#include "quants.h"
 #include "simd.h"
 
 #include <math.h>
@@ -354,9 +354,8 @@ void route(const float* logits, int n, int k, float* ids, float* weights) {
 
 extern const Kernels DESKSIDE_TABLE(DESKSIDE_ISA) = {
     DESKSIDE_NAME(DESKSIDE_ISA),
-    DESKSIDE_ISA::quantize_row,
+    DESKSIDE_ISA::quantize,
     DESKSIDE_ISA::matmul,
-    DESKSIDE_ISA::dequantize_row,
     rms_norm,
     gated_norm,
     unit_norm,

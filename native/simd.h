@@ -12,7 +12,7 @@
 namespace deskside {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;

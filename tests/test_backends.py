@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskside import LLM, _native
-from deskside.backends.buffers import group_linears, plan_buffers
+from deskside.backends.buffers import plan_buffers
 from deskside.backends.cpu import CpuBackend
+from deskside.backends.steps import NativeOp, dependencies, schedule
 from deskside.cache import Batch, Cache, Segment
 from deskside.gguf import GGUF
 from deskside.models import build_tape
@@ -122,30 +123,46 @@ def test_weights_are_not_copied(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_planned_buffers_never_overlap_while_both_are_needed(data: st.DataObject) -> None:
+def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None:
+    """Random chains of row ops and task ops, some of which overwrite what they read."""
     values: list[Value] = []
-    ops = []
-    for i in range(data.draw(st.integers(1, 25))):
+    ops: list[NativeOp] = []
+    for i in range(data.draw(st.integers(1, 30))):
         inputs = data.draw(st.lists(st.sampled_from(values), max_size=3)) if values else []
-        kind = data.draw(st.sampled_from(["linear", "add"])) if inputs else "embed"
-        out = Value(i, data.draw(st.integers(1, 100)))
-        values.append(out)
-        ops.append(Op(kind, 0, tuple(inputs[:1] if kind == "linear" else inputs), (out,)))
-    steps = group_linears(ops)
-    assert sorted(id(op) for step in steps for op in step) == sorted(map(id, ops))
-    rows = data.draw(st.integers(1, 8))
-    offsets, total = plan_buffers(steps, rows, values[-1])
+        where = data.draw(st.sampled_from(["rows", "tasks", "once"]))
+        value = Value(i, data.draw(st.integers(0, 100)))
+        out = data.draw(st.sampled_from([value, *inputs]))
+        values += [value] if out is value else []
+        ops.append(NativeOp("op", where, tuple(inputs), (out,), Op("op", 0, (), ())))
+    steps = schedule(ops)
+    at = {id(op): i for i, step in enumerate(steps) for op in step.ops}
+    assert sorted(at) == sorted(map(id, ops))
+    assert all(op.where == step.where for step in steps for op in step.ops)
+    for i, waits in enumerate(dependencies(ops)):
+        for earlier in waits:
+            before, after = at[id(ops[earlier])], at[id(ops[i])]
+            same_row = before == after and ops[i].where == "rows"
+            if same_row:
+                step = steps[after].ops
+                assert step.index(ops[earlier]) < step.index(ops[i])
+            else:
+                assert before < after
 
-    made = {op.outputs[0].id: i for i, step in enumerate(steps) for op in step}
-    last = dict(made)
+    rows = data.draw(st.integers(1, 8))
+    offsets, total = plan_buffers(steps, rows, Value(-1, 0))
+    spans: dict[int, list[int]] = {}
     for i, step in enumerate(steps):
-        for op in step:
-            for value in op.inputs:
-                assert made[value.id] < i
-                last[value.id] = max(last[value.id], i)
-    spans = {v.id: (offsets[v.id], offsets[v.id] + v.width * rows) for v in values[:-1]}
-    for a in spans:
-        assert spans[a][1] <= total
-        for b in spans:
-            if a < b and made[a] <= last[b] and made[b] <= last[a]:
-                assert spans[a][1] <= spans[b][0] or spans[b][1] <= spans[a][0]
+        for op in step.ops:
+            for value in (*op.inputs, *op.outputs):
+                spans.setdefault(value.id, []).append(i)
+    for a in values:
+        if a.id not in spans:
+            continue
+        end = offsets[a.id] + a.width * rows
+        assert end <= total
+        for b in values:
+            if b.id <= a.id or b.id not in spans or not a.width or not b.width:
+                continue
+            first, second = spans[a.id], spans[b.id]
+            if max(first[0], second[0]) <= min(first[-1], second[-1]):
+                assert end <= offsets[b.id] or offsets[b.id] + b.width * rows <= offsets[a.id]

@@ -41,12 +41,25 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return (q * d).astype(np.float64).reshape(x.shape)
 
 
+def packed(w: np.ndarray, t: QuantType, n: int, groups: int = 1) -> _native.Weights:
+    panel = _native.panel_bytes(t.id, n)
+    arena = _native.Arena(groups * -(-len(w) // (16 * groups)) * panel)
+    return arena.from_array(w, t.id, n, groups, 0, panel, 2)
+
+
 def matmul(w: np.ndarray, t: QuantType, x: np.ndarray, isa: str, threads: int = 2) -> np.ndarray:
     """x W^T by a program of two ops: the rows of x are embedded, W is the head."""
     m, n = x.shape
-    program = _native.Program(threads, m, m * n, isa)
-    program.embed(x.view(np.uint8), BY_NAME["F32"].id, n, (0, n))
-    program.linear((0, n), False, [(w, t.id, (0, len(w)), True)])
+    record = _native.record_bytes(n) // 4
+    weights = packed(w, t, n)
+    floats, records = (0, n), (-(-m * n // 16) * 16, record)
+    program = _native.Program(threads, m, records[0] + m * record, isa)
+    program.begin("rows")
+    program.embed(x.view(np.uint8), BY_NAME["F32"].id, n, floats)
+    if t.name in QUANTISED:
+        program.quantize(floats, records)
+    program.begin("tasks")
+    program.linear(floats, records, False, [(weights, (0, len(w)), True, None, None)])
     program.finish()
     out = np.empty((m, len(w)), np.float32)
     tokens = np.arange(m, dtype=np.int32)
@@ -87,9 +100,11 @@ def test_embedding_rows_are_dequantised_exactly(name: str, isa: str) -> None:
     n = 256 if t.block == 256 else 96
     table = random_blocks(t, 11, n, rng)
     program = _native.Program(1, 4, 4 * n, isa)
+    program.begin("rows")
     program.embed(table, t.id, n, (0, n))
-    identity = np.eye(n, dtype=np.float32)
-    program.linear((0, n), False, [(identity.view(np.uint8), BY_NAME["F32"].id, (0, n), True)])
+    program.begin("tasks")
+    identity = packed(np.eye(n, dtype=np.float32).view(np.uint8), BY_NAME["F32"], n)
+    program.linear((0, n), (0, 0), False, [(identity, (0, n), True, None, None)])
     program.finish()
     out = np.empty((4, n), np.float32)
     ids = np.array([10, 0, 3, 3], np.int32)
@@ -142,8 +157,13 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 def test_bad_calls_are_refused() -> None:
     table = np.zeros((4, 128), np.uint8)
     program = _native.Program(1, 2, 64)
+    with pytest.raises(ValueError, match="begin"):
+        program.embed(table, 0, 32, (0, 32))
+    program.begin("rows")
     program.embed(table, 0, 32, (0, 32))
-    program.linear((0, 32), False, [(table, 0, (0, 4), True)])
+    program.begin("tasks")
+    weights = packed(table, BY_NAME["F32"], 32)
+    program.linear((0, 32), (0, 0), False, [(weights, (0, 4), True, None, None)])
     program.finish()
     out = np.empty((1, 4), np.float32)
     row = np.zeros(1, np.int32)

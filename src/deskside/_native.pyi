@@ -9,6 +9,40 @@ def instruction_sets() -> list[tuple[str, bool]]: ...
 def choose(isa: str = "") -> str: ...
 def read_bandwidth(n_threads: int, bytes: int, repeats: int) -> float: ...
 
+PANEL_ROWS: int
+
+def panel_bytes(type: int, cols: int) -> int: ...
+def record_bytes(cols: int) -> int: ...
+
+class Weights: ...
+
+class Arena:
+    def __init__(self, bytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def from_file(
+        self,
+        fd: int,
+        offset: int,
+        type: int,
+        cols: int,
+        rows: int,
+        groups: int,
+        at: int,
+        stride: int,
+        n_threads: int,
+    ) -> Weights: ...
+    def from_array(
+        self,
+        data: NDArray[np.uint8],
+        type: int,
+        cols: int,
+        groups: int,
+        at: int,
+        stride: int,
+        n_threads: int,
+    ) -> Weights: ...
+
 class Program:
     def __init__(
         self, n_threads: int, max_tokens: int, arena_floats: int, isa: str = ""

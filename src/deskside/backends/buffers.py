@@ -4,48 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deskside.tape import Op, Value
+from deskside.backends.steps import Step
+from deskside.tape import Value
 
 # Buffers start on cache lines: 16 floats.
 ALIGN = 16
 
 
-def group_linears(ops: Sequence[Op]) -> list[list[Op]]:
-    """Steps in order; linears that read the same value become one step, at the first one's place.
-
-    They can share the rounding of their input to 8 bits and one pass of all threads. A value is
-    written once, so a later linear may move ahead to any place behind its input.
-    """
-    steps: list[list[Op]] = []
-    by_input: dict[int, list[Op]] = {}
-    for op in ops:
-        if op.kind == "linear":
-            key = op.inputs[0].id
-            if key in by_input:
-                by_input[key].append(op)
-                continue
-            by_input[key] = [op]
-            steps.append(by_input[key])
-        else:
-            steps.append([op])
-    return steps
-
-
 def plan_buffers(
-    steps: Sequence[Sequence[Op]], max_rows: int, external: Value
+    steps: Sequence[Step], max_rows: int, external: Value
 ) -> tuple[dict[int, int], int]:
     """Offsets in floats of every value but `external`, and the arena's size.
 
-    First fit: a value takes the lowest gap that is free from the step that makes it to the last
-    step that reads it.
+    First fit: a value takes the lowest gap that is free from the step that first writes it to the
+    last step that uses it. Values of one step never share a place: its ops run in any order.
     """
     made: dict[int, int] = {}
     last: dict[int, int] = {}
     size: dict[int, int] = {}
     for i, step in enumerate(steps):
-        for op in step:
+        for op in step.ops:
             for value in op.outputs:
-                made[value.id] = last[value.id] = i
+                made.setdefault(value.id, i)
+                last[value.id] = i
                 size[value.id] = -(-value.width * max_rows // ALIGN) * ALIGN
             for value in op.inputs:
                 last[value.id] = i
@@ -64,6 +45,6 @@ def plan_buffers(
             at = offsets[other] + size[other]
         offsets[value_id] = at
         live.append(value_id)
-        live.sort(key=offsets.__getitem__)
+        live.sort(key=lambda v: (offsets[v], size[v]))
         total = max(total, at + size[value_id])
     return offsets, total

@@ -1,0 +1,191 @@
+// Registers of bytes, as wide as the instruction set of the including file, and the integer dot
+// product of four bytes a lane. Everything here has internal linkage.
+//
+// A panel (panel.h) has 16 rows of weights side by side: 64 bytes are 4 consecutive weights of each
+// row. A register holds kLanes of the 16 rows, so 64 bytes are kParts registers, `part` by `part`.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace deskside {
+namespace {
+
+constexpr int kParts = kPanelRows / kLanes;
+
+#if defined(DESKSIDE_AVX512)
+
+using Bytes = __m512i;
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_bytes(void* p, Bytes b) { _mm512_storeu_si512(p, b); }
+inline Bytes splat_byte(int x) { return _mm512_set1_epi8(char(x)); }
+inline Bytes splat_lane(int32_t x) { return _mm512_set1_epi32(x); }
+inline Bytes splat_lane(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+template <int N> inline Bytes shift_right_16(Bytes b) { return _mm512_srli_epi16(b, N); }
+template <int N> inline Bytes shift_left_16(Bytes b) { return _mm512_slli_epi16(b, N); }
+inline Bytes shift_right_lane(Bytes b, int n) { return _mm512_srl_epi32(b, _mm_cvtsi32_si128(n)); }
+inline Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+inline Bytes table_16(const int8_t* t) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
+}
+inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+// Lanes from bytes, 16-bit words and half floats, one a lane.
+inline Bytes widen_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes widen_i8(const uint8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes widen_u16(const uint8_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline vf halves_to_float(const uint8_t* p) {
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline vf to_float(Bytes lanes) { return (vf)_mm512_cvtepi32_ps(lanes); }
+// The lowest byte of each lane in all four: lanes must be below 256.
+inline Bytes repeat_byte(Bytes lanes) {
+  return _mm512_shuffle_epi8(
+      lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+}
+
+// dpbusd multiplies unsigned by signed bytes: weights carry +128, and the sum starts at -128 times
+// the sum of x, which the activations bring along.
+constexpr int kBias = 128;
+inline Bytes dot4(Bytes acc, Bytes w, Bytes, Bytes x) { return _mm512_dpbusd_epi32(acc, w, x); }
+inline Bytes magnitude(Bytes w) { return w; }
+
+#elif defined(__AVX2__)
+
+using Bytes = __m256i;
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline void store_bytes(void* p, Bytes b) { _mm256_storeu_si256(static_cast<__m256i*>(p), b); }
+inline Bytes splat_byte(int x) { return _mm256_set1_epi8(char(x)); }
+inline Bytes splat_lane(int32_t x) { return _mm256_set1_epi32(x); }
+inline Bytes splat_lane(const void* p) {
+  float f;
+  std::memcpy(&f, p, 4);
+  return _mm256_castps_si256(_mm256_set1_ps(f));
+}
+template <int N> inline Bytes shift_right_16(Bytes b) { return _mm256_srli_epi16(b, N); }
+template <int N> inline Bytes shift_left_16(Bytes b) { return _mm256_slli_epi16(b, N); }
+inline Bytes shift_right_lane(Bytes b, int n) { return _mm256_srl_epi32(b, _mm_cvtsi32_si128(n)); }
+inline Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+inline Bytes table_16(const int8_t* t) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
+}
+inline Bytes look_up(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+inline Bytes widen_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes widen_i8(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes widen_u16(const uint8_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vf halves_to_float(const uint8_t* p) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vf to_float(Bytes lanes) { return (vf)_mm256_cvtepi32_ps(lanes); }
+inline Bytes repeat_byte(Bytes lanes) {
+  return _mm256_shuffle_epi8(
+      lanes, _mm256_broadcastsi128_si256(
+                 _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+}
+
+// |w| as unsigned bytes and x with the sign of w: pairs stay within 2 * 128 * 127 < 2^15.
+constexpr int kBias = 0;
+inline Bytes magnitude(Bytes w) { return _mm256_abs_epi8(w); }
+inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
+  const Bytes pairs = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, w));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#else
+
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t Words __attribute__((vector_size(16)));
+typedef uint32_t Lanes __attribute__((vector_size(16)));
+
+inline Bytes load_bytes(const void* p) {
+  Bytes b;
+  std::memcpy(&b, p, 16);
+  return b;
+}
+inline void store_bytes(void* p, Bytes b) { std::memcpy(p, &b, 16); }
+inline Bytes splat_byte(int x) { return Bytes{} + int8_t(x); }
+inline Bytes splat_lane(int32_t x) { return (Bytes)(Lanes{} + uint32_t(x)); }
+inline Bytes splat_lane(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return splat_lane(x);
+}
+template <int N> inline Bytes shift_right_16(Bytes b) { return (Bytes)((Words)b >> N); }
+template <int N> inline Bytes shift_left_16(Bytes b) { return (Bytes)((Words)b << N); }
+inline Bytes shift_right_lane(Bytes b, int n) { return (Bytes)((Lanes)b >> uint32_t(n)); }
+inline Bytes add_bytes(Bytes a, Bytes b) { return a + b; }
+inline Bytes table_16(const int8_t* t) { return load_bytes(t); }
+inline Bytes look_up(Bytes table, Bytes index) {
+#if defined(__SSSE3__)
+  return (Bytes)_mm_shuffle_epi8((__m128i)table, (__m128i)index);
+#else
+  Bytes y;
+  for (int i = 0; i < 16; i++) y[i] = table[index[i] & 15];
+  return y;
+#endif
+}
+template <class T> inline Bytes widen(const uint8_t* p) {
+  Lanes y;
+  for (int i = 0; i < 4; i++) {
+    T x;
+    std::memcpy(&x, p + i * sizeof x, sizeof x);
+    y[i] = uint32_t(int32_t(x));
+  }
+  return (Bytes)y;
+}
+inline Bytes widen_u8(const uint8_t* p) { return widen<uint8_t>(p); }
+inline Bytes widen_i8(const uint8_t* p) { return widen<int8_t>(p); }
+inline Bytes widen_u16(const uint8_t* p) { return widen<uint16_t>(p); }
+inline vf halves_to_float(const uint8_t* p) {
+  vf y;
+  for (int i = 0; i < 4; i++) {
+    uint16_t h;
+    std::memcpy(&h, p + 2 * i, 2);
+    y[i] = f16_to_float(h);
+  }
+  return y;
+}
+inline vf to_float(Bytes lanes) { return __builtin_convertvector((vi)lanes, vf); }
+inline Bytes repeat_byte(Bytes lanes) { return (Bytes)((Lanes)lanes * 0x01010101u); }
+
+constexpr int kBias = 0;
+#if defined(__SSSE3__)
+inline Bytes magnitude(Bytes w) { return (Bytes)_mm_abs_epi8((__m128i)w); }
+inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
+  const __m128i pairs = _mm_maddubs_epi16((__m128i)abs, _mm_sign_epi8((__m128i)x, (__m128i)w));
+  return (Bytes)_mm_add_epi32((__m128i)acc, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+}
+#else
+inline Bytes magnitude(Bytes w) { return w; }
+inline Bytes dot4(Bytes acc, Bytes w, Bytes, Bytes x) {
+  vi sum = (vi)acc;
+  for (int i = 0; i < 16; i++) sum[i / 4] += int(w[i]) * int(x[i]);
+  return (Bytes)sum;
+}
+#endif
+
+#endif
+
+}  // namespace
+}  // namespace deskside

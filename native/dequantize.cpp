@@ -1,0 +1,147 @@
+#include "dequantize.h"
+
+#include <cstring>
+
+#include "quants.h"
+#include "simd.h"
+
+namespace deskside {
+
+namespace {
+
+// 16 bytes hold the weights i (low nibbles) and i + 16 (high), bit i of `fifth` the fifth bit of i.
+template <class F> void nibbles(const uint8_t* x, uint32_t fifth, float* y, F&& value) {
+  for (int i = 0; i < 16; i++) {
+    y[i] = value((x[i] & 15) | (fifth >> i & 1) << 4);
+    y[i + 16] = value((x[i] >> 4) | (fifth >> (i + 16) & 1) << 4);
+  }
+}
+
+void row_of(const BlockQ4_0& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  nibbles(b.qs, 0, y, [&](int q) { return d * float(q - 8); });
+}
+void row_of(const BlockQ4_1& b, float, float* y) {
+  const float d = f16_to_float(b.d), m = f16_to_float(b.m);
+  nibbles(b.qs, 0, y, [&](int q) { return d * float(q) + m; });
+}
+void row_of(const BlockQ5_0& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  nibbles(b.qs, b.qh, y, [&](int q) { return d * float(q - 16); });
+}
+void row_of(const BlockQ5_1& b, float, float* y) {
+  const float d = f16_to_float(b.d), m = f16_to_float(b.m);
+  nibbles(b.qs, b.qh, y, [&](int q) { return d * float(q) + m; });
+}
+void row_of(const BlockQ8_0& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  for (int i = 0; i < 32; i++) y[i] = d * float(b.qs[i]);
+}
+void row_of(const BlockIQ4_NL& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  nibbles(b.qs, 0, y, [&](int q) { return d * float(kCodebook[0][q]); });
+}
+
+// The 6-bit scale and minimum of sub-block j of Q4_K and Q5_K.
+void k_scale(const uint8_t* b, int j, int& scale, int& min) {
+  if (j < 4) {
+    scale = b[j] & 63, min = b[j + 4] & 63;
+  } else {
+    scale = (b[j + 4] & 15) | (b[j - 4] >> 6) << 4;
+    min = b[j + 4] >> 4 | (b[j] >> 6) << 4;
+  }
+}
+template <class Block> void k_row(const Block& b, const uint8_t* qh, float* y) {
+  const float d = f16_to_float(b.d), dmin = f16_to_float(b.dmin);
+  for (int j = 0; j < 8; j++) {
+    int scale, min;
+    k_scale(b.scales, j, scale, min);
+    for (int i = 0; i < 32; i++) {
+      const uint8_t x = b.qs[32 * (j / 2) + i];
+      int q = j % 2 ? x >> 4 : x & 15;
+      if (qh) q |= (qh[i] >> j & 1) << 4;
+      y[32 * j + i] = d * float(scale) * float(q) - dmin * float(min);
+    }
+  }
+}
+void row_of(const BlockQ4_K& b, float, float* y) { k_row(b, nullptr, y); }
+void row_of(const BlockQ5_K& b, float, float* y) { k_row(b, b.qh, y); }
+
+void row_of(const BlockQ6_K& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  for (int i = 0; i < 256; i++) {
+    const int h = i / 128, quarter = i % 128 / 32, l = i % 32;
+    const uint8_t low = b.ql[64 * h + 32 * (quarter % 2) + l];
+    const int q = (quarter < 2 ? low & 15 : low >> 4) | (b.qh[32 * h + l] >> (2 * quarter) & 3) << 4;
+    y[i] = d * float(b.scales[i / 16]) * float(q - 32);
+  }
+}
+void row_of(const BlockIQ4_XS& b, float, float* y) {
+  const float d = f16_to_float(b.d);
+  for (int j = 0; j < 8; j++) {
+    const int ls = (b.scales_l[j / 2] >> (4 * (j & 1)) & 15) | (b.scales_h >> (2 * j) & 3) << 4;
+    const float scale = d * float(ls - 32);
+    nibbles(b.qs + 16 * j, 0, y + 32 * j, [&](int q) { return scale * float(kCodebook[0][q]); });
+  }
+}
+void row_of(const BlockIQ4_KS& b, float row, float* y) {
+  for (int j = 0; j < 8; j++) {
+    const int s = b.scales[j];
+    const float scale = row * float((s & 254) - 127);
+    nibbles(b.qs + 16 * j, 0, y + 32 * j, [&](int q) { return scale * float(kCodebook[s & 1][q]); });
+  }
+}
+void row_of(const BlockIQ4_KSS& b, float row, float* y) {
+  for (int j = 0; j < 8; j++) {
+    // Bit 0 of word k is bit k of the scale; the rest, xored with itself shifted, four nibbles.
+    uint8_t x[16];
+    int s = 0;
+    for (int k = 0; k < 8; k++) {
+      const uint16_t word = b.qs[8 * j + k], v = word & 0xfffe, pair = v ^ (v >> 1);
+      s |= (word & 1) << k;
+      std::memcpy(x + 2 * k, &pair, 2);
+    }
+    const float scale = row * float((s & 254) - 127);
+    nibbles(x, 0, y + 32 * j, [&](int q) { return scale * float(kCodebook[s & 1][q]); });
+  }
+}
+
+template <class Block, int Weights, int Header = 0>
+void rows(const uint8_t* row, int64_t n, float* y) {
+  float scale = 0;
+  if constexpr (Header != 0) std::memcpy(&scale, row, Header);
+  const auto* blocks = reinterpret_cast<const Block*>(row + Header);
+  for (int64_t b = 0; b < n / Weights; b++) row_of(blocks[b], scale, y + b * Weights);
+}
+
+void rows_16(Type type, const uint8_t* row, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i++) {
+    uint16_t h;
+    std::memcpy(&h, row + 2 * i, 2);
+    y[i] = type == Type::F16 ? f16_to_float(h) : bf16_to_float(h);
+  }
+}
+
+}  // namespace
+
+void dequantize_row(Type type, const uint8_t* row, int64_t n, float* y) {
+  switch (type) {
+    case Type::F32: std::memcpy(y, row, size_t(4 * n)); break;
+    case Type::F16:
+    case Type::BF16: rows_16(type, row, n, y); break;
+    case Type::Q4_0: rows<BlockQ4_0, 32>(row, n, y); break;
+    case Type::Q4_1: rows<BlockQ4_1, 32>(row, n, y); break;
+    case Type::Q5_0: rows<BlockQ5_0, 32>(row, n, y); break;
+    case Type::Q5_1: rows<BlockQ5_1, 32>(row, n, y); break;
+    case Type::Q8_0: rows<BlockQ8_0, 32>(row, n, y); break;
+    case Type::Q4_K: rows<BlockQ4_K, 256>(row, n, y); break;
+    case Type::Q5_K: rows<BlockQ5_K, 256>(row, n, y); break;
+    case Type::Q6_K: rows<BlockQ6_K, 256>(row, n, y); break;
+    case Type::IQ4_NL: rows<BlockIQ4_NL, 32>(row, n, y); break;
+    case Type::IQ4_XS: rows<BlockIQ4_XS, 256>(row, n, y); break;
+    case Type::IQ4_KS: rows<BlockIQ4_KS, 256, 4>(row, n, y); break;
+    case Type::IQ4_KSS: rows<BlockIQ4_KSS, 256, 4>(row, n, y); break;
+  }
+}
+
+}  // namespace deskside

@@ -1,0 +1,193 @@
+// Matrices and routed experts.
+//
+// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read once
+// for all its tokens, and a token's results are added in the order of its experts' numbers: neither
+// the number of threads nor the rest of the batch changes a sum.
+#include <algorithm>
+#include <cstring>
+
+#include "ops.h"
+#include "scratch.h"
+
+namespace deskside {
+
+namespace {
+constexpr int64_t kStream = int64_t(64) << 10;  // bytes of weights that a task reads in one go
+
+int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / chunk; }
+}  // namespace
+
+template <class F>
+void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
+                    int m, float* work, F&& done) const {
+  const int64_t rows = (p1 - p0) * kPanelRows, first = p0 * kPanelRows;
+  float *g = work, *u = work + kTokens * rows;
+  for (int i = 0; i < m; i += kTokens) {
+    const int n = std::min(kTokens, m - i);
+    Rows part = x;
+    if (!index) part.f += i * x.cols, part.q += i * record_bytes(x.cols);
+    const int32_t* chosen = index ? index + i : nullptr;
+    r.kernels.matmul(gate, p0, p1, part, chosen, n, g - first, rows, r.tile());
+    r.kernels.matmul(up, p0, p1, part, chosen, n, u - first, rows, r.tile());
+    for (int k = 0; k < n; k++) {
+      r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
+      done(i + k, g + k * rows);
+    }
+  }
+}
+
+// ---- linear -------------------------------------------------------------------------------------
+
+int Linear::rows_of(const Run& r) const {
+  return per_output ? int(r.batch.outputs.size()) : r.n_tokens();
+}
+
+int64_t Linear::chunk(const Part& p, const Run& r) const {
+  // Long streams, but enough tasks that every thread is busy to the end.
+  const int64_t stream = kStream / p.w.stride, share = p.w.panels() / (int64_t(r.n_threads) * 4);
+  const int64_t most = rows_of(r) > 16 ? 2 : p.has_up ? GatedPair::kPanels : p.w.panels();
+  return std::max<int64_t>({1, std::min({stream, share, most}), p.w.panels() / kMaxTasks});
+}
+
+int64_t Linear::tasks(const Run& r) const {
+  if (rows_of(r) == 0) return 0;
+  int64_t n = 0;
+  for (const Part& p : parts) n += chunks(p.w.panels(), chunk(p, r));
+  return n;
+}
+
+void Linear::task(const Run& r, int64_t i) const {
+  for (const Part& p : parts) {
+    const int64_t size = chunk(p, r), own = chunks(p.w.panels(), size);
+    if (i < own) return run_part(p, r, i * size, std::min((i + 1) * size, p.w.panels()));
+    i -= own;
+  }
+}
+
+void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const {
+  const int n = rows_of(r);
+  const Rows x = in.rows(r);
+  const int64_t first = p0 * kPanelRows, end = std::min(p1 * kPanelRows, p.w.rows);
+  if (p.has_up) {
+    const GatedPair pair{p.w, p.up};
+    pair.run(r, p0, p1, x, nullptr, n, r.work(), [&](int i, const float* values) {
+      std::memcpy(r.row(p.out, i) + first, values, size_t(end - first) * 4);
+    });
+    return;
+  }
+  float* y = p.to_logits ? r.batch.logits : r.at(p.out);
+  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.w.rows, r.tile());
+  if (p.kernel == 0) return;
+  const State& s = r.state(p.state);
+  for (const Segment& seg : r.batch.segments)
+    r.kernels.conv_silu(r.row(p.out, seg.row), seg.n, p.out.width, int(first), int(end), p.kernel,
+                        p.taps.data(), reinterpret_cast<float*>(s.k + seg.slot * s.k_slot),
+                        r.row(p.conv_out, seg.row));
+}
+
+// ---- experts ------------------------------------------------------------------------------------
+
+Routing::Routing(uint8_t* base, int n_expert, int64_t pairs) {
+  Carver c(base);
+  n_active = c.take<int32_t>(1);
+  active = c.take<int32_t>(n_expert);
+  first = c.take<int32_t>(n_expert + 1);
+  pair = c.take<int32_t>(pairs);
+  token = c.take<int32_t>(pairs);
+  count = c.take<int32_t>(n_expert);
+  bytes = c.used();
+}
+
+void SortExperts::row(const Run& r, int64_t) const {
+  const Routing t = shape.routing(r);
+  const float* chosen = r.at(ids);
+  const int pairs = r.n_tokens() * shape.top_k;
+  std::fill_n(t.count, shape.n_expert, 0);
+  for (int i = 0; i < pairs; i++) t.count[size_t(chosen[i])]++;
+  int32_t at = 0, n_active = 0;
+  for (int e = 0; e < shape.n_expert; e++) {
+    const int32_t own = t.count[e];
+    t.count[e] = at;
+    if (own == 0) continue;
+    t.active[n_active] = e;
+    t.first[n_active++] = at;
+    at += own;
+  }
+  t.first[n_active] = at;
+  *t.n_active = n_active;
+  for (int i = 0; i < pairs; i++) {
+    const int32_t to = t.count[size_t(chosen[i])]++;
+    t.pair[to] = i;
+    t.token[to] = i / shape.top_k;
+  }
+}
+
+namespace {
+// A block of 32 results must come from one task.
+constexpr int64_t kUpPanels = 2;
+
+Weights of_expert(const Weights& all, int n_expert, int64_t e) {
+  Weights w = all;
+  w.rows = all.rows / n_expert;
+  w.data += e * w.panels() * w.stride;
+  return w;
+}
+}  // namespace
+
+int64_t ExpertsUp::tasks(const Run& r) const {
+  const int64_t panels = (shape.width + kPanelRows - 1) / kPanelRows;
+  return *shape.routing(r).n_active * chunks(panels, kUpPanels);
+}
+
+void ExpertsUp::task(const Run& r, int64_t i) const {
+  const Routing t = shape.routing(r);
+  const int64_t panels = (shape.width + kPanelRows - 1) / kPanelRows;
+  const int64_t own = chunks(panels, kUpPanels), a = i / own, e = t.active[a];
+  const int64_t p0 = i % own * kUpPanels, p1 = std::min(p0 + kUpPanels, panels);
+  const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
+  const int32_t pair0 = t.first[a], m = t.first[a + 1] - pair0;
+  const GatedPair pair{of_expert(weights.gate, shape.n_expert, e),
+                       of_expert(weights.up, shape.n_expert, e)};
+  pair.run(r, p0, p1, in.rows(r), t.token + pair0, m, r.work(), [&](int k, const float* values) {
+    const int64_t at = pair0 + k;
+    if (out.q.width > 0)
+      r.kernels.quantize(values, first, n, r.record(out.q, 0) + at * record_bytes(shape.width),
+                         shape.width);
+    else
+      std::memcpy(r.at(out.f) + at * shape.width + first, values, size_t(n) * 4);
+  });
+}
+
+int64_t ExpertsDown::chunk(const Run& r) const {
+  // At decode a task reads a long piece of every expert; in prefill it keeps its sums in L2.
+  if (r.n_tokens() > 16) return 2;
+  const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
+  return std::clamp<int64_t>(std::min(stream, panels / (int64_t(r.n_threads) * 4)), 1, kPanels);
+}
+
+int64_t ExpertsDown::tasks(const Run& r) const {
+  return chunks((out.width + kPanelRows - 1) / kPanelRows, chunk(r));
+}
+
+void ExpertsDown::task(const Run& r, int64_t i) const {
+  const Routing t = shape.routing(r);
+  const int64_t size = chunk(r), p0 = i * size;
+  const int64_t p1 = std::min<int64_t>(p0 + size, (out.width + kPanelRows - 1) / kPanelRows);
+  const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, out.width) - first;
+  for (int64_t token = 0; token < r.n_tokens(); token++)
+    std::fill_n(r.row(out, token) + first, n, 0.0f);
+  for (int a = 0; a < *t.n_active; a++) {
+    const Weights w = of_expert(down, shape.n_expert, t.active[a]);
+    for (int64_t k = t.first[a]; k < t.first[a + 1]; k += kTokens) {
+      const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
+      const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, 0) + k * record_bytes(shape.width),
+                   shape.width};
+      r.kernels.matmul(w, p0, p1, h, nullptr, m, r.work() - first, n, r.tile());
+      for (int j = 0; j < m; j++)
+        r.kernels.axpy(r.at(weights)[t.pair[k + j]], r.work() + j * n, n,
+                       r.row(out, t.token[k + j]) + first);
+    }
+  }
+}
+
+}  // namespace deskside

@@ -1,0 +1,292 @@
+#include "pack.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "panel.h"
+
+namespace deskside {
+
+Arena::Arena(int64_t bytes) : bytes_(bytes) {
+  constexpr int64_t kHuge = int64_t(2) << 20;
+  mapped_bytes_ = (bytes + kHuge - 1) / kHuge * kHuge + kHuge;
+  mapped_ = mmap(nullptr, size_t(mapped_bytes_), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<intptr_t>(mapped_) + kHuge - 1) & ~(kHuge - 1));
+#if defined(MADV_HUGEPAGE)
+  madvise(mapped_, size_t(mapped_bytes_), MADV_HUGEPAGE);
+#endif
+}
+
+Arena::~Arena() { munmap(mapped_, size_t(mapped_bytes_)); }
+
+int64_t file_row_bytes(Type type, int64_t n) {
+  struct {
+    Type type;
+    int block, bytes, header;
+  } const table[] = {
+      {Type::F32, 1, 4, 0},
+      {Type::F16, 1, 2, 0},
+      {Type::BF16, 1, 2, 0},
+      {Type::Q4_0, 32, sizeof(BlockQ4_0), 0},
+      {Type::Q4_1, 32, sizeof(BlockQ4_1), 0},
+      {Type::Q5_0, 32, sizeof(BlockQ5_0), 0},
+      {Type::Q5_1, 32, sizeof(BlockQ5_1), 0},
+      {Type::Q8_0, 32, sizeof(BlockQ8_0), 0},
+      {Type::Q4_K, 256, sizeof(BlockQ4_K), 0},
+      {Type::Q5_K, 256, sizeof(BlockQ5_K), 0},
+      {Type::Q6_K, 256, sizeof(BlockQ6_K), 0},
+      {Type::IQ4_NL, 32, sizeof(BlockIQ4_NL), 0},
+      {Type::IQ4_XS, 256, sizeof(BlockIQ4_XS), 0},
+      {Type::IQ4_KS, 256, sizeof(BlockIQ4_KS), 4},
+      {Type::IQ4_KSS, 256, sizeof(BlockIQ4_KSS), 4},
+  };
+  for (const auto& t : table)
+    if (t.type == type) return n < 1 || n % t.block ? -1 : n / t.block * t.bytes + t.header;
+  return -1;
+}
+
+namespace {
+
+// Writes arrays over the 16 rows one after another.
+struct Writer {
+  uint8_t* to;
+
+  template <int Bytes, class F> void rows(F&& field) {
+    for (int r = 0; r < kPanelRows; r++, to += Bytes) std::memcpy(to, field(r), Bytes);
+  }
+  // `Vectors` times four bytes of every row.
+  template <int Vectors, class F> void vectors(F&& field) {
+    for (int r = 0; r < kPanelRows; r++) {
+      const uint8_t* from = field(r);
+      for (int j = 0; j < Vectors; j++) std::memcpy(to + j * kVector + 4 * r, from + 4 * j, 4);
+    }
+    to += Vectors * kVector;
+  }
+};
+
+// Values below 16 of a block of 32 to the bytes of IQ4_NL's order: m low, m + 16 high.
+void join_nibbles(const uint8_t* v, uint8_t* to) {
+  for (int m = 0; m < 16; m++) to[m] = uint8_t((v[m] & 15) | v[m + 16] << 4);
+}
+
+void pack_q4_k(const uint8_t* qs, int b, uint8_t* to) {
+  uint8_t v[32];
+  const uint8_t* x = qs + 32 * (b / 2);
+  for (int i = 0; i < 32; i++) v[i] = b % 2 ? x[i] >> 4 : x[i] & 15;
+  join_nibbles(v, to);
+}
+
+// Bit `b` of 32 bytes: bit g of byte i is that of weight 4g + i.
+void gather_bits(const uint8_t* qh, int b, uint8_t* to) {
+  for (int i = 0; i < 4; i++) {
+    unsigned f = 0;
+    for (int g = 0; g < 8; g++) f |= unsigned(qh[4 * g + i] >> b & 1) << g;
+    to[i] = uint8_t(f);
+  }
+}
+
+void gather_bits(uint32_t qh, uint8_t* to) {
+  for (int i = 0; i < 4; i++) {
+    unsigned f = 0;
+    for (int g = 0; g < 8; g++) f |= (qh >> (4 * g + i) & 1) << g;
+    to[i] = uint8_t(f);
+  }
+}
+
+// Weights 0..63 of a block of Q6_K (FACTS 3.3).
+void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
+  for (int h = 0; h < 2; h++, v += 128) {
+    const uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
+    for (int i = 0; i < 32; i++) {
+      v[i] = uint8_t((ql[i] & 15) | (qh[i] & 3) << 4);
+      v[i + 32] = uint8_t((ql[i + 32] & 15) | (qh[i] >> 2 & 3) << 4);
+      v[i + 64] = uint8_t(ql[i] >> 4 | (qh[i] >> 4 & 3) << 4);
+      v[i + 96] = uint8_t(ql[i + 32] >> 4 | (qh[i] >> 6 & 3) << 4);
+    }
+  }
+}
+
+void top_bits(const uint8_t* v, uint8_t* to) {
+  for (int h = 0; h < 2; h++)
+    for (int i = 0; i < 4; i++) {
+      unsigned f = 0;
+      for (int g = 0; g < 4; g++) f |= unsigned(v[16 * h + 4 * g + i] >> 4) << (2 * g);
+      to[4 * h + i] = uint8_t(f);
+    }
+}
+
+template <Type T> void pack_superblock(const typename Panel<T>::Block* const* rows, uint8_t* to) {
+  Writer w{to};
+  const auto raw = [&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]); };
+  if constexpr (T == Type::Q4_0 || T == Type::IQ4_NL) {
+    w.rows<2>(raw);
+    w.vectors<4>([&](int r) { return rows[r]->qs; });
+  } else if constexpr (T == Type::Q8_0) {
+    w.rows<2>(raw);
+    w.vectors<8>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->qs); });
+  } else if constexpr (T == Type::Q4_1) {
+    w.rows<2>(raw);
+    w.rows<2>([&](int r) { return raw(r) + 2; });
+    w.vectors<4>([&](int r) { return rows[r]->qs; });
+  } else if constexpr (T == Type::Q5_0 || T == Type::Q5_1) {
+    w.rows<2>(raw);
+    if constexpr (T == Type::Q5_1) w.rows<2>([&](int r) { return raw(r) + 2; });
+    uint8_t fifth[kPanelRows][4];
+    for (int r = 0; r < kPanelRows; r++) gather_bits(rows[r]->qh, fifth[r]);
+    w.vectors<1>([&](int r) { return fifth[r]; });
+    w.vectors<4>([&](int r) { return rows[r]->qs; });
+  } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
+    w.rows<2>(raw);
+    w.rows<2>([&](int r) { return raw(r) + 2; });
+    w.vectors<3>([&](int r) { return rows[r]->scales; });
+    uint8_t part[kPanelRows][16];
+    for (int b = 0; b < 8; b++) {
+      if constexpr (T == Type::Q5_K) {
+        for (int r = 0; r < kPanelRows; r++) gather_bits(rows[r]->qh, b, part[r]);
+        w.vectors<1>([&](int r) { return part[r]; });
+      }
+      for (int r = 0; r < kPanelRows; r++) pack_q4_k(rows[r]->qs, b, part[r]);
+      w.vectors<4>([&](int r) { return part[r]; });
+    }
+  } else if constexpr (T == Type::Q6_K) {
+    w.rows<2>([&](int r) { return reinterpret_cast<const uint8_t*>(&rows[r]->d); });
+    for (int i = 0; i < 16; i++)
+      w.rows<1>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->scales + i); });
+    uint8_t v[kPanelRows][256], part[kPanelRows][16];
+    for (int r = 0; r < kPanelRows; r++) values_q6_k(*rows[r], v[r]);
+    for (int b = 0; b < 8; b++) {
+      for (int r = 0; r < kPanelRows; r++) join_nibbles(v[r] + 32 * b, part[r]);
+      w.vectors<4>([&](int r) { return part[r]; });
+      for (int r = 0; r < kPanelRows; r++) top_bits(v[r] + 32 * b, part[r]);
+      w.vectors<2>([&](int r) { return part[r]; });
+    }
+  } else if constexpr (T == Type::IQ4_XS) {
+    w.rows<2>(raw);
+    w.rows<2>([&](int r) { return raw(r) + 2; });
+    w.vectors<1>([&](int r) { return rows[r]->scales_l; });
+    for (int b = 0; b < 8; b++) w.vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
+  } else if constexpr (T == Type::IQ4_KS) {
+    for (int b = 0; b < 8; b++) w.rows<1>([&](int r) { return rows[r]->scales + b; });
+    for (int b = 0; b < 8; b++) w.vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
+  } else {
+    static_assert(T == Type::IQ4_KSS);
+    for (int b = 0; b < 8; b++)
+      w.vectors<4>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->qs + 8 * b); });
+  }
+}
+
+template <Type T> void pack_panel(const uint8_t* const* rows, int64_t cols, uint8_t* to) {
+  using P = Panel<T>;
+  using Block = typename P::Block;
+  if constexpr (P::header != 0)
+    for (int r = 0; r < kPanelRows; r++, to += P::header) std::memcpy(to, rows[r], P::header);
+  const Block* block[kPanelRows];
+  for (int64_t b = 0; b < cols / (32 * P::blocks); b++, to += P::bytes) {
+    for (int r = 0; r < kPanelRows; r++)
+      block[r] = reinterpret_cast<const Block*>(rows[r] + P::header) + b;
+    pack_superblock<T>(block, to);
+  }
+}
+
+using PackPanel = void (*)(const uint8_t* const* rows, int64_t cols, uint8_t* to);
+
+// Null for float types, whose rows are copied.
+PackPanel packer(Type type) {
+  switch (type) {
+    case Type::Q4_0: return pack_panel<Type::Q4_0>;
+    case Type::Q4_1: return pack_panel<Type::Q4_1>;
+    case Type::Q5_0: return pack_panel<Type::Q5_0>;
+    case Type::Q5_1: return pack_panel<Type::Q5_1>;
+    case Type::Q8_0: return pack_panel<Type::Q8_0>;
+    case Type::Q4_K: return pack_panel<Type::Q4_K>;
+    case Type::Q5_K: return pack_panel<Type::Q5_K>;
+    case Type::Q6_K: return pack_panel<Type::Q6_K>;
+    case Type::IQ4_NL: return pack_panel<Type::IQ4_NL>;
+    case Type::IQ4_XS: return pack_panel<Type::IQ4_XS>;
+    case Type::IQ4_KS: return pack_panel<Type::IQ4_KS>;
+    case Type::IQ4_KSS: return pack_panel<Type::IQ4_KSS>;
+    default: return nullptr;
+  }
+}
+
+void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
+  while (bytes > 0) {
+    const ssize_t got = pread(fd, to, size_t(bytes), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw std::runtime_error(std::string("cannot be read: ") + strerror(errno));
+    if (got == 0) throw std::runtime_error("ends early: it was cut off after it was opened");
+    to += got, offset += got, bytes -= got;
+  }
+}
+
+}  // namespace
+
+void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t groups, uint8_t* to,
+          int64_t stride, int n_threads) {
+  constexpr int64_t kChunk = int64_t(256) << 10;  // bytes read at a time: they stay in L2
+  const int64_t row_bytes = file_row_bytes(type, cols);
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t per_task = std::max<int64_t>(1, kChunk / (row_bytes * kPanelRows));
+  const int64_t tasks_per_group = (panels + per_task - 1) / per_task;
+  const PackPanel pack_panel = packer(type);
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex mutex;
+
+  const auto work = [&] {
+    try {
+      std::vector<uint8_t> buffer(from.memory ? 0 : size_t(per_task * kPanelRows * row_bytes));
+      const std::vector<uint8_t> zeros(size_t(row_bytes), 0);
+      for (int64_t task; (task = next++) < tasks_per_group * groups;) {
+        const int64_t group = task / tasks_per_group, p0 = task % tasks_per_group * per_task;
+        const int64_t p1 = std::min(p0 + per_task, panels);
+        const int64_t r0 = p0 * kPanelRows, n = std::min(p1 * kPanelRows, rows) - r0;
+        const int64_t at = (group * rows + r0) * row_bytes;
+        const uint8_t* source = from.memory + at;
+        if (!from.memory) {
+          read_all(from.fd, from.offset + at, n * row_bytes, buffer.data());
+          source = buffer.data();
+        }
+        for (int64_t p = p0; p < p1; p++) {
+          uint8_t* panel = to + (group * panels + p) * stride;
+          const int64_t first = (p - p0) * kPanelRows;
+          if (!pack_panel) {
+            std::memcpy(panel, source + first * row_bytes,
+                        size_t(std::min<int64_t>(kPanelRows, n - first) * row_bytes));
+            continue;
+          }
+          const uint8_t* row[kPanelRows];
+          for (int r = 0; r < kPanelRows; r++)
+            row[r] = first + r < n ? source + (first + r) * row_bytes : zeros.data();
+          pack_panel(row, cols, panel);
+        }
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      error = std::current_exception();
+      next = tasks_per_group * groups;
+    }
+  };
+  std::vector<std::thread> threads;
+  const int64_t useful = std::min<int64_t>(n_threads, tasks_per_group * groups);
+  for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
+  work();
+  for (std::thread& t : threads) t.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace deskside

@@ -1,0 +1,45 @@
+// Weights in memory: an arena in huge pages, and the way from a file's rows to panels (panel.h).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels.h"
+
+namespace deskside {
+
+// Zeroed memory in huge pages where the system has them; pages are taken when first touched.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  uint8_t* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* mapped_;
+  uint8_t* data_;
+  int64_t bytes_, mapped_bytes_;
+};
+
+// Bytes of a row of `cols` weights in a file; -1 for a type without a kernel or rows that are no
+// whole blocks.
+int64_t file_row_bytes(Type type, int64_t cols);
+
+// Where a tensor's rows are: in memory, or in a file from `offset` on.
+struct Source {
+  const uint8_t* memory;
+  int fd;
+  int64_t offset;
+};
+
+// Packs `groups` matrices of `rows` rows, which follow each other in the source, to panels `stride`
+// bytes apart from `to` on; a matrix's last panel is filled up with zero rows. Throws
+// std::runtime_error where the file ends early or cannot be read.
+void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t groups, uint8_t* to,
+          int64_t stride, int n_threads);
+
+}  // namespace deskside

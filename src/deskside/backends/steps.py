@@ -1,0 +1,217 @@
+"""From a tape to the steps of a native program: what is fused, and what runs between two barriers.
+
+A step is *rows* (ops that treat every row on its own, run one after another on a row), *outputs*
+(the same over the wanted logits), *once* (run by one thread) or *tasks* (independent ops whose work
+is shared out among the threads). At decode only tasks steps cost a barrier, so steps are scheduled
+as early as their inputs allow, and what can run together does.
+
+Fused on the way: linears that read the same value; a swiglu or a causal convolution into the linears
+that feed it. Quantised weights read their input in 8 bits: `quantize` makes such a record once for
+all of its readers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from deskside import _native
+from deskside.tape import Op, Tape, Value
+
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix of a `linear`: alone, with the `up` of a swiglu, or with the convolution behind it."""
+
+    op: Op
+    out: Value
+    up: Op | None = None
+    conv: Op | None = None
+
+
+@dataclass(frozen=True)
+class NativeOp:
+    """One op of the native program: `kind` names its method, `where` the sort of step it needs."""
+
+    kind: str
+    where: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    op: Op
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass
+class Step:
+    where: str
+    ops: list[NativeOp] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return " + ".join(op.kind for op in self.ops)
+
+
+def plan_steps(tape: Tape) -> list[Step]:
+    """The steps that carry out `tape`."""
+    return schedule(list(_Rewriter(tape).ops()))
+
+
+class _Rewriter:
+    """Tape ops to native ops, in the tape's order."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.next_id = 1 + max(v.id for op in tape.ops for v in op.outputs)
+        self.readers: dict[int, list[Op]] = defaultdict(list)
+        for op in tape.ops:
+            for value in op.inputs:
+                self.readers[value.id].append(op)
+        self.records: dict[int, Value] = {}
+        self.fused: set[int] = set()  # by id() of ops that became part of another
+
+    def value(self, width: int, per_output: bool = False) -> Value:
+        self.next_id += 1
+        return Value(self.next_id - 1, width, per_output)
+
+    def ops(self) -> Iterator[NativeOp]:
+        for op in self.tape.ops:
+            if id(op) not in self.fused:
+                yield from getattr(self, op.kind, self.rows)(op)
+
+    def rows(self, op: Op) -> Iterator[NativeOp]:
+        where = "outputs" if op.outputs[0].per_output else "rows"
+        yield NativeOp(op.kind, where, op.inputs, op.outputs, op)
+
+    def record(self, x: Value, op: Op) -> Iterator[NativeOp]:
+        """Makes sure that `self.records` has the 8-bit twin of x."""
+        if x.id not in self.records:
+            record = self.value(_native.record_bytes(x.width) // 4, x.per_output)
+            self.records[x.id] = record
+            where = "outputs" if x.per_output else "rows"
+            yield NativeOp("quantize", where, (x,), (record,), op)
+
+    def linear(self, op: Op) -> Iterator[NativeOp]:
+        x = op.inputs[0]
+        together = [o for o in self.readers[x.id] if o.kind == "linear"]
+        self.fused.update(id(o) for o in together)
+        parts: list[Part] = []
+        for linear in together:
+            if id(linear) in {id(p.up) for p in parts}:
+                continue
+            parts.append(self.part(linear, together))
+        outputs: list[Value] = []
+        for p in parts:
+            outputs.append(p.out)
+            if p.conv is not None:
+                outputs += p.conv.outputs
+        yield from self.matrices("linear", x, together, tuple(outputs), op, tuple(parts))
+
+    def part(self, linear: Op, together: Sequence[Op]) -> Part:
+        readers = self.readers[linear.outputs[0].id]
+        if len(readers) == 1 and linear.outputs[0].id != self.tape.logits.id:
+            reader = readers[0]
+            if reader.kind == "conv_silu":
+                self.fused.add(id(reader))
+                return Part(linear, linear.outputs[0], conv=reader)
+            if reader.kind == "swiglu" and reader.inputs[0].id == linear.outputs[0].id:
+                ups = [o for o in together if o.outputs[0].id == reader.inputs[1].id]
+                if ups and len(self.readers[reader.inputs[1].id]) == 1 and ups[0] is not linear:
+                    self.fused.add(id(reader))
+                    return Part(linear, reader.outputs[0], up=ups[0])
+        return Part(linear, linear.outputs[0])
+
+    def matrices(
+        self,
+        kind: str,
+        x: Value,
+        linears: Sequence[Op],
+        outputs: tuple[Value, ...],
+        op: Op,
+        parts: tuple[Part, ...] = (),
+    ) -> Iterator[NativeOp]:
+        inputs: tuple[Value, ...] = (x,)
+        if any(w.type.name not in FLOAT_TYPES for o in linears for w in o.weights):
+            yield from self.record(x, op)
+            inputs = (x, self.records[x.id])
+        yield NativeOp(kind, "tasks", inputs, outputs, op, parts)
+
+    def conv_silu(self, op: Op) -> Iterator[NativeOp]:
+        raise NotImplementedError("a convolution that no linear feeds")
+
+    def attention(self, op: Op) -> Iterator[NativeOp]:
+        q, k, v = op.inputs
+        stored = self.value(0)
+        yield NativeOp("store_kv", "rows", (k, v), (stored,), op)
+        yield NativeOp("attention", "tasks", (q, stored), op.outputs, op)
+        yield NativeOp("merge_attention", "tasks", op.outputs, op.outputs, op)
+
+    def gated_delta(self, op: Op) -> Iterator[NativeOp]:
+        yield NativeOp("delta_gates", "rows", op.inputs, op.inputs, op)
+        yield NativeOp("gated_delta", "tasks", op.inputs, op.outputs, op)
+
+    def experts(self, op: Op) -> Iterator[NativeOp]:
+        x, ids, weights = op.inputs
+        gate, up, down = op.weights
+        top_k, width = ids.width, gate.shape[1]
+        order = self.value(0)
+        yield NativeOp("sort_experts", "once", (ids,), (order,), op)
+        inputs: tuple[Value, ...] = (x, order)
+        if not {gate.type.name, up.type.name} <= FLOAT_TYPES:
+            yield from self.record(x, op)
+            inputs = (x, order, self.records[x.id])
+        per_pair = _native.record_bytes(width) // 4
+        is_float = down.type.name in FLOAT_TYPES
+        hidden = self.value(top_k * (width if is_float else per_pair))
+        yield NativeOp("experts_up", "tasks", inputs, (hidden,), op)
+        yield NativeOp("experts_down", "tasks", (hidden, order, weights), op.outputs, op)
+
+
+def schedule(ops: Sequence[NativeOp]) -> list[Step]:
+    """Steps in which every op runs as early as what it reads and overwrites allows."""
+    waits = dependencies(ops)
+    steps: list[Step] = []
+    done: set[int] = set()
+    left = list(range(len(ops)))
+    while left:
+        before = len(left)
+        for where in ("rows", "outputs", "once", "tasks"):
+            step = Step(where)
+            ready = set(done)
+            for i in list(left):
+                if ops[i].where == where and waits[i] <= ready:
+                    step.ops.append(ops[i])
+                    left.remove(i)
+                    done.add(i)
+                    # Only rows ops may use what their own step makes: of the same row.
+                    if where in ("rows", "outputs"):
+                        ready.add(i)
+            if step.ops:
+                steps.append(step)
+                if where == "tasks":
+                    break
+        if len(left) == before:
+            raise ValueError("the tape's ops wait for each other")
+    return steps
+
+
+def dependencies(ops: Sequence[NativeOp]) -> list[set[int]]:
+    """For each op the earlier ones that must be over: writers of what it uses, readers of what it
+    overwrites."""
+    writers: dict[int, list[int]] = defaultdict(list)
+    readers: dict[int, list[int]] = defaultdict(list)
+    waits: list[set[int]] = []
+    for i, op in enumerate(ops):
+        wait: set[int] = set()
+        for value in (*op.inputs, *op.outputs):
+            wait.update(writers[value.id])
+        for value in op.outputs:
+            wait.update(readers[value.id])
+        waits.append(wait - {i})
+        for value in op.inputs:
+            readers[value.id].append(i)
+        for value in op.outputs:
+            writers[value.id].append(i)
+    return waits

@@ -1,0 +1,109 @@
+"""A model's matrices in memory: packed for the kernels, in the order in which a step reads them.
+
+Matrices lie in one arena of huge pages, in panels of 16 rows (native/panel.h) that take the bytes of
+the file and no more. Gate and up of a swiglu are interleaved panel by panel, so that a thread reads
+one stream. A tensor is read and packed in pieces: there is never a second copy of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deskside import _native
+from deskside.backends.steps import Step
+from deskside.errors import DesksideError
+from deskside.gguf import TensorInfo
+from deskside.progress import Progress, silent
+from deskside.system import available_memory
+
+ALIGN = 4096  # a matrix starts on a page of its own
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor goes: `groups` matrices (one an expert), panels `stride` bytes apart."""
+
+    info: TensorInfo
+    at: int
+    stride: int
+    rows: int
+    groups: int
+
+
+def matrices(steps: Iterable[Step]) -> list[tuple[TensorInfo, ...]]:
+    """The tensors that are multiplied, in order of use; those to be interleaved together."""
+    found: list[tuple[TensorInfo, ...]] = []
+    for step in steps:
+        for op in step.ops:
+            if op.kind == "linear":
+                for part in op.parts:
+                    up = part.up.weights if part.up else ()
+                    found.append((part.op.weights[0], *up))
+            elif op.kind == "experts_up":
+                found.append(op.op.weights[:2])
+            elif op.kind == "experts_down":
+                found.append(op.op.weights[2:])
+    return found
+
+
+def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], int]:
+    """Places of all tensors, and the arena's bytes."""
+    placements: list[Placement] = []
+    total = 0
+    seen: set[str] = set()
+    for together in tensors:
+        if together[0].name in seen:
+            continue
+        seen.update(t.name for t in together)
+        panels = [_native.panel_bytes(t.type.id, t.row_len) for t in together]
+        stride, at = sum(panels), total
+        for info, panel in zip(together, panels, strict=True):
+            groups = info.shape[2] if len(info.shape) > 2 else 1
+            rows = info.n_rows // groups
+            placements.append(Placement(info, at, stride, rows, groups))
+            at += panel
+        n_panels = -(-rows // _native.PANEL_ROWS) * groups
+        total += -(-stride * n_panels // ALIGN) * ALIGN
+    return placements, total
+
+
+def load(
+    steps: Sequence[Step], *, n_threads: int, progress: Progress = silent
+) -> dict[str, _native.Weights]:
+    """All matrices of `steps` by name. DesksideError where they do not fit or cannot be read."""
+    placements, total = layout(matrices(steps))
+    free = available_memory()
+    if total > free:
+        raise DesksideError(
+            f"the weights take {total / 1e9:.1f} GB, of {free / 1e9:.1f} GB of memory free"
+        )
+    arena = _native.Arena(total)
+    weights: dict[str, _native.Weights] = {}
+    files: dict[Path, int] = {}
+    done, whole = 0, sum(p.info.nbytes for p in placements)
+    # What is packed is not read from the file again; a large file must not push the arena out.
+    forget = whole > free // 2
+    try:
+        for p in placements:
+            info = p.info
+            if info.path not in files:
+                files[info.path] = os.open(info.path, os.O_RDONLY)
+            fd = files[info.path]
+            progress("loading", done, whole)
+            weights[info.name] = arena.from_file(
+                fd, info.offset, info.type.id, info.row_len, p.rows, p.groups, p.at, p.stride,
+                n_threads,
+            )  # fmt: skip
+            if forget:
+                os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+            done += info.nbytes
+        progress("loading", done, whole)
+    except (RuntimeError, OSError) as error:
+        raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+    finally:
+        for fd in files.values():
+            os.close(fd)
+    return weights
