@@ -40,9 +40,9 @@ struct Weights {
 static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
 
 struct Rows {
-  const float* f;     // (n, cols), for float weights
+  const float* f;     // (n, cols), `stride` floats from a row to the next; for float weights
   const uint8_t* q;   // n records
-  int64_t cols;
+  int64_t cols, stride;
 };
 
 // Work memory of one thread for matmul: an unpacked panel, and for F16 and BF16 four rows of floats.
@@ -106,9 +106,10 @@ struct Kernels {
   void (*sigmoid_gate)(const float* x, const float* gate, int64_t n, bool per_row, float* y);
   void (*add)(const float* x, const float* y, int64_t n, float* out);
   void (*axpy)(float a, const float* x, int64_t n, float* y);
-  // Channels [c0, c1) of n tokens; w (kernel, width); state (kernel - 1, width) is advanced.
-  void (*conv_silu)(const float* x, int n, int width, int c0, int c1, int kernel, const float* w,
-                    float* state, float* y);
+  // Some channels of n tokens: x (n, channels), taps w (kernel, channels) and state (kernel - 1,
+  // channels), which is advanced, both `width` floats from a row to the next, y (n, channels) `ldy`.
+  void (*conv_silu)(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
+                    float* state, float* y, int64_t ldy);
   void (*gated_delta)(const DeltaSlice& s);
   void (*store_kv)(const float* x, int n, Type type, uint8_t* dst);
   void (*attention)(const AttentionTile& t);

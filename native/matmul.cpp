@@ -22,40 +22,42 @@ constexpr int kRowsOfX = 4;
 // Bytes ahead: the hardware's prefetcher stops at the end of a 4 KiB page.
 constexpr int64_t kPrefetch = 3072;
 
-// A row of activations: where the parts of its record begin.
-struct Activation {
-  const uint8_t* q;
-  const float *d, *s;
-  const int32_t *c32, *c16;
+// A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
+// costs one register.
+struct Parts {
+  int64_t d, s, c32, c16;
+  explicit Parts(int64_t cols)
+      : d(cols), s(d + cols / 32 * 4), c32(s + cols / 32 * 4), c16(c32 + cols / 32 * 4) {}
 };
 
-inline Activation activation(const Rows& x, const int32_t* index, int i) {
-  const int64_t row = index ? index[i] : i, blocks = x.cols / 32;
-  const uint8_t* q = x.q + row * record_bytes(x.cols);
-  const auto* d = reinterpret_cast<const float*>(q + x.cols);
-  const auto* c = reinterpret_cast<const int32_t*>(d + 2 * blocks);
-  return {q, d, d + blocks, c, c + blocks};
+inline float float_at(const uint8_t* p, int64_t at) {
+  float f;
+  std::memcpy(&f, p + at, 4);
+  return f;
+}
+
+inline const uint8_t* record(const Rows& x, const int32_t* index, int i) {
+  return x.q + (index ? index[i] : i) * record_bytes(x.cols);
 }
 
 // One block of 32 weights of kLanes rows against M rows of x.
 template <bool HasMin, bool Halves, int M>
-inline void dot_block(const Bytes* w, const vf* scale, vf min, const Activation* x, int64_t b,
-                      vf* acc) {
+inline void dot_block(const Bytes* w, const vf* scale, vf min, const uint8_t* const* x,
+                      const Parts& parts, int64_t b, vf* acc) {
   for (int h = 0; h < (Halves ? 2 : 1); h++) {
     constexpr int groups = Halves ? 4 : 8;
+    const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
     Bytes sum[M];
-    for (int i = 0; i < M; i++)
-      sum[i] = kBias == 0 ? Bytes{}
-                          : splat_lane(Halves ? x[i].c16 + 2 * b + h : x[i].c32 + b);
+    for (int i = 0; i < M; i++) sum[i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
     for (int g = h * groups; g < (h + 1) * groups; g++) {
       const Bytes abs = magnitude(w[g]);
-      for (int i = 0; i < M; i++)
-        sum[i] = dot4(sum[i], w[g], abs, splat_lane(x[i].q + 32 * b + 4 * g));
+      for (int i = 0; i < M; i++) sum[i] = dot4(sum[i], w[g], abs, splat_lane(x[i] + 32 * b + 4 * g));
     }
-    for (int i = 0; i < M; i++) acc[i] += to_float(sum[i]) * (scale[h] * x[i].d[b]);
+    for (int i = 0; i < M; i++)
+      acc[i] += to_float(sum[i]) * (scale[h] * float_at(x[i], parts.d + 4 * b));
   }
   if constexpr (HasMin)
-    for (int i = 0; i < M; i++) acc[i] -= min * x[i].s[b];
+    for (int i = 0; i < M; i++) acc[i] -= min * float_at(x[i], parts.s + 4 * b);
 }
 
 // The rows of a panel that exist: the last panel may have fewer than 16.
@@ -69,9 +71,10 @@ inline void store_rows(float* y, int part, int valid, vf v) {
 }
 
 template <Type T, int M>
-void dot_direct(const uint8_t* panel, int64_t cols, const Activation* x, float* y, int64_t ldy,
+void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
                 int valid) {
   using P = Panel<T>;
+  const Parts parts(cols);
   vf acc[kParts][M];
   for (int part = 0; part < kParts; part++)
     for (int i = 0; i < M; i++) acc[part][i] = vf{};
@@ -85,7 +88,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const Activation* x, float* 
         Bytes w[8];
         vf scale[2], min = vf{};
         unpack<T>(s, panel, j, part, w, scale, min);
-        dot_block<P::has_min, P::halves, M>(w, scale, min, x, b, acc[part]);
+        dot_block<P::has_min, P::halves, M>(w, scale, min, x, parts, b, acc[part]);
       }
     }
   }
@@ -113,13 +116,18 @@ template <Type T> void unpack_panel(const uint8_t* panel, int64_t cols, const Ti
   }
 }
 
+// Meanwhile fetches `ahead` bytes a block of what lies at `next`: the panel to be unpacked next.
 template <bool HasMin, bool Halves, int M>
-void dot_tile(const Tile& t, int64_t cols, const Activation* x, float* y, int64_t ldy, int valid) {
+void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
+              int valid, const uint8_t* next, int ahead) {
   constexpr int per = Halves ? 2 : 1;
+  const Parts parts(cols);
   for (int part = 0; part < kParts; part++) {
     vf acc[M];
     for (int i = 0; i < M; i++) acc[i] = vf{};
     for (int64_t b = 0; b < cols / 32; b++) {
+      for (int line = 0; line < ahead; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += ahead;
       Bytes w[8];
       vf scale[2], min = vf{};
       for (int g = 0; g < 8; g++)
@@ -127,7 +135,7 @@ void dot_tile(const Tile& t, int64_t cols, const Activation* x, float* y, int64_
       for (int h = 0; h < per; h++)
         scale[h] = load(t.scale + (b * per + h) * kPanelRows + part * kLanes);
       if constexpr (HasMin) min = load(t.min + b * kPanelRows + part * kLanes);
-      dot_block<HasMin, Halves, M>(w, scale, min, x, b, acc);
+      dot_block<HasMin, Halves, M>(w, scale, min, x, parts, b, acc);
     }
     for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[i]);
   }
@@ -145,9 +153,9 @@ template <Type T>
 void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                       int m, float* y, int64_t ldy, const Tile& tile) {
   using P = Panel<T>;
-  Activation a[kRowsOfX];
+  const uint8_t* a[kRowsOfX];
   if (m <= kMaxDirect)
-    for (int i = 0; i < m; i++) a[i] = activation(x, index, i);
+    for (int i = 0; i < m; i++) a[i] = record(x, index, i);
   for (int64_t p = p0; p < p1; p++) {
     const uint8_t* panel = w.data + p * w.stride;
     const int64_t r = p * kPanelRows;
@@ -157,11 +165,14 @@ void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, c
       continue;
     }
     unpack_panel<T>(panel, w.cols, tile);
+    // What follows in memory is the next panel, or the other half of an interleaved pair.
+    const uint8_t* next = panel + P::bytes * (w.cols / 32 / P::blocks);
     for (int i = 0; i < m; i += kRowsOfX) {
       const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
-      for (int k = 0; k < n; k++) a[k] = activation(x, index, i + k);
+      for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
       with_rows<kRowsOfX>(n, [&]<int M>() {
-        dot_tile<P::has_min, P::halves, M>(tile, w.cols, a, y + i * ldy + r, ldy, valid);
+        dot_tile<P::has_min, P::halves, M>(tile, w.cols, a, y + i * ldy + r, ldy, valid, next,
+                                           i == 0 ? P::bytes / P::blocks / kParts : 0);
       });
     }
   }
@@ -225,7 +236,7 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
     for (int i = 0; i < m; i += kFloatX) {
       const int n = m - i < kFloatX ? m - i : kFloatX;
       const float* a[kFloatX];
-      for (int k = 0; k < n; k++) a[k] = x.f + (index ? index[i + k] : i + k) * x.cols;
+      for (int k = 0; k < n; k++) a[k] = x.f + (index ? index[i + k] : i + k) * x.stride;
       float* out = y + int64_t(i) * ldy + r;
       with_rows<kFloatX>(n, [&]<int M>() {
         if (rows == kFloatRows) return dot_float<kFloatRows, M>(row, w.cols, a, out, ldy);

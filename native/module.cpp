@@ -24,13 +24,13 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FloatMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-using Place = std::tuple<int64_t, int>;  // offset into the arena, width
+using Place = std::tuple<int64_t, int, int>;  // offset into the arena, width, stride
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p)}; }
+Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p), std::get<2>(p)}; }
 
 // Packed weights that Python holds: they keep their arena alive.
 struct PyWeights {
@@ -123,7 +123,7 @@ class PyProgram {
     op.in = buffer(in);
     op.out = buffer(out);
     op.gated = !gate.is_none();
-    op.gate = op.gated ? buffer(nb::cast<Place>(gate)) : Buffer{0, 0};
+    op.gate = op.gated ? buffer(nb::cast<Place>(gate)) : Buffer{0, 0, 0};
     op.weight = floats(weight);
     op.group = int(weight.size());
     op.eps = eps;
@@ -134,11 +134,12 @@ class PyProgram {
     auto& op = add<Quantize>();
     op.in = buffer(in);
     op.out = buffer(out);
-    require(op.in.width % 32 == 0 && int64_t(op.out.width) * 4 == record_bytes(op.in.width),
+    require(op.in.width % 32 == 0 && op.out.width == op.out.stride &&
+                int64_t(op.out.width) * 4 == record_bytes(op.in.width),
             "quantize: bad widths");
   }
 
-  // parts: (weights, out, to logits, weights of up or None, (taps, out, state) of a convolution or None)
+  // parts: (weights, out, to logits, weights of up or None, (taps, state) of a convolution or None)
   void linear(Place in, Place record, bool per_output, nb::list parts) {
     auto& op = add<Linear>();
     op.in = {buffer(in), buffer(record)};
@@ -162,8 +163,7 @@ class PyProgram {
         require(taps.ndim() == 2 && int64_t(taps.shape(1)) == p.w.rows, "conv: bad weight shape");
         p.kernel = int(taps.shape(0));
         p.taps.assign(taps.data(), taps.data() + taps.size());
-        p.conv_out = buffer(nb::cast<Place>(conv[1]));
-        p.state = used_state(nb::cast<int>(conv[2]));
+        p.state = used_state(nb::cast<int>(conv[1]));
       }
       op.parts.push_back(std::move(p));
     }

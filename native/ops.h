@@ -98,7 +98,7 @@ struct TakeRows : Op {
 struct Input {
   Buffer f, q;
   Rows rows(const Run& r, int64_t first = 0) const {
-    return {r.row(f, first), r.record(q, first), f.width};
+    return {r.row(f, first), r.record(q, first), f.width, f.stride};
   }
 };
 
@@ -125,10 +125,9 @@ struct Linear : Op {
     // swiglu: `w` is the gate, out = silu(w x) * (up x).
     bool has_up = false;
     Weights up{};
-    // conv_silu follows: it reads `out` and writes `conv_out`.
+    // conv_silu: `out` is the convolution's result.
     int kernel = 0;
-    std::vector<float> taps{};  // (kernel, width)
-    Buffer conv_out{};
+    std::vector<float> taps{};  // (kernel, rows)
     int state = 0;
   };
   Input in;
@@ -136,10 +135,12 @@ struct Linear : Op {
   std::vector<Part> parts;
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t, int) const override { return GatedPair::kWork; }
+  int64_t work_floats(int64_t max_tokens, int threads) const override;
   int64_t max_cols() const override { return in.f.width; }
 
  private:
+  static constexpr int kFew = 16;  // rows for which a task takes many panels
+  static constexpr int kPanels = 2;  // panels of a task for more rows
   int rows_of(const Run& r) const;
   int64_t chunk(const Part& p, const Run& r) const;
   void run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const;
@@ -224,11 +225,13 @@ struct ExpertsDown : Op {
   Weights down;
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t, int) const override { return int64_t(kTokens) * kPanels * kPanelRows; }
+  int64_t work_floats(int64_t max_tokens, int) const override;
   int64_t max_cols() const override { return shape.width; }
 
  private:
-  static constexpr int kTokens = 256, kPanels = 32;
+  static constexpr int kTokens = 256;           // of an expert in one product
+  static constexpr int kFew = 16, kMost = 32;   // tokens for which a task takes up to kMost panels
+  static constexpr int kPanels = 2;             // panels of a task for more tokens
   int64_t chunk(const Run& r) const;
 };
 

@@ -25,7 +25,7 @@ void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const i
   for (int i = 0; i < m; i += kTokens) {
     const int n = std::min(kTokens, m - i);
     Rows part = x;
-    if (!index) part.f += i * x.cols, part.q += i * record_bytes(x.cols);
+    if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
     const int32_t* chosen = index ? index + i : nullptr;
     r.kernels.matmul(gate, p0, p1, part, chosen, n, g - first, rows, r.tile());
     r.kernels.matmul(up, p0, p1, part, chosen, n, u - first, rows, r.tile());
@@ -45,8 +45,14 @@ int Linear::rows_of(const Run& r) const {
 int64_t Linear::chunk(const Part& p, const Run& r) const {
   // Long streams, but enough tasks that every thread is busy to the end.
   const int64_t stream = kStream / p.w.stride, share = p.w.panels() / (int64_t(r.n_threads) * 4);
-  const int64_t most = rows_of(r) > 16 ? 2 : p.has_up ? GatedPair::kPanels : p.w.panels();
+  const int64_t most = rows_of(r) > kFew ? kPanels : GatedPair::kPanels;
   return std::max<int64_t>({1, std::min({stream, share, most}), p.w.panels() / kMaxTasks});
+}
+
+int64_t Linear::work_floats(int64_t max_tokens, int) const {
+  // A convolution's inputs.
+  const int64_t conv = std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
+  return std::max(conv, GatedPair::kWork);
 }
 
 int64_t Linear::tasks(const Run& r) const {
@@ -75,14 +81,19 @@ void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const
     });
     return;
   }
-  float* y = p.to_logits ? r.batch.logits : r.at(p.out);
-  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.w.rows, r.tile());
-  if (p.kernel == 0) return;
+  if (p.kernel == 0) {
+    float* y = p.to_logits ? r.batch.logits : r.at(p.out);
+    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.to_logits ? p.w.rows : p.out.stride, r.tile());
+    return;
+  }
+  const int channels = int(end - first);
+  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work() - first, channels, r.tile());
   const State& s = r.state(p.state);
   for (const Segment& seg : r.batch.segments)
-    r.kernels.conv_silu(r.row(p.out, seg.row), seg.n, p.out.width, int(first), int(end), p.kernel,
-                        p.taps.data(), reinterpret_cast<float*>(s.k + seg.slot * s.k_slot),
-                        r.row(p.conv_out, seg.row));
+    r.kernels.conv_silu(r.work() + int64_t(seg.row) * channels, seg.n, channels, p.kernel,
+                        p.taps.data() + first, p.w.rows,
+                        reinterpret_cast<float*>(s.k + seg.slot * s.k_slot) + first,
+                        r.row(p.out, seg.row) + first, p.out.stride);
 }
 
 // ---- experts ------------------------------------------------------------------------------------
@@ -100,10 +111,10 @@ Routing::Routing(uint8_t* base, int n_expert, int64_t pairs) {
 
 void SortExperts::row(const Run& r, int64_t) const {
   const Routing t = shape.routing(r);
-  const float* chosen = r.at(ids);
+  const auto chosen = [&](int i) { return size_t(r.row(ids, i / shape.top_k)[i % shape.top_k]); };
   const int pairs = r.n_tokens() * shape.top_k;
   std::fill_n(t.count, shape.n_expert, 0);
-  for (int i = 0; i < pairs; i++) t.count[size_t(chosen[i])]++;
+  for (int i = 0; i < pairs; i++) t.count[chosen(i)]++;
   int32_t at = 0, n_active = 0;
   for (int e = 0; e < shape.n_expert; e++) {
     const int32_t own = t.count[e];
@@ -116,7 +127,7 @@ void SortExperts::row(const Run& r, int64_t) const {
   t.first[n_active] = at;
   *t.n_active = n_active;
   for (int i = 0; i < pairs; i++) {
-    const int32_t to = t.count[size_t(chosen[i])]++;
+    const int32_t to = t.count[chosen(i)]++;
     t.pair[to] = i;
     t.token[to] = i / shape.top_k;
   }
@@ -160,9 +171,14 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
 
 int64_t ExpertsDown::chunk(const Run& r) const {
   // At decode a task reads a long piece of every expert; in prefill it keeps its sums in L2.
-  if (r.n_tokens() > 16) return 2;
+  if (r.n_tokens() > kFew) return kPanels;
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
-  return std::clamp<int64_t>(std::min(stream, panels / (int64_t(r.n_threads) * 4)), 1, kPanels);
+  return std::clamp<int64_t>(std::min(stream, panels / (int64_t(r.n_threads) * 4)), 1, kMost);
+}
+
+int64_t ExpertsDown::work_floats(int64_t max_tokens, int) const {
+  const int64_t sums = std::max<int64_t>(kFew * kMost, max_tokens * kPanels);
+  return (sums + std::max<int64_t>(kFew * kMost, kTokens * kPanels)) * kPanelRows;
 }
 
 int64_t ExpertsDown::tasks(const Run& r) const {
@@ -174,20 +190,22 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
   const int64_t size = chunk(r), p0 = i * size;
   const int64_t p1 = std::min<int64_t>(p0 + size, (out.width + kPanelRows - 1) / kPanelRows);
   const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, out.width) - first;
-  for (int64_t token = 0; token < r.n_tokens(); token++)
-    std::fill_n(r.row(out, token) + first, n, 0.0f);
+  float *sums = r.work(), *products = sums + r.n_tokens() * n;
+  std::fill_n(sums, r.n_tokens() * n, 0.0f);
   for (int a = 0; a < *t.n_active; a++) {
     const Weights w = of_expert(down, shape.n_expert, t.active[a]);
     for (int64_t k = t.first[a]; k < t.first[a + 1]; k += kTokens) {
       const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
       const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, 0) + k * record_bytes(shape.width),
-                   shape.width};
-      r.kernels.matmul(w, p0, p1, h, nullptr, m, r.work() - first, n, r.tile());
+                   shape.width, shape.width};
+      r.kernels.matmul(w, p0, p1, h, nullptr, m, products - first, n, r.tile());
       for (int j = 0; j < m; j++)
-        r.kernels.axpy(r.at(weights)[t.pair[k + j]], r.work() + j * n, n,
-                       r.row(out, t.token[k + j]) + first);
+        r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
+                       n, sums + t.token[k + j] * n);
     }
   }
+  for (int64_t token = 0; token < r.n_tokens(); token++)
+    std::copy_n(sums + token * n, n, r.row(out, token) + first);
 }
 
 }  // namespace deskside

@@ -40,12 +40,12 @@ void GatedDelta::task(const Run& r, int64_t task) const {
   d.q = x + int64_t(head % k_heads) * head_dim;
   d.k = d.q + int64_t(k_heads) * head_dim;
   d.v = x + int64_t(2 * k_heads + head) * head_dim;
-  d.stride = qkv.width;
+  d.stride = qkv.stride;
   d.decay = r.row(decay, seg.row) + head;
   d.beta = r.row(beta, seg.row) + head;
-  d.gate_stride = v_heads;
+  d.gate_stride = decay.stride;
   d.out = r.row(out, seg.row) + int64_t(head) * head_dim;
-  d.out_stride = out.width;
+  d.out_stride = out.stride;
   r.kernels.gated_delta(d);
 }
 

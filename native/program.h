@@ -18,10 +18,11 @@
 
 namespace deskside {
 
-// A planned activation buffer: (max_tokens, width) floats from `offset` floats into the arena.
+// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from `offset`
+// floats into the arena.
 struct Buffer {
   int64_t offset;
-  int width;
+  int width, stride;
 };
 
 // `n` tokens of the sequence in `slot`, the first at position `pos`; they are rows `row`.. of the
@@ -64,7 +65,7 @@ struct Run {
     return batch.segments[size_t(batch.segment_of[size_t(row)])];
   }
   float* at(Buffer b) const;
-  float* row(Buffer b, int64_t i) const { return at(b) + i * b.width; }
+  float* row(Buffer b, int64_t i) const { return at(b) + i * b.stride; }
   uint8_t* record(Buffer b, int64_t i) const { return reinterpret_cast<uint8_t*>(row(b, i)); }
   float* work() const;      // this thread's, as much as its op asked for
   uint8_t* shared() const;  // one for all threads, as much as its op asked for

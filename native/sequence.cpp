@@ -61,22 +61,22 @@ void axpy(float a, const float* x, int64_t n, float* y) {
   each(n, x, y, y, [a](vf u, vf v) { return v + a * u; });
 }
 
-void conv_silu(const float* x, int n, int width, int c0, int c1, int kernel, const float* w,
-               float* state, float* y) {
+void conv_silu(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
+               float* state, float* y, int64_t ldy) {
   // Input t of the sequence: before this call's tokens it is in the state, oldest first.
   const auto input = [&](int t) {
-    return t < 0 ? state + int64_t(kernel - 1 + t) * width : x + int64_t(t) * width;
+    return t < 0 ? state + int64_t(kernel - 1 + t) * width : x + int64_t(t) * channels;
   };
   for (int t = 0; t < n; t++) {
-    float* out = y + int64_t(t) * width;
-    int c = c0;
-    for (; c + kLanes <= c1; c += kLanes) {
+    float* out = y + int64_t(t) * ldy;
+    int c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
       vf s = vf{};
       for (int j = 0; j < kernel; j++)
         s += load(w + int64_t(j) * width + c) * load(input(t - kernel + 1 + j) + c);
       store(out + c, s * vsigmoid(s));
     }
-    for (; c < c1; c++) {
+    for (; c < channels; c++) {
       float s = 0;
       for (int j = 0; j < kernel; j++)
         s += w[int64_t(j) * width + c] * input(t - kernel + 1 + j)[c];
@@ -85,7 +85,7 @@ void conv_silu(const float* x, int n, int width, int c0, int c1, int kernel, con
   }
   // Ascending rows: a row still needed is read before it is written.
   for (int j = 0; j < kernel - 1; j++)
-    memmove(state + int64_t(j) * width + c0, input(n - kernel + 1 + j) + c0, size_t(c1 - c0) * 4);
+    memmove(state + int64_t(j) * width, input(n - kernel + 1 + j), size_t(channels) * 4);
 }
 
 // ---- gated delta net ----------------------------------------------------------------------------

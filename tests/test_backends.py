@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskside import LLM, _native
-from deskside.backends.buffers import plan_buffers
+from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.steps import NativeOp, dependencies, schedule
 from deskside.cache import Batch, Cache, Segment
@@ -133,7 +133,7 @@ def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None
         value = Value(i, data.draw(st.integers(0, 100)))
         out = data.draw(st.sampled_from([value, *inputs]))
         values += [value] if out is value else []
-        ops.append(NativeOp("op", where, tuple(inputs), (out,), Op("op", 0, (), ())))
+        ops.append(NativeOp(f"op {i}", where, tuple(inputs), (out,), Op("op", 0, (), ())))
     steps = schedule(ops)
     at = {id(op): i for i, step in enumerate(steps) for op in step.ops}
     assert sorted(at) == sorted(map(id, ops))
@@ -158,11 +158,13 @@ def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None
     for a in values:
         if a.id not in spans:
             continue
-        end = offsets[a.id] + a.width * rows
+        end = offsets[a.id] + stride(a.width) * rows
         assert end <= total
         for b in values:
             if b.id <= a.id or b.id not in spans or not a.width or not b.width:
                 continue
             first, second = spans[a.id], spans[b.id]
             if max(first[0], second[0]) <= min(first[-1], second[-1]):
-                assert end <= offsets[b.id] or offsets[b.id] + b.width * rows <= offsets[a.id]
+                assert (
+                    end <= offsets[b.id] or offsets[b.id] + stride(b.width) * rows <= offsets[a.id]
+                )

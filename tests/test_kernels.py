@@ -52,14 +52,14 @@ def matmul(w: np.ndarray, t: QuantType, x: np.ndarray, isa: str, threads: int = 
     m, n = x.shape
     record = _native.record_bytes(n) // 4
     weights = packed(w, t, n)
-    floats, records = (0, n), (-(-m * n // 16) * 16, record)
+    floats, records = (0, n, n), (-(-m * n // 16) * 16, record, record)
     program = _native.Program(threads, m, records[0] + m * record, isa)
     program.begin("rows")
     program.embed(x.view(np.uint8), BY_NAME["F32"].id, n, floats)
     if t.name in QUANTISED:
         program.quantize(floats, records)
     program.begin("tasks")
-    program.linear(floats, records, False, [(weights, (0, len(w)), True, None, None)])
+    program.linear(floats, records, False, [(weights, (0, len(w), len(w)), True, None, None)])
     program.finish()
     out = np.empty((m, len(w)), np.float32)
     tokens = np.arange(m, dtype=np.int32)
@@ -101,10 +101,10 @@ def test_embedding_rows_are_dequantised_exactly(name: str, isa: str) -> None:
     table = random_blocks(t, 11, n, rng)
     program = _native.Program(1, 4, 4 * n, isa)
     program.begin("rows")
-    program.embed(table, t.id, n, (0, n))
+    program.embed(table, t.id, n, (0, n, n))
     program.begin("tasks")
     identity = packed(np.eye(n, dtype=np.float32).view(np.uint8), BY_NAME["F32"], n)
-    program.linear((0, n), (0, 0), False, [(identity, (0, n), True, None, None)])
+    program.linear((0, n, n), (0, 0, 0), False, [(identity, (0, n, n), True, None, None)])
     program.finish()
     out = np.empty((4, n), np.float32)
     ids = np.array([10, 0, 3, 3], np.int32)
@@ -158,12 +158,12 @@ def test_bad_calls_are_refused() -> None:
     table = np.zeros((4, 128), np.uint8)
     program = _native.Program(1, 2, 64)
     with pytest.raises(ValueError, match="begin"):
-        program.embed(table, 0, 32, (0, 32))
+        program.embed(table, 0, 32, (0, 32, 32))
     program.begin("rows")
-    program.embed(table, 0, 32, (0, 32))
+    program.embed(table, 0, 32, (0, 32, 32))
     program.begin("tasks")
     weights = packed(table, BY_NAME["F32"], 32)
-    program.linear((0, 32), (0, 0), False, [(weights, (0, 4), True, None, None)])
+    program.linear((0, 32, 32), (0, 0, 0), False, [(weights, (0, 4, 4), True, None, None)])
     program.finish()
     out = np.empty((1, 4), np.float32)
     row = np.zeros(1, np.int32)
@@ -177,6 +177,6 @@ def test_bad_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="number of tokens"):
         program.run(np.zeros(3, np.int32), np.array([(0, 0, 3)], np.int32), row, out)
     with pytest.raises(ValueError, match="type without a kernel"):
-        program.embed(table, 99, 32, (0, 32))
+        program.embed(table, 99, 32, (0, 32, 32))
     with pytest.raises(ValueError, match="wrong length"):
-        program.embed(table, 0, 33, (0, 33))
+        program.embed(table, 0, 33, (0, 33, 33))

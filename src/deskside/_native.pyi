@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Place = tuple[int, int]
+Place = tuple[int, int, int]
 
 def instruction_sets() -> list[tuple[str, bool]]: ...
 def choose(isa: str = "") -> str: ...

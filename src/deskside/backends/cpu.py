@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside import _native
-from deskside.backends.buffers import plan_buffers
+from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.steps import FLOAT_TYPES, NativeOp, plan_steps
 from deskside.backends.weights import load
 from deskside.cache import Batch, Cache
@@ -19,8 +19,8 @@ from deskside.progress import Progress, silent
 from deskside.system import available_memory
 from deskside.tape import Tape, Value
 
-Place = tuple[int, int]  # offset into the arena, width
-NO_PLACE: Place = (0, 0)
+Place = tuple[int, int, int]  # offset into the arena, width, stride
+NO_PLACE: Place = (0, 0, 0)
 
 
 class CpuBackend:
@@ -123,7 +123,7 @@ class _Lowering:
     weights: dict[str, _native.Weights]
 
     def place(self, value: Value) -> Place:
-        return (self.offsets.get(value.id, 0), value.width)
+        return (self.offsets.get(value.id, 0), value.width, stride(value.width))
 
     def places(self, op: NativeOp) -> list[Place]:
         """Inputs, then outputs."""
@@ -158,7 +158,7 @@ class _Lowering:
             if part.conv:
                 # The file has a channel's taps side by side; the kernel wants a tap's channels.
                 taps = np.ascontiguousarray(self.floats(part.conv.weights[0]).T)
-                conv = (taps, self.place(part.conv.outputs[0]), part.conv.state)
+                conv = (taps, part.conv.state)
             to_logits = part.out.id == self.tape.logits.id
             weights = self.weights[part.op.weights[0].name]
             parts.append((weights, self.place(part.out), to_logits, up, conv))
@@ -241,7 +241,8 @@ class _Lowering:
     @staticmethod
     def hidden(down: TensorInfo, place: Place, top_k: int) -> tuple[Place, Place]:
         """What lies between the experts' matrices: as floats, as records; one of the two is used."""
-        floats = (place[0], top_k * down.row_len)
+        width = top_k * down.row_len
+        floats = (place[0], width, width)
         is_float = down.type.name in FLOAT_TYPES
         return floats, NO_PLACE if is_float else place
 

@@ -102,12 +102,8 @@ class _Rewriter:
             if id(linear) in {id(p.up) for p in parts}:
                 continue
             parts.append(self.part(linear, together))
-        outputs: list[Value] = []
-        for p in parts:
-            outputs.append(p.out)
-            if p.conv is not None:
-                outputs += p.conv.outputs
-        yield from self.matrices("linear", x, together, tuple(outputs), op, tuple(parts))
+        outputs = tuple(p.out for p in parts)
+        yield from self.matrices("linear", x, together, outputs, op, tuple(parts))
 
     def part(self, linear: Op, together: Sequence[Op]) -> Part:
         readers = self.readers[linear.outputs[0].id]
@@ -115,7 +111,7 @@ class _Rewriter:
             reader = readers[0]
             if reader.kind == "conv_silu":
                 self.fused.add(id(reader))
-                return Part(linear, linear.outputs[0], conv=reader)
+                return Part(linear, reader.outputs[0], conv=reader)
             if reader.kind == "swiglu" and reader.inputs[0].id == linear.outputs[0].id:
                 ups = [o for o in together if o.outputs[0].id == reader.inputs[1].id]
                 if ups and len(self.readers[reader.inputs[1].id]) == 1 and ups[0] is not linear:
