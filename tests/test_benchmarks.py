@@ -14,7 +14,7 @@ from benchmarks import instructions, machine, measure, peers, plan, prepare, rec
 from benchmarks.machine import BenchError
 from benchmarks.work import Experts, Work, limit
 from deskside.gguf import GGUF
-from models import SMALL, tiny
+from models import tiny
 
 GB = 10**9
 TESTS = [t for s in plan.stages(quick=False, rounds=5) for t in s.tests]
@@ -112,18 +112,14 @@ def test_bytes_of_states() -> None:
 def test_multiply_adds_of_a_token() -> None:
     file = GGUF.open(tiny())
     work = Work.of_file(file)
-    matrices = {
-        name: info.row_len * info.n_rows
+    vectors = ("norm.weight", "conv1d.weight", "ssm_a", "ssm_dt.bias", "token_embd.weight")
+    macs = {
+        name: info.row_len * info.n_rows * (4 / 32 if "_exps." in name else 1)
         for name, info in file.tensors.items()
-        if len(info.shape) > 1 and "conv1d" not in name and name != "token_embd.weight"
+        if not name.endswith(vectors)
     }
-    head = matrices.pop("output.weight")
-    # 1-dimensional in the file, but a matrix of one row on the tape
-    gates = SMALL["layers"] * file.tensors["blk.0.ffn_gate_inp_shexp.weight"].row_len
-    share = {name: n * 4 / 32 if "_exps." in name else n for name, n in matrices.items()}
-    expected = sum(share.values())
-    if "blk.0.ffn_gate_inp_shexp.weight" not in matrices:
-        expected += gates
+    head = macs.pop("output.weight")
+    expected = sum(macs.values())
     assert work.head_macs == head
     assert work.macs == expected
     assert work.prefill(512)["macs"] == pytest.approx(expected + head / 512)
