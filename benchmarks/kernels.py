@@ -22,7 +22,8 @@ from rich.table import Table
 
 from benchmarks import machine
 from deskside import _native
-from deskside.backends.cpu import FLOAT_TYPES, KERNEL_TYPES
+from deskside.backends.cpu import KERNEL_TYPES
+from deskside.backends.steps import FLOAT_TYPES
 from deskside.quants import BY_NAME, QuantType
 from deskside.system import usable_cores
 
@@ -69,7 +70,8 @@ class Linear:
         """The least time of one product with m rows of activations."""
         n, f32 = self._n, BY_NAME["F32"]
         record = _native.record_bytes(n) // 4
-        floats, records = (0, n), (-(-m * n // 16) * 16, record)
+        # offset, width, distance of rows
+        floats, records = (0, n, n), (-(-m * n // 16) * 16, record, record)
         program = _native.Program(self._threads, m, records[0] + m * record, isa)
         x = rng.standard_normal((m, n)).astype(np.float32)
         program.begin("rows")
@@ -77,7 +79,7 @@ class Linear:
         if self._type.name not in FLOAT_TYPES:
             program.quantize(floats, records)
         program.begin("tasks")
-        part = (self._weights, (0, self.rows), True, None, None)
+        part = (self._weights, (0, self.rows, self.rows), True, None, None)
         program.linear(floats, records, False, [part])
         program.finish()
         out = np.empty((m, self.rows), np.float32)
