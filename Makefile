@@ -1,5 +1,9 @@
 # make run   builds deskside in .venv and talks to the bundled model
 # make test  builds, then lint, types and all tests
+# make bench-peers  compares with llama.cpp and ik_llama.cpp on this machine. QUICK=1: a small slice,
+#            under five minutes. FILES="a.gguf b.gguf": these instead of synthetic slices. THREADS=n.
+#            NATIVE=1: builds the peers for this CPU (LLAMA_LIB=, IK_LIB=: takes these libllama.so).
+#            RESUME=1: goes on with the newest record in reports/. ARGS=: see --help
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -12,7 +16,7 @@ define install_extra
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: run test check fast format clean
+.PHONY: run test check fast format bench-peers clean
 
 # Without a terminal there is nobody to talk to: ask one question.
 run: $(VENV)/built
@@ -35,6 +39,12 @@ format: $(VENV)/tools
 	$(VENV)/bin/ruff format src tests tools benchmarks
 	$(VENV)/bin/ruff check --fix src tests tools benchmarks
 
+on = $(if $(filter-out 0,$(1)),$(2))
+bench-peers: $(VENV)/built
+	@$(PY) -m benchmarks.peers $(FILES) $(call on,$(QUICK),--quick) $(call on,$(NATIVE),--native) \
+	  $(if $(THREADS),--threads $(THREADS)) $(if $(LLAMA_LIB),--llama-lib $(LLAMA_LIB)) \
+	  $(if $(IK_LIB),--ik-lib $(IK_LIB)) $(call on,$(RESUME),--resume) $(ARGS)
+
 $(PY):
 	tools/bootstrap.sh $(VENV)
 
@@ -54,4 +64,4 @@ $(VENV)/oracles: $(VENV)/tools
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-peers build

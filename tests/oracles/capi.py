@@ -1,55 +1,99 @@
-"""llama.cpp and ik_llama.cpp through the C API inside their PyPI wheels.
+"""llama.cpp and ik_llama.cpp through the C API inside their PyPI wheels, or of another build.
 
-Both wheels bring a ggml of their own under the same symbol names, so only one may be loaded per
-process: use these classes through `remote.Remote`.
+Both bring a ggml of their own under the same symbol names, so only one may be loaded per process:
+use these classes through `remote.Remote`. Nothing but NumPy and the peer's wheel is needed, so the
+process may run under another interpreter than deskside's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import struct
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from capi_structs import Batch, ContextParams, ModelParams, check_layout
+
+GGML_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+FLASH_ATTENTION_ON = 1  # llama_flash_attn_type
 
 
 class _Engine:
-    """What the two libraries share. A subclass loads the library, the model and a context."""
+    """What the two libraries share. A subclass loads the library and the model.
+
+    Beside what the tests ask for there is the interface of `benchmarks/engine.py`: contexts, and
+    methods that return seconds.
+    """
 
     lib: Any
-    ctx: Any
     model: Any
     vocab: Any
     n_vocab: int
-    n_past: int = 0
-    last: int = -1  # row of the newest token's logits in the last batch
+    ctx: Any
+    load_seconds: float = 0.0
+    _lengths: list[int]  # tokens of each sequence
+    _last: int = -1  # row of sequence 0's newest logits in the last batch
 
-    def _clear(self) -> None:
+    def __init__(self) -> None:
+        self._contexts: dict[str, tuple[Any, list[int]]] = {}
+
+    def open(
+        self, name: str, n_ctx: int, kv: str = "f16", ubatch: int = 512, n_seq: int = 1
+    ) -> None:
+        """Makes a context of n_ctx tokens, those of all sequences together, and uses it."""
+        ctx = self._context(n_ctx, kv, ubatch, n_seq)
+        if not ctx:
+            raise RuntimeError(f"no context of {n_ctx} tokens, {kv} KV, {n_seq} sequences")
+        self._contexts[name] = (ctx, [0] * n_seq)
+        self.use(name)
+
+    def use(self, name: str) -> None:
+        """The following calls work on this context, as it was left."""
+        self.ctx, self._lengths = self._contexts[name]
+
+    def drop(self) -> None:
+        """Frees all contexts."""
+        for ctx, _ in self._contexts.values():
+            self.lib.llama_free(ctx)
+        self._contexts.clear()
+
+    def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
         raise NotImplementedError
 
-    def _feed(self, ids: Sequence[int], all_logits: bool) -> None:
-        """Appends ids to the sequence; logits for all of them or for the last."""
-        n = len(ids)
-        batch = self.lib.llama_batch_init(n, 0, 1)
+    def _clear(self) -> None:
+        """Forgets all sequences."""
+        raise NotImplementedError
+
+    def _fill(self, ids: Sequence[int], seqs: Sequence[int], wanted: Sequence[bool]) -> Any:
+        """A batch that appends each token to its sequence; free it with `_decode`."""
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, (token, seq) in enumerate(zip(ids, seqs, strict=True)):
+            batch.token[i] = token
+            batch.pos[i] = self._lengths[seq]
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = seq
+            batch.logits[i] = wanted[i]
+            self._lengths[seq] += 1
+        return batch
+
+    def _decode(self, batch: Any) -> None:
         try:
-            batch.n_tokens = n
-            for i, token in enumerate(ids):
-                batch.token[i] = token
-                batch.pos[i] = self.n_past + i
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = all_logits or i == n - 1
             status = self.lib.llama_decode(self.ctx, batch)
         finally:
             self.lib.llama_batch_free(batch)
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}")
-        self.n_past += n
-        self.last = n - 1
+
+    def _feed(self, ids: Sequence[int], all_logits: bool) -> None:
+        """Appends ids to sequence 0; logits for all of them or for the last."""
+        n = len(ids)
+        self._decode(self._fill(ids, [0] * n, [all_logits or i == n - 1 for i in range(n)]))
+        self._last = n - 1
 
     def _row(self, i: int) -> np.ndarray:
         pointer = self.lib.llama_get_logits_ith(self.ctx, i)
@@ -66,26 +110,54 @@ class _Engine:
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The n most likely tokens after ids, each given the ones before."""
         self.prefill(ids)
-        out = [int(self._row(self.last).argmax())]
+        out = [int(self._row(self._last).argmax())]
         while len(out) < n:
             self._feed(out[-1:], all_logits=False)
-            out.append(int(self._row(self.last).argmax()))
+            out.append(int(self._row(self._last).argmax()))
         return out
+
+    def loaded(self) -> float:
+        """Seconds that loading the model took, the library's start included."""
+        return self.load_seconds
 
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds to take in a fresh sequence, logits of its last token included."""
         self._clear()
+        n = len(ids)
+        batch = self._fill(ids, [0] * n, [i == n - 1 for i in range(n)])
         start = time.perf_counter()
-        self._feed(ids, all_logits=False)
+        self._decode(batch)
+        self._last = n - 1
+        self._row(self._last)
         return time.perf_counter() - start
 
-    def timed(self, ids: Sequence[int], n: int) -> tuple[float, float]:
-        """Seconds to take in ids, and for n greedy steps behind them."""
-        prefill = self.prefill(ids)
+    def decode(self, ids: Sequence[int]) -> float:
+        """Seconds for one step a token: the best next token is found, ids[i] is taken instead.
+
+        Given tokens make all engines read the same experts.
+        """
         start = time.perf_counter()
-        for _ in range(n):
-            self._feed([int(self._row(self.last).argmax())], all_logits=False)
-        return prefill, time.perf_counter() - start
+        for token in ids:
+            self._feed([token], all_logits=False)
+            self._row(self._last).argmax()
+        return time.perf_counter() - start
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Fresh sequences, one a prompt."""
+        self._clear()
+        for seq, ids in enumerate(prompts):
+            n = len(ids)
+            self._decode(self._fill(ids, [seq] * n, [i == n - 1 for i in range(n)]))
+
+    def step_all(self, steps: Sequence[Sequence[int]]) -> float:
+        """Seconds for steps that append one given token to every sequence, as `decode`."""
+        n = len(steps[0])
+        start = time.perf_counter()
+        for ids in steps:
+            self._decode(self._fill(ids, range(n), [True] * n))
+            for i in range(n):
+                self._row(i).argmax()
+        return time.perf_counter() - start
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids; control tokens in the text are recognised, none are added."""
@@ -109,56 +181,38 @@ class _Engine:
         }
 
 
-class _Params(ctypes.Structure):
-    """A parameter struct passed by value whose later fields we leave as the library set them.
+class LlamaCpp(_Engine):
+    """llama.cpp at its defaults, repacking among them; flash attention on where KV is quantised.
 
-    Larger than the library's own: a struct of this size travels on the stack, and the callee reads
-    only the bytes that it knows.
+    library: a libllama.so; that of the wheel `xllamacpp` by default.
     """
 
-    _fields_ = [("raw", ctypes.c_uint8 * 512)]
-
-    def ints(self, offset: int, n: int) -> tuple[int, ...]:
-        return struct.unpack_from(f"<{n}I", bytes(self.raw), offset)
-
-    def set_int(self, offset: int, value: int) -> None:
-        struct.pack_into("<I", self.raw, offset, value)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.POINTER(ctypes.c_float)),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    ]
-
-
-class LlamaCpp(_Engine):
-    """llama.cpp in the wheel `xllamacpp`, at its defaults: repacking, flash attention on auto."""
-
-    def __init__(self, path: str, n_ctx: int = 2048, threads: int = 2, ubatch: int = 512) -> None:
-        spec = importlib.util.find_spec("xllamacpp")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("xllamacpp")
-        self.lib = lib = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    def __init__(
+        self,
+        path: str,
+        n_ctx: int = 2048,
+        threads: int = 2,
+        ubatch: int = 512,
+        library: str | None = None,
+    ) -> None:
+        super().__init__()
+        start = time.perf_counter()
+        self.threads = threads
+        self.lib = lib = ctypes.CDLL(library or _wheel_library("xllamacpp", "xllamacpp*.so"))
         p, i32 = ctypes.c_void_p, ctypes.c_int32
         for name, result, arguments in (
-            ("llama_model_default_params", _Params, []),
-            ("llama_context_default_params", _Params, []),
-            ("llama_model_load_from_file", p, [ctypes.c_char_p, _Params]),
-            ("llama_init_from_model", p, [p, _Params]),
+            ("llama_model_default_params", ModelParams, []),
+            ("llama_context_default_params", ContextParams, []),
+            ("llama_model_load_from_file", p, [ctypes.c_char_p, ModelParams]),
+            ("llama_init_from_model", p, [p, ContextParams]),
+            ("llama_free", None, [p]),
             ("llama_model_get_vocab", p, [p]),
             ("llama_vocab_n_tokens", i32, [p]),
-            ("llama_set_n_threads", None, [p, i32, i32]),
             ("llama_get_memory", p, [p]),
             ("llama_memory_clear", None, [p, ctypes.c_bool]),
-            ("llama_batch_init", _Batch, [i32, i32, i32]),
-            ("llama_batch_free", None, [_Batch]),
-            ("llama_decode", i32, [p, _Batch]),
+            ("llama_batch_init", Batch, [i32, i32, i32]),
+            ("llama_batch_free", None, [Batch]),
+            ("llama_decode", i32, [p, Batch]),
             ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), [p, i32]),
             (
                 "llama_tokenize",
@@ -169,27 +223,30 @@ class LlamaCpp(_Engine):
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
         lib.llama_backend_init()
-        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        params = lib.llama_model_default_params()
+        check_layout(params, lib.llama_context_default_params())
+        self.model = lib.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
-        params = lib.llama_context_default_params()
-        # llama_context_params begins with n_ctx, n_batch, n_ubatch, n_seq_max; its defaults tell
-        # whether that still holds in the installed version
-        if params.ints(0, 4) != (512, 2048, 512, 1):
-            raise RuntimeError(f"unknown llama_context_params layout: {params.ints(0, 4)}")
-        for offset, value in ((0, n_ctx), (4, n_ctx), (8, ubatch)):
-            params.set_int(offset, value)
-        self.ctx = lib.llama_init_from_model(self.model, params)
-        if not self.ctx:
-            raise RuntimeError(f"llama.cpp cannot make a context for {path}")
-        lib.llama_set_n_threads(self.ctx, threads, threads)
-        self.memory = lib.llama_get_memory(self.ctx)
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
+        self.open("", n_ctx, ubatch=ubatch)
+        self.load_seconds = time.perf_counter() - start
+
+    def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
+        params = self.lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = ubatch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = GGML_TYPES[kv]
+        if kv == "q8_0":
+            params.flash_attn_type = FLASH_ATTENTION_ON
+        return self.lib.llama_init_from_model(self.model, params)
 
     def _clear(self) -> None:
-        self.lib.llama_memory_clear(self.memory, True)
-        self.n_past = 0
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.ctx), True)
+        self._lengths[:] = [0] * len(self._lengths)
 
     def _tokenize(self, data: bytes, buffer: Any, room: int) -> int:
         n: int = self.lib.llama_tokenize(self.vocab, data, len(data), buffer, room, False, True)
@@ -197,9 +254,10 @@ class LlamaCpp(_Engine):
 
 
 class IkLlama(_Engine):
-    """ik_llama.cpp in the wheel `ik-llama-cpp-python`, flash attention on.
+    """ik_llama.cpp at its defaults: flash attention (for one sequence), fused MoE, graph reuse.
 
-    repack: interleave rows at load (its -rtr), which takes a copy of the model.
+    repack: interleave rows at load (its -rtr), which takes a copy of the model. library: a
+    libllama.so; that of the wheel `ik-llama-cpp-python` by default. The wheel has the structs.
     """
 
     def __init__(
@@ -209,9 +267,15 @@ class IkLlama(_Engine):
         threads: int = 2,
         ubatch: int = 512,
         repack: bool = False,
+        library: str | None = None,
     ) -> None:
+        super().__init__()
+        start = time.perf_counter()
+        if library:
+            os.environ["IK_LLAMA_CPP_LIB_PATH"] = library
         from ik_llama_cpp import _ctypes_api as api
 
+        self.api, self.threads = api, threads
         self.lib = api._lib
         api.llama_backend_init()
         model_params = api.llama_model_default_params()
@@ -221,21 +285,34 @@ class IkLlama(_Engine):
         self.model = api.llama_model_load_from_file(path.encode(), model_params)
         if not self.model:
             raise RuntimeError(f"ik_llama.cpp cannot load {path}")
-        params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = ubatch
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn = True
-        self.ctx = api.llama_init_from_model(self.model, params)
-        if not self.ctx:
-            raise RuntimeError(f"ik_llama.cpp cannot make a context for {path}")
         self.vocab = api.llama_model_get_vocab(self.model)
         self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        self.open("", n_ctx, ubatch=ubatch)
+        self.load_seconds = time.perf_counter() - start
+
+    def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
+        params = self.api.llama_context_default_params()
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = ubatch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = GGML_TYPES[kv]
+        params.fused_moe_up_gate = params.fused_up_gate = True
+        # with several sequences of a recurrent model its flash attention fails an assertion (0.1.5)
+        params.flash_attn = n_seq == 1
+        return self.api.llama_init_from_model(self.model, params)
 
     def _clear(self) -> None:
         self.lib.llama_kv_cache_clear(self.ctx)
-        self.n_past = 0
+        self._lengths[:] = [0] * len(self._lengths)
 
     def _tokenize(self, data: bytes, buffer: Any, room: int) -> int:
         n: int = self.lib.llama_tokenize(self.model, data, len(data), buffer, room, False, True)
         return n
+
+
+def _wheel_library(package: str, pattern: str) -> str:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(package)
+    return str(next(Path(spec.origin).parent.glob(pattern)))

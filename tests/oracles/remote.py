@@ -9,12 +9,14 @@ apart. The idle process blocks in a read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,16 +26,31 @@ class RemoteError(RuntimeError):
 
 
 class Remote:
-    """Makes `class_name(*args, **kwargs)` of the Python file `source` in a new process."""
+    """Makes `class_name(*args, **kwargs)` of the Python file `source` in a new process.
 
-    def __init__(self, source: Path, class_name: str, *args: Any, **kwargs: Any) -> None:
+    python: the interpreter of that process, this one's by default. environment: variables that are
+    set there.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        class_name: str,
+        *args: Any,
+        python: str | Path = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._name = class_name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(source), class_name],
+            [str(python), __file__, str(source), class_name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            env={**os.environ, **(environment or {})},
+            # Ctrl-C in a terminal goes to its whole process group: the caller decides what ends
+            start_new_session=True,
         )
         try:
             self._call("", args, kwargs)
@@ -45,6 +62,11 @@ class Remote:
     def pid(self) -> int:
         """The process."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -60,21 +82,27 @@ class Remote:
         return value
 
     def _tail(self) -> str:
-        end = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, end - 2000))
-        return self._log.read().decode(errors="replace")
+        """Failed assertions and the end of what the process wrote.
+
+        ggml lets gdb print a trace of some thousand characters after the assertion.
+        """
+        self._log.seek(0)
+        text = self._log.read().decode(errors="replace")
+        asserts = [line for line in text.splitlines() if "GGML_ASSERT" in line]
+        return "\n".join([*asserts[:1], text[-2000:]])
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
         return lambda *args, **kwargs: self._call(method, args, kwargs)
 
-    def close(self) -> None:
-        """Ends the process."""
+    def close(self, patience: float = 10) -> None:
+        """Ends the process; kills it where a call takes longer than `patience` seconds."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

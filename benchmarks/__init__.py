@@ -1,0 +1,1 @@
+"""What deskside is measured with; nothing here is needed to run a model."""
