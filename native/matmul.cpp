@@ -12,15 +12,22 @@
 namespace deskside {
 namespace {
 
-constexpr int kMaxDirect = 4;
 // Rows of x that share a register of weights: their sums must stay in registers.
 #if defined(DESKSIDE_AVX512)
-constexpr int kRowsOfX = 8;
+constexpr int kRowsOfX = 8, kMaxDirect = 8;
 #else
-constexpr int kRowsOfX = 4;
+constexpr int kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// Bytes ahead: the hardware's prefetcher stops at the end of a 4 KiB page.
-constexpr int64_t kPrefetch = 3072;
+// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at the
+// end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+constexpr int64_t kFar = 3072, kNear = 1024;
+
+// Fetches `bytes` at p, of a stream that ends at `end` and goes on `jump` bytes behind it.
+template <int Locality>
+inline void fetch(const uint8_t* p, int bytes, const uint8_t* end, int64_t jump) {
+  if (p >= end) p += jump;
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
+}
 
 // A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
 // costs one register.
@@ -72,7 +79,7 @@ inline void store_rows(float* y, int part, int valid, vf v) {
 
 template <Type T, int M>
 void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
-                int valid) {
+                int valid, const uint8_t* next) {
   using P = Panel<T>;
   const Parts parts(cols);
   vf acc[kParts][M];
@@ -80,10 +87,12 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int i = 0; i < M; i++) acc[part][i] = vf{};
   const uint8_t* s = panel + P::header * kPanelRows;
   constexpr int bytes = P::bytes / P::blocks;  // of a block
+  const uint8_t* const end = s + cols / 32 * bytes;
+  const int64_t jump = next - end;
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
-      for (int line = 0; line < bytes; line += 64)
-        __builtin_prefetch(s + j * bytes + kPrefetch + line);
+      fetch<2>(s + j * bytes + kFar, bytes, end, jump);
+      fetch<3>(s + j * bytes + kNear, bytes, end, jump);
       for (int part = 0; part < kParts; part++) {
         Bytes w[8];
         vf scale[2], min = vf{};
@@ -151,7 +160,7 @@ template <int Max, class F> inline void with_rows(int m, F&& f) {
 
 template <Type T>
 void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                      int m, float* y, int64_t ldy, const Tile& tile) {
+                      int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
   using P = Panel<T>;
   const uint8_t* a[kRowsOfX];
   if (m <= kMaxDirect)
@@ -160,13 +169,15 @@ void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, c
     const uint8_t* panel = w.data + p * w.stride;
     const int64_t r = p * kPanelRows;
     const int valid = int(w.rows - r < kPanelRows ? w.rows - r : kPanelRows);
+    // Behind a panel in memory lies the next one, or the other half of an interleaved pair.
+    const uint8_t* const end = panel + P::header * kPanelRows + P::bytes * (w.cols / 32 / P::blocks);
+    const uint8_t* const next = then && p == p1 - 1 ? then : end;
     if (m <= kMaxDirect) {
-      with_rows<kMaxDirect>(m, [&]<int M>() { dot_direct<T, M>(panel, w.cols, a, y + r, ldy, valid); });
+      with_rows<kMaxDirect>(
+          m, [&]<int M>() { dot_direct<T, M>(panel, w.cols, a, y + r, ldy, valid, next); });
       continue;
     }
     unpack_panel<T>(panel, w.cols, tile);
-    // What follows in memory is the next panel, or the other half of an interleaved pair.
-    const uint8_t* next = panel + P::bytes * (w.cols / 32 / P::blocks);
     for (int i = 0; i < m; i += kRowsOfX) {
       const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
       for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
@@ -207,7 +218,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
     for (int i = 0; i < M; i++) acc[j][i] = vf{}, tail[j][i] = 0;
   int64_t c = 0;
   for (; c + kLanes <= cols; c += kLanes) {
-    for (int j = 0; j < R && M == 1; j++) __builtin_prefetch(w[j] + c + kPrefetch / 4);
+    for (int j = 0; j < R && M == 1; j++) __builtin_prefetch(w[j] + c + kNear / 4);
     for (int j = 0; j < R; j++)
       for (int i = 0; i < M; i++) acc[j][i] += load(w[j] + c) * load(x[i] + c);
   }
@@ -219,7 +230,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
 }
 
 void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                  int m, float* y, int64_t ldy, const Tile& tile) {
+                  int m, float* y, int64_t ldy, const Tile& tile, const uint8_t*) {
   constexpr int kFloatX = kRowsOfX / 2;  // R * M sums and R or M operands are in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t end = p1 * kPanelRows < w.rows ? p1 * kPanelRows : w.rows;
@@ -310,9 +321,9 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
 }
 
 void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
-            float* y, int64_t ldy, const Tile& tile) {
+            float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
   for (const TypeEntry& e : kTypes)
-    if (e.type == w.type) return e.matmul(w, p0, p1, x, index, m, y, ldy, tile);
+    if (e.type == w.type) return e.matmul(w, p0, p1, x, index, m, y, ldy, tile, then);
   __builtin_trap();  // module.cpp has checked the type
 }
 

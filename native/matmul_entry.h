@@ -7,6 +7,6 @@ namespace deskside::DESKSIDE_ISA {
 
 void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
 void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
-            float* y, int64_t ldy, const Tile& tile);
+            float* y, int64_t ldy, const Tile& tile, const uint8_t* then);
 
 }  // namespace deskside::DESKSIDE_ISA

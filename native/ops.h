@@ -229,9 +229,9 @@ struct ExpertsDown : Op {
   int64_t max_cols() const override { return shape.width; }
 
  private:
-  static constexpr int kTokens = 256;           // of an expert in one product
-  static constexpr int kFew = 16, kMost = 32;   // tokens for which a task takes up to kMost panels
-  static constexpr int kPanels = 2;             // panels of a task for more tokens
+  static constexpr int kTokens = 256;         // of an expert in one product
+  static constexpr int kMost = 32;            // panels of a task
+  static constexpr int64_t kSums = 32 << 10;  // floats
   int64_t chunk(const Run& r) const;
 };
 

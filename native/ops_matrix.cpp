@@ -12,7 +12,7 @@
 namespace deskside {
 
 namespace {
-constexpr int64_t kStream = int64_t(64) << 10;  // bytes of weights that a task reads in one go
+constexpr int64_t kStream = int64_t(128) << 10;  // bytes of weights that a task reads in one go
 
 int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / chunk; }
 }  // namespace
@@ -27,8 +27,11 @@ void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const i
     Rows part = x;
     if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
     const int32_t* chosen = index ? index + i : nullptr;
-    r.kernels.matmul(gate, p0, p1, part, chosen, n, g - first, rows, r.tile());
-    r.kernels.matmul(up, p0, p1, part, chosen, n, u - first, rows, r.tile());
+    // Panel by panel, as they lie in memory.
+    for (int64_t p = p0; p < p1; p++) {
+      r.kernels.matmul(gate, p, p + 1, part, chosen, n, g - first, rows, r.tile(), nullptr);
+      r.kernels.matmul(up, p, p + 1, part, chosen, n, u - first, rows, r.tile(), nullptr);
+    }
     for (int k = 0; k < n; k++) {
       r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
       done(i + k, g + k * rows);
@@ -83,11 +86,12 @@ void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const
   }
   if (p.kernel == 0) {
     float* y = p.to_logits ? r.batch.logits : r.at(p.out);
-    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.to_logits ? p.w.rows : p.out.stride, r.tile());
+    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.to_logits ? p.w.rows : p.out.stride, r.tile(),
+                     nullptr);
     return;
   }
   const int channels = int(end - first);
-  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work() - first, channels, r.tile());
+  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work() - first, channels, r.tile(), nullptr);
   const State& s = r.state(p.state);
   for (const Segment& seg : r.batch.segments)
     r.kernels.conv_silu(r.work() + int64_t(seg.row) * channels, seg.n, channels, p.kernel,
@@ -170,15 +174,15 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
 }
 
 int64_t ExpertsDown::chunk(const Run& r) const {
-  // At decode a task reads a long piece of every expert; in prefill it keeps its sums in L2.
-  if (r.n_tokens() > kFew) return kPanels;
+  // Long pieces of every expert, but sums that stay in L2.
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
-  return std::clamp<int64_t>(std::min(stream, panels / (int64_t(r.n_threads) * 4)), 1, kMost);
+  const int64_t sums = kSums / (kPanelRows * r.n_tokens());
+  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 4)}), 2, kMost);
 }
 
 int64_t ExpertsDown::work_floats(int64_t max_tokens, int) const {
-  const int64_t sums = std::max<int64_t>(kFew * kMost, max_tokens * kPanels);
-  return (sums + std::max<int64_t>(kFew * kMost, kTokens * kPanels)) * kPanelRows;
+  const int64_t sums = std::max<int64_t>(kSums, max_tokens * 2 * kPanelRows);
+  return 2 * std::max<int64_t>(sums, kMost * kPanelRows);
 }
 
 int64_t ExpertsDown::tasks(const Run& r) const {
@@ -198,7 +202,10 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
       const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
       const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, 0) + k * record_bytes(shape.width),
                    shape.width, shape.width};
-      r.kernels.matmul(w, p0, p1, h, nullptr, m, products - first, n, r.tile());
+      const bool last = k + m >= t.first[a + 1] && a + 1 < *t.n_active;
+      const uint8_t* then =
+          last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;
+      r.kernels.matmul(w, p0, p1, h, nullptr, m, products - first, n, r.tile(), then);
       for (int j = 0; j < m; j++)
         r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
                        n, sums + t.token[k + j] * n);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 
 #include "dispatch.h"
 
@@ -10,6 +11,7 @@ namespace deskside {
 namespace {
 // Floats that one thread handles in about the time that a barrier and its imbalance cost.
 constexpr int64_t kSerialWork = 32768;
+constexpr size_t kMaxOps = 16;  // of a tasks step
 constexpr uint32_t kRounds = uint32_t(1) << 24;
 
 int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
@@ -23,6 +25,9 @@ Program::Program(int n_threads, int max_tokens, int64_t arena_floats, const std:
       arena_(arena_floats * 4) {}
 
 void Program::finish() {
+  for (const Step& step : steps_)
+    if (step.ops.size() > kMaxOps && step.kind == Step::kTasks)
+      throw std::invalid_argument("finish: too many ops in a step of tasks");
   int64_t shared = 0, work = 0, cols = 32;
   for (const Step& step : steps_) {
     for (const auto& op : step.ops) {
@@ -106,14 +111,12 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
         continue;
       }
       // The tasks of all ops, one after another.
-      int64_t all = 0;
-      for (const auto& op : step.ops) all += op->tasks(r);
+      int64_t ends[kMaxOps], all = 0;
+      for (size_t j = 0; j < step.ops.size(); j++) ends[j] = all += step.ops[j]->tasks(r);
       team_.share(round, thread, all, [&](int64_t task) {
-        for (const auto& op : step.ops) {
-          const int64_t own = op->tasks(r);
-          if (task < own) return op->task(r, task);
-          task -= own;
-        }
+        size_t j = 0;
+        while (task >= ends[j]) j++;
+        step.ops[j]->task(r, j == 0 ? task : task - ends[j - 1]);
       });
     }
   });

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from deskside import _native
 from deskside.tape import Op, Tape, Value
 
+MAX_TASKS_OPS = 16  # of a tasks step, see native/program.cpp
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
 
@@ -177,6 +178,8 @@ def schedule(ops: Sequence[NativeOp]) -> list[Step]:
             step = Step(where)
             ready = set(done)
             for i in list(left):
+                if where == "tasks" and len(step.ops) == MAX_TASKS_OPS:
+                    break
                 if ops[i].where == where and waits[i] <= ready:
                     step.ops.append(ops[i])
                     left.remove(i)
