@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "dispatch.h"
 #include "thread_pool.h"
 
 namespace deskside {
@@ -43,6 +44,26 @@ double read_bandwidth(int n_threads, int64_t bytes, int repeats) {
   munmap(memory, size_t(bytes));
   // The sums are used, so the reads cannot be left out.
   if (sums[0] == 0) throw std::runtime_error("read_bandwidth: memory was not read");
+  return best;
+}
+
+double compute_limit(int n_threads, const std::string& isa, int repeats) {
+  if (n_threads < 1 || repeats < 1)
+    throw std::invalid_argument("compute_limit: at least 1 thread and 1 repeat");
+  constexpr int64_t kRounds = 4'000'000;
+  const Kernels& kernels = choose_kernels(isa);
+  std::vector<int64_t> products(size_t(n_threads) * 8);
+  std::vector<int32_t> results(size_t(n_threads) * 16);
+  Pool pool(n_threads);
+  double best = 0;
+  for (int i = 0; i < repeats; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int t) {
+      products[size_t(t) * 8] = kernels.dot_peak(kRounds, &results[size_t(t) * 16]);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(products[0]) * n_threads / seconds.count());
+  }
   return best;
 }
 

@@ -45,17 +45,16 @@ struct Rows {
   int64_t cols, stride;
 };
 
-// Work memory of one thread for matmul: an unpacked panel, and for F16 and BF16 four rows of floats.
+// Work memory of one thread for matmul: two unpacked panels, and for F16 and BF16 four rows of floats.
 struct Tile {
-  int8_t* w;
-  float* scale;
-  float* min;
+  struct Unpacked {
+    int8_t* w;     // (cols / 32, 8, 64)
+    float* scale;  // (cols / 32, 1 or 2, 16)
+    float* min;    // (cols / 32, 16)
+  } panel[2];
   float* f;
 };
 constexpr int kFloatRows = 4;
-static inline int64_t tile_bytes(int64_t cols) {
-  return kPanelRows * (cols + cols / 16 * 4 + cols / 32 * 4) + kFloatRows * cols * 4 + 256;
-}
 
 struct DeltaSlice {
   float* state;           // (dim, dim): key x value, this head's
@@ -99,6 +98,14 @@ struct Kernels {
   // prefetcher; null where it lies behind the last panel.
   void (*matmul)(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                  int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then);
+  // The same for two matrices of one shape and type, whose panels are interleaved in memory.
+  void (*matmul_pair)(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
+                      const int32_t* index, int m, float* y, float* z, int64_t ldy,
+                      const Tile& tile);
+
+  // Runs `rounds` of integer dot products on registers and returns how many products that were: with
+  // the time it took, what no matrix kernel of this instruction set can exceed.
+  int64_t (*dot_peak)(int64_t rounds, int32_t* result);
 
   void (*rms_norm)(const float* x, const float* w, int n, float eps, float* y);
   void (*gated_norm)(const float* x, const float* z, const float* w, int n, float eps, float* y);

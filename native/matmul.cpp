@@ -12,11 +12,12 @@
 namespace deskside {
 namespace {
 
-// Rows of x that share a register of weights: their sums must stay in registers.
+// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one of
+// floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
 #if defined(DESKSIDE_AVX512)
-constexpr int kRowsOfX = 8, kMaxDirect = 8;
+constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
-constexpr int kRowsOfX = 4, kMaxDirect = 4;
+constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
 // Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at the
 // end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
@@ -47,24 +48,37 @@ inline const uint8_t* record(const Rows& x, const int32_t* index, int i) {
   return x.q + (index ? index[i] : i) * record_bytes(x.cols);
 }
 
+// Sums of products of kLanes rows over the groups [first, end) of a block, for M rows of x.
+template <int M>
+inline void dot_groups(const Bytes* w, int first, int end, const uint8_t* const* x, int64_t correction,
+                       int64_t block, vf* sums) {
+  Bytes sum[M];
+  for (int i = 0; i < M; i++) sum[i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + correction);
+  for (int g = first; g < end; g++) {
+    const Bytes abs = magnitude(w[g]);
+    for (int i = 0; i < M; i++)
+      sum[i] = dot4(sum[i], w[g], abs, splat_lane(x[i] + 32 * block + 4 * g));
+  }
+  for (int i = 0; i < M; i++) sums[i] = to_float(sum[i]);
+}
+
 // One block of 32 weights of kLanes rows against M rows of x.
 template <bool HasMin, bool Halves, int M>
 inline void dot_block(const Bytes* w, const vf* scale, vf min, const uint8_t* const* x,
                       const Parts& parts, int64_t b, vf* acc) {
-  for (int h = 0; h < (Halves ? 2 : 1); h++) {
-    constexpr int groups = Halves ? 4 : 8;
-    const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
-    Bytes sum[M];
-    for (int i = 0; i < M; i++) sum[i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
-    for (int g = h * groups; g < (h + 1) * groups; g++) {
-      const Bytes abs = magnitude(w[g]);
-      for (int i = 0; i < M; i++) sum[i] = dot4(sum[i], w[g], abs, splat_lane(x[i] + 32 * b + 4 * g));
-    }
-    for (int i = 0; i < M; i++)
-      acc[i] += to_float(sum[i]) * (scale[h] * float_at(x[i], parts.d + 4 * b));
+  vf sums[M], second[M];
+  if constexpr (Halves) {
+    dot_groups<M>(w, 0, 4, x, parts.c16 + 8 * b, b, sums);
+    dot_groups<M>(w, 4, 8, x, parts.c16 + 8 * b + 4, b, second);
+  } else {
+    dot_groups<M>(w, 0, 8, x, parts.c32 + 4 * b, b, sums);
   }
-  if constexpr (HasMin)
-    for (int i = 0; i < M; i++) acc[i] -= min * float_at(x[i], parts.s + 4 * b);
+  for (int i = 0; i < M; i++) {
+    vf product = sums[i] * scale[0];
+    if constexpr (Halves) product += second[i] * scale[1];
+    acc[i] += product * float_at(x[i], parts.d + 4 * b);
+    if constexpr (HasMin) acc[i] -= min * float_at(x[i], parts.s + 4 * b);
+  }
 }
 
 // The rows of a panel that exist: the last panel may have fewer than 16.
@@ -105,7 +119,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][i]);
 }
 
-template <Type T> void unpack_panel(const uint8_t* panel, int64_t cols, const Tile& t) {
+template <Type T> void unpack_panel(const uint8_t* panel, int64_t cols, Tile::Unpacked t) {
   using P = Panel<T>;
   constexpr int per = P::halves ? 2 : 1;
   const uint8_t* s = panel + P::header * kPanelRows;
@@ -125,28 +139,60 @@ template <Type T> void unpack_panel(const uint8_t* panel, int64_t cols, const Ti
   }
 }
 
-// Meanwhile fetches `ahead` bytes a block of what lies at `next`: the panel to be unpacked next.
-template <bool HasMin, bool Halves, int M>
-void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
-              int valid, const uint8_t* next, int ahead) {
+// R unpacked panels against M rows of x; y[j] is panel j's place in the results. Meanwhile fetches
+// `ahead` bytes a block of what lies at `next`: the panels to be unpacked next.
+template <bool HasMin, bool Halves, int R, int M>
+void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
+              const int* valid, const uint8_t* next, int ahead) {
   constexpr int per = Halves ? 2 : 1;
   const Parts parts(cols);
   for (int part = 0; part < kParts; part++) {
-    vf acc[M];
-    for (int i = 0; i < M; i++) acc[i] = vf{};
+    vf acc[R][M];
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) acc[j][i] = vf{};
     for (int64_t b = 0; b < cols / 32; b++) {
       for (int line = 0; line < ahead; line += 64) __builtin_prefetch(next + line, 0, 2);
       next += ahead;
-      Bytes w[8];
-      vf scale[2], min = vf{};
-      for (int g = 0; g < 8; g++)
-        w[g] = vector_at(reinterpret_cast<const uint8_t*>(t.w) + (b * 8 + g) * kVector, part);
-      for (int h = 0; h < per; h++)
-        scale[h] = load(t.scale + (b * per + h) * kPanelRows + part * kLanes);
-      if constexpr (HasMin) min = load(t.min + b * kPanelRows + part * kLanes);
-      dot_block<HasMin, Halves, M>(w, scale, min, x, parts, b, acc);
+      vf sums[per][R][M];
+      for (int h = 0; h < per; h++) {
+        Bytes sum[R][M];
+        const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
+        for (int i = 0; i < M; i++)
+          for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
+        for (int g = 8 / per * h; g < 8 / per * (h + 1); g++) {
+          Bytes w[R], abs[R];
+          for (int j = 0; j < R; j++) {
+            const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
+            w[j] = vector_at(from + (b * 8 + g) * kVector, part);
+            abs[j] = magnitude(w[j]);
+          }
+          for (int i = 0; i < M; i++) {
+            const Bytes xi = splat_lane(x[i] + 32 * b + 4 * g);
+            for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], w[j], abs[j], xi);
+          }
+        }
+        for (int j = 0; j < R; j++)
+          for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
+      }
+      for (int j = 0; j < R; j++) {
+        const Tile::Unpacked& p = t.panel[j];
+        for (int h = 0; h < per; h++) {
+          const vf scale = load(p.scale + (b * per + h) * kPanelRows + part * kLanes);
+          for (int i = 0; i < M; i++) sums[h][j][i] *= scale;
+        }
+        for (int i = 0; i < M; i++) {
+          vf product = sums[0][j][i];
+          if constexpr (Halves) product += sums[per - 1][j][i];
+          acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
+        }
+        if constexpr (HasMin) {
+          const vf min = load(p.min + b * kPanelRows + part * kLanes);
+          for (int i = 0; i < M; i++) acc[j][i] -= min * float_at(x[i], parts.s + 4 * b);
+        }
+      }
     }
-    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[i]);
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) store_rows(y[j] + i * ldy, part, valid[j], acc[j][i]);
   }
 }
 
@@ -158,34 +204,80 @@ template <int Max, class F> inline void with_rows(int m, F&& f) {
   f.template operator()<Max>();
 }
 
+// Panels of one type, one after another in memory, and where their rows' results go.
+struct Panels {
+  int n;
+  const uint8_t* data[2];
+  float* y[2];
+  int valid[2];
+};
+
+inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
+  const int64_t row = panel * kPanelRows, left = w.rows - row;
+  p.data[p.n] = w.data + panel * w.stride;
+  p.y[p.n] = y + row;
+  p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
+}
+
+// `then`: what is read next, null for what lies behind the last panel.
+template <Type T>
+void multiply(const Panels& p, int64_t cols, const Rows& x, const int32_t* index, int m,
+              int64_t ldy, const Tile& tile, const uint8_t* then) {
+  using P = Panel<T>;
+  constexpr int per_block = P::bytes / P::blocks;
+  const int64_t bytes = P::header * kPanelRows + cols / 32 * per_block;
+  if (m <= kMaxDirect) {
+    const uint8_t* a[kMaxDirect];
+    for (int i = 0; i < m; i++) a[i] = record(x, index, i);
+    for (int j = 0; j < p.n; j++) {
+      const uint8_t* end = p.data[j] + bytes;
+      const uint8_t* next = j + 1 < p.n ? p.data[j + 1] : then ? then : end;
+      with_rows<kMaxDirect>(m, [&]<int M>() {
+        dot_direct<T, M>(p.data[j], cols, a, p.y[j], ldy, p.valid[j], next);
+      });
+    }
+    return;
+  }
+  for (int j = 0; j < p.n; j++) unpack_panel<T>(p.data[j], cols, tile.panel[j]);
+  const uint8_t* next = then ? then : p.data[p.n - 1] + bytes;
+  for (int i = 0; i < m; i += kRowsOfX) {
+    const uint8_t* a[kRowsOfX];
+    const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
+    for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
+    float* const y[2] = {p.y[0] + i * ldy, p.n > 1 ? p.y[1] + i * ldy : nullptr};
+    const int ahead = i == 0 ? p.n * per_block / kParts : 0;
+    with_rows<kRowsOfX>(n, [&]<int M>() {
+      if constexpr (kTogether == 2) {
+        if (p.n == 2)
+          return dot_tile<P::has_min, P::halves, 2, M>(tile, cols, a, y, ldy, p.valid, next, ahead);
+      }
+      dot_tile<P::has_min, P::halves, 1, M>(tile, cols, a, y, ldy, p.valid, next, ahead);
+    });
+  }
+}
+
 template <Type T>
 void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                       int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
-  using P = Panel<T>;
-  const uint8_t* a[kRowsOfX];
-  if (m <= kMaxDirect)
-    for (int i = 0; i < m; i++) a[i] = record(x, index, i);
+  for (int64_t p = p0; p < p1; p += kTogether) {
+    Panels panels{};
+    for (int64_t q = p; q < p1 && q < p + kTogether; q++) add_panel(panels, w, q, y);
+    multiply<T>(panels, w.cols, x, index, m, ldy, tile, p + kTogether < p1 ? nullptr : then);
+  }
+}
+
+template <Type T>
+void pair_quantised(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
+                    const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
   for (int64_t p = p0; p < p1; p++) {
-    const uint8_t* panel = w.data + p * w.stride;
-    const int64_t r = p * kPanelRows;
-    const int valid = int(w.rows - r < kPanelRows ? w.rows - r : kPanelRows);
-    // Behind a panel in memory lies the next one, or the other half of an interleaved pair.
-    const uint8_t* const end = panel + P::header * kPanelRows + P::bytes * (w.cols / 32 / P::blocks);
-    const uint8_t* const next = then && p == p1 - 1 ? then : end;
-    if (m <= kMaxDirect) {
-      with_rows<kMaxDirect>(
-          m, [&]<int M>() { dot_direct<T, M>(panel, w.cols, a, y + r, ldy, valid, next); });
-      continue;
+    Panels panels{};
+    add_panel(panels, w, p, y);
+    if constexpr (kTogether == 1) {
+      multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
+      panels.n = 0;
     }
-    unpack_panel<T>(panel, w.cols, tile);
-    for (int i = 0; i < m; i += kRowsOfX) {
-      const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
-      for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
-      with_rows<kRowsOfX>(n, [&]<int M>() {
-        dot_tile<P::has_min, P::halves, M>(tile, w.cols, a, y + i * ldy + r, ldy, valid, next,
-                                           i == 0 ? P::bytes / P::blocks / kParts : 0);
-      });
-    }
+    add_panel(panels, v, p, z);
+    multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
   }
 }
 
@@ -231,7 +323,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
 
 void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                   int m, float* y, int64_t ldy, const Tile& tile, const uint8_t*) {
-  constexpr int kFloatX = kRowsOfX / 2;  // R * M sums and R or M operands are in registers
+  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands are in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t end = p1 * kPanelRows < w.rows ? p1 * kPanelRows : w.rows;
   static_assert(kPanelRows % kFloatRows == 0);
@@ -259,20 +351,36 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
 
 // ---- entries ------------------------------------------------------------------------------------
 
+void pair_float(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
+                const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
+  matmul_float(w, p0, p1, x, index, m, y, ldy, tile, nullptr);
+  matmul_float(v, p0, p1, x, index, m, z, ldy, tile, nullptr);
+}
+
 struct TypeEntry {
   Type type;
   decltype(Kernels::matmul) matmul;
+  decltype(Kernels::matmul_pair) pair;
 };
 
-template <Type T> constexpr TypeEntry quantised() { return {T, matmul_quantised<T>}; }
+template <Type T> constexpr TypeEntry quantised() {
+  return {T, matmul_quantised<T>, pair_quantised<T>};
+}
 
 constexpr TypeEntry kTypes[] = {
-    {Type::F32, matmul_float}, {Type::F16, matmul_float}, {Type::BF16, matmul_float},
+    {Type::F32, matmul_float, pair_float}, {Type::F16, matmul_float, pair_float},
+    {Type::BF16, matmul_float, pair_float},
     quantised<Type::Q4_0>(), quantised<Type::Q4_1>(), quantised<Type::Q5_0>(),
     quantised<Type::Q5_1>(), quantised<Type::Q8_0>(), quantised<Type::Q4_K>(),
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
     quantised<Type::IQ4_XS>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
 };
+
+const TypeEntry& entry(Type type) {
+  for (const TypeEntry& e : kTypes)
+    if (e.type == type) return e;
+  __builtin_trap();  // module.cpp has checked the type
+}
 
 }  // namespace
 
@@ -320,11 +428,41 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
   }
 }
 
+int64_t dot_peak(int64_t rounds, int32_t* result) {
+  constexpr int kSums = kBias != 0 ? 12 : 4;  // enough to hide the latency of a dot product
+  Bytes sum[kSums], w = splat_byte(3), x = splat_byte(1);
+  const Bytes abs = magnitude(w);
+  for (int i = 0; i < kSums; i++) sum[i] = splat_lane(0);
+  for (int64_t r = 0; r < rounds; r++) {
+    // Other operands each time as far as the compiler knows: nothing can be taken out of the loop.
+#if defined(__x86_64__)
+    asm volatile("" : "+v"(x));
+#endif
+    for (int i = 0; i < kSums; i++) {
+#if defined(__x86_64__)
+      asm volatile("" : "+v"(w));
+#endif
+      sum[i] = dot4(sum[i], w, abs, x);
+    }
+  }
+  for (int i = 1; i < kSums; i++) sum[0] = (Bytes)((vi)sum[0] + (vi)sum[i]);
+  *result = ((vi)sum[0])[0];
+  return rounds * kSums * kLanes * 4;
+}
+
 void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
             float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
-  for (const TypeEntry& e : kTypes)
-    if (e.type == w.type) return e.matmul(w, p0, p1, x, index, m, y, ldy, tile, then);
-  __builtin_trap();  // module.cpp has checked the type
+  entry(w.type).matmul(w, p0, p1, x, index, m, y, ldy, tile, then);
+}
+
+void matmul_pair(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
+                 const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
+  if (w.type == v.type)
+    return entry(w.type).pair(w, v, p0, p1, x, index, m, y, z, ldy, tile);
+  for (int64_t p = p0; p < p1; p++) {
+    entry(w.type).matmul(w, p, p + 1, x, index, m, y, ldy, tile, nullptr);
+    entry(v.type).matmul(v, p, p + 1, x, index, m, z, ldy, tile, nullptr);
+  }
 }
 
 }  // namespace DESKSIDE_ISA

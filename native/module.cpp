@@ -435,6 +435,9 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &deskside::read_bandwidth, "n_threads"_a, "bytes"_a, "repeats"_a,
         nb::call_guard<nb::gil_scoped_release>(),
         "Best bytes per second of `repeats` passes of n_threads over `bytes` of memory.");
+  m.def("compute_limit", &deskside::compute_limit, "n_threads"_a, "isa"_a = "", "repeats"_a = 5,
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Best 8-bit products per second of n_threads on registers: the limit of any matrix kernel.");
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");

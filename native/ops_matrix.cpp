@@ -27,11 +27,7 @@ void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const i
     Rows part = x;
     if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
     const int32_t* chosen = index ? index + i : nullptr;
-    // Panel by panel, as they lie in memory.
-    for (int64_t p = p0; p < p1; p++) {
-      r.kernels.matmul(gate, p, p + 1, part, chosen, n, g - first, rows, r.tile(), nullptr);
-      r.kernels.matmul(up, p, p + 1, part, chosen, n, u - first, rows, r.tile(), nullptr);
-    }
+    r.kernels.matmul_pair(gate, up, p0, p1, part, chosen, n, g - first, u - first, rows, r.tile());
     for (int k = 0; k < n; k++) {
       r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
       done(i + k, g + k * rows);
@@ -177,7 +173,7 @@ int64_t ExpertsDown::chunk(const Run& r) const {
   // Long pieces of every expert, but sums that stay in L2.
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
   const int64_t sums = kSums / (kPanelRows * r.n_tokens());
-  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 4)}), 2, kMost);
+  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2, kMost);
 }
 
 int64_t ExpertsDown::work_floats(int64_t max_tokens, int) const {

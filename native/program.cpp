@@ -39,15 +39,20 @@ void Program::finish() {
   const int64_t w = align64(kPanelRows * cols), scale = align64(cols / 16 * kPanelRows * 4),
                 min = align64(cols / 32 * kPanelRows * 4), f = align64(kFloatRows * cols * 4);
   shared = align64(shared), work = align64(work * 4);
-  const int64_t each = work + w + scale + min + f;
+  const int64_t each = work + 2 * (w + scale + min) + f;
   memory_ = std::make_unique<Arena>(shared + each * pool_.size());
   uint8_t* at = memory_->data() + shared;
-  for (int i = 0; i < pool_.size(); i++, at += each) {
-    uint8_t* tile = at + work;
-    work_.push_back(reinterpret_cast<float*>(at));
-    tile_.push_back({reinterpret_cast<int8_t*>(tile), reinterpret_cast<float*>(tile + w),
-                     reinterpret_cast<float*>(tile + w + scale),
-                     reinterpret_cast<float*>(tile + w + scale + min)});
+  const auto take = [&at](int64_t bytes) {
+    at += bytes;
+    return at - bytes;
+  };
+  for (int i = 0; i < pool_.size(); i++) {
+    work_.push_back(reinterpret_cast<float*>(take(work)));
+    Tile& tile = tile_.emplace_back();
+    for (Tile::Unpacked& p : tile.panel)
+      p = {reinterpret_cast<int8_t*>(take(w)), reinterpret_cast<float*>(take(scale)),
+           reinterpret_cast<float*>(take(min))};
+    tile.f = reinterpret_cast<float*>(take(f));
   }
 }
 

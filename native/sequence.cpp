@@ -356,6 +356,8 @@ extern const Kernels DESKSIDE_TABLE(DESKSIDE_ISA) = {
     DESKSIDE_NAME(DESKSIDE_ISA),
     DESKSIDE_ISA::quantize,
     DESKSIDE_ISA::matmul,
+    DESKSIDE_ISA::matmul_pair,
+    DESKSIDE_ISA::dot_peak,
     rms_norm,
     gated_norm,
     unit_norm,

@@ -124,6 +124,7 @@ class LLM:
             self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
         )
         self._cached: list[int] = []
+        self._logits = np.empty((1, self.tape.n_vocab), np.float32)  # of a step with one output
         self._can_cut = all(isinstance(state, KVState) for state in self.tape.states)
         self._stream: Stream | None = None
         self._banned = self.tokenizer.banned(self.tape.n_vocab)
@@ -243,7 +244,8 @@ class LLM:
         pos = len(self._cached)
         batch = Batch(tokens, (Segment(0, pos, len(tokens)),), outputs.astype(np.int32))
         cached, self._cached = self._cached, []
-        logits = self.backend.run(batch, self.cache)
+        out = self._logits if len(outputs) == 1 else None
+        logits = self.backend.run(batch, self.cache, out)
         if np.isnan(logits).any():
             self.reset()
             self.file.check_values(self.tape.weights())

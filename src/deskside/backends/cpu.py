@@ -83,15 +83,17 @@ class CpuBackend:
         """Work memory: activations and scratch, without weights and cache."""
         return int(self.program.nbytes)
 
-    def run(self, batch: Batch, cache: Cache) -> NDArray[np.float32]:
-        return self._run(batch, cache, False)[0]
+    def run(
+        self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        return self._run(batch, cache, out, False)[0]
 
     def profile(self, batch: Batch, cache: Cache) -> tuple[NDArray[np.float32], list[float]]:
         """As `run`, with the microseconds of each of `steps`."""
-        return self._run(batch, cache, True)
+        return self._run(batch, cache, None, True)
 
     def _run(
-        self, batch: Batch, cache: Cache, profile: bool
+        self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None, profile: bool
     ) -> tuple[NDArray[np.float32], list[float]]:
         if cache is not self._cache:
             self._bind(cache)
@@ -100,7 +102,8 @@ class CpuBackend:
             if not inside:
                 raise ValueError(f"{s} lies outside the cache")
         segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
-        logits = np.empty((len(batch.outputs), self.tape.n_vocab), np.float32)
+        shape = (len(batch.outputs), self.tape.n_vocab)
+        logits = np.empty(shape, np.float32) if out is None else out
         micros = self.program.run(batch.tokens, segments, batch.outputs, logits, profile)
         return logits, micros
 

@@ -44,7 +44,7 @@ class ReferenceBackend:
         self.file = file
         self.tape = tape
 
-    def run(self, batch: Batch, cache: Cache) -> Matrix:
+    def run(self, batch: Batch, cache: Cache, out: Matrix | None = None) -> Matrix:
         step = Step(
             batch,
             cache,
@@ -56,7 +56,11 @@ class ReferenceBackend:
             outputs = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
             for value, output in zip(op.outputs, outputs, strict=True):
                 values[value.id] = output
-        return values[self.tape.logits.id]
+        logits = values[self.tape.logits.id]
+        if out is None:
+            return logits
+        out[:] = logits
+        return out
 
 
 def sigmoid(x: Matrix) -> Matrix:
