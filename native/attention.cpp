@@ -49,14 +49,16 @@ template <int D> inline vf repeat(const float* p) {
     int64_t x;
     memcpy(&x, p, 8);
     return (vf)(pairs{} + x);
-#if defined(DESKSIDE_AVX512)
-  } else if constexpr (D == 4) {
-    return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
   } else {
-    return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
-#elif defined(__AVX2__)
-  } else {
+#if defined(__AVX512F__)
+    if constexpr (D == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    else return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+#elif defined(__AVX2__) && !defined(DESKSIDE_AVX512)
     return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#else
+    float y[kLanes];
+    for (int i = 0; i < kLanes; i += D) memcpy(y + i, p, 4 * D);
+    return load(y);
 #endif
   }
 }
@@ -282,7 +284,7 @@ void store_kv(const float* x, int n, Type type, uint8_t* dst) {
     memcpy(dst, x, size_t(n) * 4);
   } else if (type == Type::F16) {
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) store_f16(dst + 2 * i, load(x + i));
+    for (; i + kLanes <= n; i += kLanes) store_f16(dst + 2 * i, x + i);
     for (; i < n; i++) {
       const uint16_t h = float_to_f16(x[i]);
       memcpy(dst + 2 * i, &h, 2);

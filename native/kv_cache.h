@@ -10,12 +10,18 @@
 namespace deskside {
 namespace {
 
-// kLanes halves as floats.
+// Conversions of a vector. Where 512 bits are emulated they are done in halves: not every emulation
+// has these.
+
 inline vf load_f16(const uint8_t* p) {
-#if defined(DESKSIDE_AVX512)
+#if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  float y[kLanes];
+  for (int i = 0; i < kLanes; i += 8)
+    _mm256_storeu_ps(
+        y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 2 * i))));
+  return load(y);
 #else
   // The bits as a float 2^112 too small, subnormals included, scaled up; infinity and NaN apart.
   typedef uint16_t halves __attribute__((vector_size(2 * kLanes)));
@@ -28,11 +34,29 @@ inline vf load_f16(const uint8_t* p) {
 #endif
 }
 
+inline void store_f16(uint8_t* p, const float* x) {
+#if defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
+#else
+  for (int i = 0; i < kLanes; i++) {
+    const uint16_t h = float_to_f16(x[i]);
+    memcpy(p + 2 * i, &h, 2);
+  }
+#endif
+}
+
 inline vf load_int8(const int8_t* p) {
-#if defined(DESKSIDE_AVX512)
+#if defined(__AVX512F__)
   const vi x = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
-  const vi x = (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  vi x;
+  for (int i = 0; i < kLanes; i += 8) {
+    const __m256i part =
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i)));
+    memcpy(reinterpret_cast<int32_t*>(&x) + i, &part, sizeof part);
+  }
 #else
   vi x;
   for (int i = 0; i < kLanes; i++) x[i] = p[i];
@@ -40,29 +64,21 @@ inline vf load_int8(const int8_t* p) {
   return __builtin_convertvector(x, vf);
 }
 
-inline void store_f16(uint8_t* p, vf v) {
-#if defined(DESKSIDE_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+// Nearest integers, ties to even, of values in [-128, 127].
+inline void store_int8(int8_t* p, vf v) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
+  memcpy(p, &bytes, sizeof bytes);
 #elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
-#else
-  for (int i = 0; i < kLanes; i++) {
-    const uint16_t h = float_to_f16(v[i]);
-    memcpy(p + 2 * i, &h, 2);
+  float x[kLanes];
+  store(x, v);
+  for (int i = 0; i < kLanes; i += 8) {
+    const __m256i q = _mm256_cvtps_epi32(_mm256_loadu_ps(x + i));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p + i), _mm_packs_epi16(words, words));
   }
-#endif
-}
-
-// Nearest integers, ties to even.
-inline vi to_int(vf v) {
-#if defined(DESKSIDE_AVX512)
-  return (vi)_mm512_cvtps_epi32((__m512)v);
-#elif defined(__AVX2__)
-  return (vi)_mm256_cvtps_epi32((__m256)v);
 #else
-  vi x;
-  for (int i = 0; i < kLanes; i++) x[i] = int32_t(lrintf(v[i]));
-  return x;
+  for (int i = 0; i < kLanes; i++) p[i] = int8_t(lrintf(v[i]));
 #endif
 }
 
@@ -79,15 +95,8 @@ inline void store_q8_0(uint8_t* p, const float* x) {
   const bool finite = nan == 0;
   const float inverse = d > 0 && finite ? 1.0f / d : 0.0f;
   BlockQ8_0 block;
-  for (int i = 0; i < parts; i++) {
-    const vi q = to_int(finite ? v[i] * inverse : vf{});
-#if defined(DESKSIDE_AVX512)
-    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)q);
-    memcpy(block.qs + i * kLanes, &bytes, sizeof bytes);
-#else
-    for (int j = 0; j < kLanes; j++) block.qs[i * kLanes + j] = int8_t(q[j]);
-#endif
-  }
+  for (int i = 0; i < parts; i++)
+    store_int8(block.qs + i * kLanes, finite ? v[i] * inverse : vf{});
   block.d = float_to_f16(d + nan);
   memcpy(p, &block, sizeof block);
 }
