@@ -81,10 +81,14 @@ struct AttentionTile {
   float* work;             // attention_work(head_dim) floats
   float *acc, *max, *sum;  // (n_rows, head_dim), (n_rows), (n_rows): unnormalised result
 };
-constexpr int kKeyBlock = 16;        // positions decoded at a time
-constexpr int kQueryRows = 32;       // most rows of a tile
+constexpr int kKeyBlock = 64;   // positions between two corrections of the maximum
+constexpr int kQueryRows = 32;  // most rows of a tile
+constexpr int kMostKeys = 8;    // most keys decoded together
+// Queries and keys; scores of a block; a strip of values; one of results; four numbers a row.
 static inline int64_t attention_work(int head_dim) {
-  return int64_t(kKeyBlock) * head_dim + int64_t(kQueryRows) * kKeyBlock;
+  const int64_t dim = (head_dim + 31) / 32 * 32;
+  return dim * (kQueryRows + kMostKeys) + (kKeyBlock + kMostKeys) * kQueryRows + kKeyBlock * 32 +
+         kQueryRows * (32 + 4) + 16;
 }
 
 struct Kernels {

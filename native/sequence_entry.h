@@ -1,0 +1,13 @@
+// What delta.cpp and attention.cpp give to the kernel table of their instruction set (assembled in
+// sequence.cpp).
+#pragma once
+
+#include "kernels.h"
+
+namespace deskside::DESKSIDE_ISA {
+
+void gated_delta(const DeltaSlice& s);
+void store_kv(const float* x, int n, Type type, uint8_t* dst);
+void attention(const AttentionTile& t);
+
+}  // namespace deskside::DESKSIDE_ISA
