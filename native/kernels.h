@@ -122,6 +122,8 @@ struct Kernels {
   // channels), which is advanced, both `width` floats from a row to the next, y (n, channels) `ldy`.
   void (*conv_silu)(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
                     float* state, float* y, int64_t ldy);
+  // In place, n heads: a to the decay e^(ssm_a softplus(a + dt_bias)), b to sigmoid(b).
+  void (*delta_gates)(float* a, float* b, const float* ssm_a, const float* dt_bias, int n);
   void (*gated_delta)(const DeltaSlice& s);
   void (*store_kv)(const float* x, int n, Type type, uint8_t* dst);
   void (*attention)(const AttentionTile& t);

@@ -172,7 +172,7 @@ struct GatedDelta : Op {
   void task(const Run& r, int64_t i) const override;
 
  private:
-  int slices() const;
+  int slices(const Run& r) const;
 };
 
 // Which tokens an expert works for. A pair is one (token, chosen expert) and has the number

@@ -42,10 +42,10 @@ int Linear::rows_of(const Run& r) const {
 }
 
 int64_t Linear::chunk(const Part& p, const Run& r) const {
+  if (rows_of(r) > kFew) return kPanels;
   // Long streams, but enough tasks that every thread is busy to the end.
   const int64_t stream = kStream / p.w.stride, share = p.w.panels() / (int64_t(r.n_threads) * 4);
-  const int64_t most = rows_of(r) > kFew ? kPanels : GatedPair::kPanels;
-  return std::max<int64_t>({1, std::min({stream, share, most}), p.w.panels() / kMaxTasks});
+  return std::clamp<int64_t>(std::min(stream, share), 1, GatedPair::kPanels);
 }
 
 int64_t Linear::work_floats(int64_t max_tokens, int) const {

@@ -70,13 +70,7 @@ void DeltaGates::row(const Run& r, int64_t i) const {
   const float q_scale = 1.0f / std::sqrt(float(head_dim));
   for (int h = 0; h < 2 * k_heads; h++)
     r.kernels.unit_norm(x + int64_t(h) * head_dim, head_dim, eps, h < k_heads ? q_scale : 1.0f);
-  float *ga = r.row(a, i), *gb = r.row(b, i);
-  for (int h = 0; h < v_heads; h++) {
-    const float u = ga[h] + dt_bias[h];
-    const float softplus = u > 20 ? u : std::log1p(std::exp(u));
-    ga[h] = std::exp(ssm_a[h] * softplus);
-    gb[h] = 1.0f / (1.0f + std::exp(-gb[h]));
-  }
+  r.kernels.delta_gates(r.row(a, i), r.row(b, i), ssm_a, dt_bias, v_heads);
 }
 
 void Binary::row(const Run& r, int64_t i) const {

@@ -15,21 +15,23 @@ template <class F> const Segment& find_segment(const Batch& batch, int64_t& task
 }
 }  // namespace
 
-constexpr int kDeltaColumns = 32;
-
-int GatedDelta::slices() const { return head_dim % kDeltaColumns ? 1 : head_dim / kDeltaColumns; }
+// Value columns of a head can be computed apart: where there are few heads for the threads, in halves.
+int GatedDelta::slices(const Run& r) const {
+  const int64_t heads = int64_t(v_heads) * int64_t(r.batch.segments.size());
+  return heads < 4 * r.n_threads && head_dim % 128 == 0 ? 2 : 1;
+}
 
 int64_t GatedDelta::tasks(const Run& r) const {
-  return int64_t(v_heads) * slices() * int64_t(r.batch.segments.size());
+  return int64_t(v_heads) * slices(r) * int64_t(r.batch.segments.size());
 }
 
 // Each (sequence, head, slice of value columns) runs through its tokens.
 void GatedDelta::task(const Run& r, int64_t task) const {
   const State& s = r.state(state);
-  const int columns = head_dim / slices();
-  const int64_t per_segment = int64_t(v_heads) * slices();
+  const int slices = this->slices(r), columns = head_dim / slices;
+  const int64_t per_segment = int64_t(v_heads) * slices;
   const Segment& seg = r.batch.segments[size_t(task / per_segment)];
-  const int head = int(task % per_segment) / slices(), slice = int(task % slices());
+  const int head = int(task % per_segment) / slices, slice = int(task % slices);
   const float* x = r.row(qkv, seg.row);
   DeltaSlice d;
   d.state = reinterpret_cast<float*>(s.k + seg.slot * s.k_slot) + int64_t(head) * head_dim * head_dim;

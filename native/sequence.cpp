@@ -61,6 +61,12 @@ void axpy(float a, const float* x, int64_t n, float* y) {
   each(n, x, y, y, [a](vf u, vf v) { return v + a * u; });
 }
 
+void delta_gates(float* a, float* b, const float* ssm_a, const float* dt_bias, int n) {
+  each(n, a, dt_bias, a, [](vf x, vf bias) { return vsoftplus(x + bias); });
+  each(n, a, ssm_a, a, [](vf x, vf rate) { return vexp(rate * x); });
+  each(n, b, b, b, [](vf x, vf) { return vsigmoid(x); });
+}
+
 void conv_silu(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
                float* state, float* y, int64_t ldy) {
   // Input t of the sequence: before this call's tokens it is in the state, oldest first.
@@ -131,6 +137,7 @@ extern const Kernels DESKSIDE_TABLE(DESKSIDE_ISA) = {
     add,
     axpy,
     conv_silu,
+    delta_gates,
     DESKSIDE_ISA::gated_delta,
     DESKSIDE_ISA::store_kv,
     DESKSIDE_ISA::attention,

@@ -29,19 +29,32 @@ inline vf splat(float x) { return vf{} + x; }
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
-// Halves are added until one lane is left.
+typedef float vf4 __attribute__((vector_size(16)));
+#if defined(__AVX2__)
+typedef float vf8 __attribute__((vector_size(32)));
+#endif
+
+// Halves are joined until one lane is left: op takes vectors and floats.
 template <class Op> inline float fold(vf v, Op op) {
-  float a[kLanes];
-  std::memcpy(a, &v, sizeof a);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) a[i] = op(a[i], a[i + n]);
-  return a[0];
+#if defined(DESKSIDE_AVX512)
+  const vf8 h = op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const vf h = v;
+#endif
+#if defined(__AVX2__)
+  const vf4 q = op(__builtin_shufflevector(h, h, 0, 1, 2, 3), __builtin_shufflevector(h, h, 4, 5, 6, 7));
+#else
+  const vf q = v;
+#endif
+  const vf4 two = op(q, __builtin_shufflevector(q, q, 2, 3, 0, 1));
+  return op(two[0], two[1]);
 }
 inline float sum(vf v) {
-  return fold(v, [](float a, float b) { return a + b; });
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 inline float max(vf v) {
-  return fold(v, [](float a, float b) { return a > b ? a : b; });
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -74,6 +87,21 @@ inline vf vexp(vf x) {
   vf scale;
   std::memcpy(&scale, &e, sizeof scale);
   return p * scale;
+}
+
+// log(1 + e^x). With z = e^-|x| in (0, 1] and s = z / (2 + z) <= 1/3: log(1 + z) = 2 atanh(s), here up
+// to s^15 (remainder below 1e-9).
+inline vf vsoftplus(vf x) {
+  const vf magnitude = vmax(x, -x), z = vexp(-magnitude), s = z / (z + 2.0f), t = s * s;
+  vf p = splat(1.0f / 15);
+  p = p * t + 1.0f / 13;
+  p = p * t + 1.0f / 11;
+  p = p * t + 1.0f / 9;
+  p = p * t + 1.0f / 7;
+  p = p * t + 1.0f / 5;
+  p = p * t + 1.0f / 3;
+  p = p * t + 1.0f;
+  return vmax(x, vf{}) + 2.0f * s * p;
 }
 
 inline vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }

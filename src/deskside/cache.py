@@ -13,8 +13,10 @@ per KV head. The recurrent states stay float32: half precision breaks the model 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,21 @@ class Batch:
     outputs: NDArray[np.int32]
 
 
+Number = TypeVar("Number", np.uint8, np.float32)
+HUGE = 2 << 20  # bytes of a huge page
+
+
+def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
+    """Zeroed memory on page borders, in huge pages where the system has them and it is large."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    data = np.frombuffer(memory, np.uint8)
+    start = -data.ctypes.data % HUGE if size >= HUGE else 0
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return data[start : start + size].view(dtype).reshape(shape)
+
+
 class Cache:
     """State of `n_slots` sequences of at most `n_ctx` tokens.
 
@@ -77,8 +94,9 @@ class Cache:
 
     def _allocate(self, state: State) -> tuple[NDArray[np.uint8] | NDArray[np.float32], ...]:
         shapes = state_shapes(state, self.n_ctx, self.k_type, self.v_type)
-        dtype = np.uint8 if isinstance(state, KVState) else np.float32
-        return tuple(np.zeros((self.n_slots, *shape), dtype) for shape in shapes)
+        if isinstance(state, KVState):
+            return tuple(zeros((self.n_slots, *shape), np.uint8) for shape in shapes)
+        return tuple(zeros((self.n_slots, *shape), np.float32) for shape in shapes)
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ PAGE = 1024  # floats of 4 KiB
 
 
 def stride(width: int) -> int:
-    """Floats from a row to the next. Rows whole pages apart would share a few sets of the caches."""
+    """Floats from a row to the next. Rows whole pages apart would share few sets of the caches."""
     return width + ALIGN if width > 0 and width % PAGE == 0 else width
 
 

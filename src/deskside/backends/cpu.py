@@ -243,7 +243,7 @@ class _Lowering:
 
     @staticmethod
     def hidden(down: TensorInfo, place: Place, top_k: int) -> tuple[Place, Place]:
-        """What lies between the experts' matrices: as floats, as records; one of the two is used."""
+        """What lies between the experts' matrices, as floats and as records: one is used."""
         width = top_k * down.row_len
         floats = (place[0], width, width)
         is_float = down.type.name in FLOAT_TYPES

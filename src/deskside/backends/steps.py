@@ -5,9 +5,9 @@ A step is *rows* (ops that treat every row on its own, run one after another on 
 is shared out among the threads). At decode only tasks steps cost a barrier, so steps are scheduled
 as early as their inputs allow, and what can run together does.
 
-Fused on the way: linears that read the same value; a swiglu or a causal convolution into the linears
-that feed it. Quantised weights read their input in 8 bits: `quantize` makes such a record once for
-all of its readers.
+Fused on the way: linears that read the same value; a swiglu or a causal convolution into the
+linears that feed it. Quantised weights read their input in 8 bits: `quantize` makes such a record
+once for all of its readers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of a `linear`: alone, with the `up` of a swiglu, or with the convolution behind it."""
+    """A matrix of a `linear`: alone, with a swiglu's `up`, or with the convolution behind it."""
 
     op: Op
     out: Value
