@@ -50,7 +50,7 @@ template <int D> inline vf repeat(const float* p) {
     memcpy(&x, p, 8);
     return (vf)(pairs{} + x);
   } else {
-#if defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512) && defined(__AVX512F__)
     if constexpr (D == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
     else return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
 #elif defined(__AVX2__) && !defined(DESKSIDE_AVX512)
