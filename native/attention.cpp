@@ -50,10 +50,10 @@ template <int D> inline vf repeat(const float* p) {
     memcpy(&x, p, 8);
     return (vf)(pairs{} + x);
   } else {
-#if defined(DESKSIDE_AVX512) && defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512)
     if constexpr (D == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
     else return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
-#elif defined(__AVX2__) && !defined(DESKSIDE_AVX512)
+#elif defined(__AVX2__)
     return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #else
     float y[kLanes];

@@ -10,6 +10,10 @@ std::vector<Isa> instruction_sets() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+#if defined(DESKSIDE_EMULATE_AVX512)
+  // First, as the slowest: every choice by speed passes it over.
+  sets.insert(sets.begin(), {&kernels_avx512_emulated, avx2});
+#endif
   sets.push_back({&kernels_avx2, avx2});
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

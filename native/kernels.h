@@ -137,5 +137,8 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+#if defined(DESKSIDE_EMULATE_AVX512)
+extern const Kernels kernels_avx512_emulated;  // the same sources on AVX2 (emulate_avx512.h)
+#endif
 
 }  // namespace deskside

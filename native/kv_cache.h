@@ -10,11 +10,8 @@
 namespace deskside {
 namespace {
 
-// Conversions of a vector. Where 512 bits are emulated they are done in halves: not every emulation
-// has these.
-
 inline vf load_f16(const uint8_t* p) {
-#if defined(DESKSIDE_AVX512) && defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   float y[kLanes];
@@ -48,7 +45,7 @@ inline void store_f16(uint8_t* p, const float* x) {
 }
 
 inline vf load_int8(const int8_t* p) {
-#if defined(DESKSIDE_AVX512) && defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512)
   const vi x = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   vi x;
@@ -66,7 +63,7 @@ inline vf load_int8(const int8_t* p) {
 
 // Nearest integers, ties to even, of values in [-128, 127].
 inline void store_int8(int8_t* p, vf v) {
-#if defined(DESKSIDE_AVX512) && defined(__AVX512F__)
+#if defined(DESKSIDE_AVX512)
   const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
   memcpy(p, &bytes, sizeof bytes);
 #elif defined(__AVX2__)

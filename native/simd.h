@@ -8,6 +8,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(DESKSIDE_EMULATED)
+#include "emulate_avx512.h"
+#endif
 
 namespace deskside {
 namespace {

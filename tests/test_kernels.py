@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import numpy as np
 import pytest
 
@@ -164,6 +167,39 @@ def test_rows_whose_records_fill_whole_pages(n: int) -> None:
     expected = rounded(x) @ dequantize(w, t, n).astype(np.float64).T
     got = matmul(w, t, x, "")
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(
+    not {"avx512", "avx512_emulated"} <= set(ISAS), reason="AVX-512 or its emulation is missing"
+)
+@pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
+def test_emulated_avx512_gives_the_same_bits(name: str) -> None:
+    """What is emulated and tested anywhere is what AVX-512 machines run: the same operations in the
+    same order. The products of floats are fused with the same sums in both, as long as one compiler
+    made both."""
+    rng = np.random.default_rng(7)
+    t = BY_NAME[name]
+    n = 512 if t.block == 256 else 32 * 5
+    w = random_blocks(t, 53, n, rng)  # a panel alone, a pair, and rows that are not there
+    for m in range(1, 41):
+        x = (rng.standard_normal((m, n)) * rng.uniform(0.01, 30, (m, 1))).astype(np.float32)
+        native, emulated = (matmul(w, t, x, isa) for isa in ("avx512", "avx512_emulated"))
+        np.testing.assert_array_equal(native.view(np.uint32), emulated.view(np.uint32))
+
+
+def test_an_emulated_instruction_set_is_never_chosen_by_default() -> None:
+    """The last one that is supported is chosen: emulated ones stand before all others."""
+    names = [name for name, _ in _native.instruction_sets()]
+    assert not _native.choose().endswith("_emulated")
+    assert names == sorted(names, key=lambda name: not name.endswith("_emulated"))
+    assert _native.choose() == [name for name in names if name in ISAS][-1]
+
+
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true" or platform.machine() != "x86_64", reason="not CI on x86-64"
+)
+def test_ci_tests_emulated_avx512() -> None:
+    assert "avx512_emulated" in ISAS
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
