@@ -81,9 +81,6 @@ def say(text: str) -> None:
 
 def models(args: argparse.Namespace) -> list[Path]:
     """The files to run; what cannot be made is named and left out."""
-    for path in args.files:
-        if not path.is_file():
-            raise BenchError(f"{path} is not there")
     if args.files:
         return list(args.files)
     found = []
@@ -109,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
     engines = [e for e in ENGINES if e.name in args.engines]
     peers = [p for p in PEERS if any(e.peer == p for e in engines)]
     own = {name: lib for name, lib in zip(PEERS, (args.llama_lib, args.ik_lib), strict=True) if lib}
-    for library in own.values():
-        if not library.is_file():
-            raise BenchError(f"{library} is not there")
+    for path in (*own.values(), *args.files):
+        if not path.is_file():
+            raise BenchError(f"{path} is not there")
     libraries = {name: lib.resolve() for name, lib in own.items() if name in peers}
     settings = {
         "quick": args.quick,

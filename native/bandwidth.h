@@ -1,4 +1,5 @@
-// Measures how fast this machine reads memory: the ceiling of decode speed.
+// Measures how fast this machine reads memory, the ceiling of decode, and multiplies 8-bit integers,
+// that of prefill.
 #pragma once
 
 #include <cstdint>

@@ -119,7 +119,14 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][i]);
 }
 
-template <Type T> void unpack_panel(const uint8_t* panel, int64_t cols, Tile::Unpacked t) {
+// gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
+// (tests/test_kernels.py would find it).
+#if defined(__GNUC__) && !defined(__clang__)
+#define DESKSIDE_NO_CLONE __attribute__((noipa))
+#else
+#define DESKSIDE_NO_CLONE
+#endif
+template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols, Tile::Unpacked t) {
   using P = Panel<T>;
   constexpr int per = P::halves ? 2 : 1;
   const uint8_t* s = panel + P::header * kPanelRows;
@@ -402,9 +409,9 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
       top = vmax(top, vmax(v[i], -v[i]));
       poison += v[i] * 0.0f;
     }
-    const float amax = max(top);
+    const float amax = max(top), bad = sum(poison);
     // Below 1e-30 the inverse would overflow; such a block counts as zero.
-    const vf inverse = splat(amax > 1e-30f ? 127.0f / amax : 0.0f);
+    const vf inverse = splat(amax > 1e-30f && bad == 0 ? 127.0f / amax : 0.0f);
     vi total[2] = {vi{}, vi{}};
     for (int i = 0; i < parts; i++) {
       const vf scaled = v[i] * inverse;
@@ -418,7 +425,7 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
 #endif
       total[i * kLanes / 16] += r;
     }
-    d[b] = (amax > 1e-30f ? amax / 127.0f : 0.0f) + sum(poison);
+    d[b] = (amax > 1e-30f ? amax / 127.0f : 0.0f) + bad;
     const int32_t low = int32_t(sum(__builtin_convertvector(total[0], vf)));
     const int32_t high = int32_t(sum(__builtin_convertvector(total[1], vf)));
     s[b] = d[b] * float(low + high);

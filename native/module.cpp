@@ -48,6 +48,7 @@ int64_t panel_bytes(int type, int64_t cols) {
 // Memory for weights, filled tensor by tensor.
 class PyArena {
  public:
+  // MemoryError if there is no room.
   explicit PyArena(int64_t bytes)
       : arena_((require(bytes >= 0, "arena: negative size"), std::make_shared<Arena>(bytes))) {}
 
@@ -86,11 +87,15 @@ class PyArena {
   std::shared_ptr<Arena> arena_;
 };
 
+// A row is a task of Team::share, which counts to 2^20.
+constexpr int kMaxTokens = 1 << 18;
+
 class PyProgram {
  public:
   PyProgram(int n_threads, int max_tokens, int64_t arena_floats, const std::string& isa)
-      : program_((require(n_threads >= 1 && max_tokens >= 1 && arena_floats >= 0,
-                          "n_threads and max_tokens must be at least 1"),
+      : program_((require(n_threads >= 1 && max_tokens >= 1 && max_tokens <= kMaxTokens &&
+                              arena_floats >= 0,
+                          "n_threads and max_tokens must be at least 1, max_tokens at most 262144"),
                   n_threads),
                  max_tokens, arena_floats, isa) {}
 
@@ -134,8 +139,7 @@ class PyProgram {
     auto& op = add<Quantize>();
     op.in = buffer(in);
     op.out = buffer(out);
-    require(op.in.width % 32 == 0 && op.out.width == op.out.stride &&
-                int64_t(op.out.width) * 4 == record_bytes(op.in.width),
+    require(op.in.width % 32 == 0 && int64_t(op.out.width) * 4 == record_bytes(op.in.width),
             "quantize: bad widths");
   }
 
@@ -326,7 +330,7 @@ class PyProgram {
     program_.set_states(std::move(states));
   }
 
-  // segments: (n, 3) of slot, position, token count. Returns each op's microseconds if `profile`.
+  // segments: (n, 3) of slot, position, token count. Returns each step's microseconds if `profile`.
   std::vector<double> run(Ints tokens, Ints segments, Ints outputs, FloatMatrix logits,
                           bool profile) {
     Batch batch;
@@ -334,6 +338,7 @@ class PyProgram {
     batch.outputs.assign(outputs.data(), outputs.data() + outputs.size());
     const int n = int(batch.tokens.size());
     require(n >= 1 && n <= program_.max_tokens(), "run: bad number of tokens");
+    require(int(batch.outputs.size()) <= program_.max_tokens(), "run: too many outputs");
     for (int32_t t : batch.tokens) require(t >= 0 && t < n_vocab_, "run: token id out of range");
     for (int32_t i : batch.outputs) require(i >= 0 && i < n, "run: output row out of range");
     require(segments.ndim() == 2 && segments.shape(1) == 3, "run: bad segments");

@@ -94,11 +94,12 @@ struct TakeRows : Op {
 
 // ---- tasks --------------------------------------------------------------------------------------
 
-// Rows of activations as matrices read them: floats, and records where a weight is quantised.
+// Rows of activations as matrices read them: floats, and records where a weight is quantised
+// (record_bytes apart).
 struct Input {
   Buffer f, q;
   Rows rows(const Run& r, int64_t first = 0) const {
-    return {r.row(f, first), r.record(q, first), f.width, f.stride};
+    return {r.row(f, first), r.record(q, 0) + first * record_bytes(f.width), f.width, f.stride};
   }
 };
 

@@ -12,6 +12,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -107,7 +108,7 @@ void gather_bits(uint32_t qh, uint8_t* to) {
   }
 }
 
-// Weights 0..63 of a block of Q6_K (FACTS 3.3).
+// The 256 weights of a block of Q6_K, as values 0..63 (FACTS 3.3).
 void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
   for (int h = 0; h < 2; h++, v += 128) {
     const uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
@@ -219,8 +220,11 @@ PackPanel packer(Type type) {
     case Type::IQ4_XS: return pack_panel<Type::IQ4_XS>;
     case Type::IQ4_KS: return pack_panel<Type::IQ4_KS>;
     case Type::IQ4_KSS: return pack_panel<Type::IQ4_KSS>;
-    default: return nullptr;
+    case Type::F32:
+    case Type::F16:
+    case Type::BF16: return nullptr;
   }
+  throw std::invalid_argument("pack: a type without a layout");
 }
 
 void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
@@ -256,11 +260,11 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
         const int64_t p1 = std::min(p0 + per_task, panels);
         const int64_t r0 = p0 * kPanelRows, n = std::min(p1 * kPanelRows, rows) - r0;
         const int64_t at = (group * rows + r0) * row_bytes;
-        const uint8_t* source = from.memory + at;
-        if (!from.memory) {
+        const uint8_t* source = buffer.data();
+        if (from.memory)
+          source = from.memory + at;
+        else
           read_all(from.fd, from.offset + at, n * row_bytes, buffer.data());
-          source = buffer.data();
-        }
         for (int64_t p = p0; p < p1; p++) {
           uint8_t* panel = to + (group * panels + p) * stride;
           const int64_t first = (p - p0) * kPanelRows;
@@ -283,7 +287,11 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   };
   std::vector<std::thread> threads;
   const int64_t useful = std::min<int64_t>(n_threads, tasks_per_group * groups);
-  for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
+  try {
+    for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
+  } catch (const std::system_error&) {
+    // The threads that could be started do the work.
+  }
   work();
   for (std::thread& t : threads) t.join();
   if (error) std::rethrow_exception(error);

@@ -81,7 +81,8 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
   std::vector<char> alone(n);
   for (size_t i = 0; i < n; i++) alone[i] = serial(steps_[i], batch);
   if (micros) micros->assign(n, 0);
-  bool stop = false;  // written by thread 0 before a barrier, read by all behind it
+  bool wanted = false;  // to stop: thread 0's, read inside barriers
+  bool stop = false;    // written inside barriers, read behind them
   auto mark = Clock::now();  // of the last arrival at a barrier
   const auto lap = [&](size_t step) {
     const auto now = Clock::now();
@@ -96,10 +97,11 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
     auto asked = Clock::now();
     for (size_t i = 0;; i++) {
       if (thread == 0 && Clock::now() - asked > kPatience) {
-        if (interrupted()) stop = true;
+        if (interrupted()) wanted = true;
         asked = Clock::now();
       }
       team_.barrier([&] {
+        stop = wanted;
         if (micros && i > 0) lap(i - 1);
         for (size_t j = i; j < n && alone[j] && !stop; j++) {
           const int64_t rows = this->rows(steps_[j], batch);

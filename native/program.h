@@ -3,8 +3,8 @@
 //
 // A step is either *rows* (its ops treat every row on its own: they run one after another on a row)
 // or *tasks* (its ops do not depend on each other and share out their tasks together). A barrier
-// stands between steps; rows steps that are too small to share are run inside it by one thread, so a
-// decode step has a barrier for each matrix product or attention and for nothing else.
+// stands between steps; rows steps that are too small to share are run inside it by one thread, so at
+// decode only tasks steps have one.
 #pragma once
 
 #include <functional>

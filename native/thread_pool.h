@@ -65,7 +65,7 @@ class Team {
 
  private:
   // How many tasks of a thread's range are taken, from its front and from its back, in which round:
-  // 24 bits of round, 20 bits each of counts.
+  // 24 bits of round, 20 bits each of counts (max_tokens is checked to fit).
   struct alignas(64) Range {
     std::atomic<uint64_t> taken{0};
   };
@@ -91,21 +91,18 @@ class Team {
   alignas(64) std::atomic<uint32_t> generation_{0};
   std::unique_ptr<Range[]> ranges_;
 };
-// Tasks of one round: a thread's range must fit 20 bits for any number of threads.
-constexpr int64_t kMaxTasks = (int64_t(1) << 20) - 1;
-
 class Pool {
  public:
   explicit Pool(int n_threads) {
-    for (int id = 1; id < n_threads; id++) threads_.emplace_back([this, id] { work(id); });
+    try {
+      for (int id = 1; id < n_threads; id++) threads_.emplace_back([this, id] { work(id); });
+    } catch (...) {
+      end();
+      throw;
+    }
   }
 
-  ~Pool() {
-    stop_.store(true);
-    epoch_.fetch_add(1);
-    epoch_.notify_all();
-    for (auto& t : threads_) t.join();
-  }
+  ~Pool() { end(); }
 
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -124,6 +121,13 @@ class Pool {
   }
 
  private:
+  void end() {
+    stop_.store(true);
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (auto& t : threads_) t.join();
+  }
+
   void work(int id) {
     uint32_t seen = 0;
     for (;;) {

@@ -76,7 +76,7 @@ inline vf halves_at(const uint8_t* p, int part) { return halves_to_float(p + par
 // Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1, u2
 // of a row's 12 bytes stand 64 bytes apart.
 inline void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
-  const Bytes six = splat_lane(63), four = splat_lane(15), two = splat_lane(3);
+  const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),
               u2 = vector_at(p + 2 * kVector, part);
   if (b < 4) {
@@ -87,7 +87,6 @@ inline void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const int j = 8 * (b - 4);
   // Two bits to bit 4 and 5: (u >> (j + 6) & 3) << 4 = u >> (j + 2) & 48.
   const Bytes top = splat_lane(48);
-  (void)two;
   scale = to_float((shift_right_lane(u2, j) & four) | (shift_right_lane(u0, j + 2) & top));
   min = to_float((shift_right_lane(u2, j + 4) & four) | (shift_right_lane(u1, j + 2) & top));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from deskside import LLM, _native
 from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.steps import NativeOp, dependencies, schedule
+from deskside.backends.steps import NativeOp, dependencies, plan_steps, schedule
+from deskside.backends.weights import layout, load, matrices
 from deskside.cache import Batch, Cache, Segment
+from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.quants import quant_type
@@ -114,12 +117,37 @@ def test_long_decode_attention_is_split_and_merged() -> None:
     assert relative(step, whole) < 1e-5
 
 
-def test_weights_are_not_copied(tmp_path: Path) -> None:
-    """The program's own memory is work space: far below the file's."""
-    path = tiny("tiny-moe", "Q8_0")
-    llm = LLM(path, ubatch=1)
-    assert isinstance(llm.backend, CpuBackend)
-    assert llm.backend.nbytes < path.stat().st_size / 4
+def test_packed_weights_take_the_bytes_of_the_file() -> None:
+    """And the program's own memory is work space, far below them."""
+    file = GGUF.open(tiny("tiny-moe", "Q8_0"))
+    steps = plan_steps(build_tape(file))
+    placements, total = layout(matrices(steps))
+    stored = sum(p.info.nbytes for p in placements)
+    assert (
+        stored
+        <= total
+        <= stored
+        + 4096 * len(placements)
+        + sum(p.info.row_bytes * 15 * p.groups for p in placements)
+    )
+    backend = CpuBackend(file, build_tape(file), n_threads=1, max_tokens=1)
+    assert backend.nbytes < stored / 4
+
+
+def test_weights_that_do_not_fit_with_the_cache_are_refused() -> None:
+    file = GGUF.open(tiny())
+    with pytest.raises(DesksideError, match=r"weights take .* cache and work memory .* lower -c"):
+        CpuBackend(file, build_tape(file), n_threads=1, max_tokens=1, reserve=1 << 60)
+
+
+def test_a_file_cut_off_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(tiny("tiny-dense").read_bytes())
+    file = GGUF.open(path)
+    steps = plan_steps(build_tape(file))
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DesksideError, match=r"cut\.gguf: tensor .* ends early"):
+        load(steps, n_threads=2)
 
 
 @given(st.data())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deskside import _native
+from deskside.backends.buffers import stride
 from deskside.backends.cpu import KERNEL_TYPES
 from deskside.quants import BY_NAME, QuantType, dequantize
 
@@ -55,8 +56,8 @@ def matmul(w: np.ndarray, t: QuantType, x: np.ndarray, isa: str, threads: int = 
     m, n = x.shape
     record = _native.record_bytes(n) // 4
     weights = packed(w, t, n)
-    floats, records = (0, n, n), (-(-m * n // 16) * 16, record, record)
-    program = _native.Program(threads, m, records[0] + m * record, isa)
+    floats, records = (0, n, n), (-(-m * n // 16) * 16, record, stride(record))
+    program = _native.Program(threads, m, records[0] + m * stride(record), isa)
     program.begin("rows")
     program.embed(x.view(np.uint8), BY_NAME["F32"].id, n, floats)
     if t.name in QUANTISED:
@@ -143,13 +144,29 @@ def test_nan_and_infinity_are_not_rounded_away(name: str, bad: float, isa: str) 
     assert not finite[2].any() and finite[[0, 1, 3, 4, 5]].all()
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "IQ4_NL", "F32"])
-def test_threads_change_nothing(name: str) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "F32"])
+@pytest.mark.parametrize("m", [1, 9, 14, 40])
+def test_threads_and_other_rows_change_nothing(name: str, m: int, isa: str) -> None:
     rng = np.random.default_rng(5)
     w = random_blocks(BY_NAME[name], 301, 256, rng)
-    x = rng.standard_normal((9, 256)).astype(np.float32)
-    one, four = (matmul(w, BY_NAME[name], x, "", threads) for threads in (1, 4))
+    x = rng.standard_normal((m, 256)).astype(np.float32)
+    one, four = (matmul(w, BY_NAME[name], x, isa, threads) for threads in (1, 4))
     np.testing.assert_array_equal(one, four)
+    np.testing.assert_array_equal(one[:1], matmul(w, BY_NAME[name], x[:1], isa))
+
+
+@pytest.mark.parametrize("n", [2496, 15104])
+def test_rows_whose_records_fill_whole_pages(n: int) -> None:
+    """The plan keeps rows of whole pages apart by padding, which records do not have."""
+    assert _native.record_bytes(n) % 4096 == 0
+    rng = np.random.default_rng(7)
+    t = BY_NAME["Q8_0"]
+    w = random_blocks(t, 20, n, rng)
+    x = rng.standard_normal((9, n)).astype(np.float32)
+    expected = rounded(x) @ dequantize(w, t, n).astype(np.float64).T
+    got = matmul(w, t, x, "")
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.skipif(

@@ -60,7 +60,12 @@ HUGE = 2 << 20  # bytes of a huge page
 def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     """Zeroed memory on page borders, in huge pages where the system has them and it is large."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DesksideError(
+            f"no memory for {size / 1e9:.1f} GB of cache: {error.strerror}; lower -c"
+        ) from None
     data = np.frombuffer(memory, np.uint8)
     start = -data.ctypes.data % HUGE if size >= HUGE else 0
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):

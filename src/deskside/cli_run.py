@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deskside.console import err, note
+from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.errors import DesksideError
 from deskside.sampler import SamplingParams
@@ -49,7 +49,8 @@ def main(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
     path = model or demo_model()
-    llm = LLM(path, **options)
+    with progress_bar() as progress:
+        llm = LLM(path, progress=progress, **options)
     if llm.config.threads > llm.config.n_threads:
         asked, running = llm.config.threads, llm.config.n_threads
         note(f"-t {asked} is more than the usable cores; running {running}")

@@ -1,4 +1,4 @@
-"""`deskside doctor`: what this machine has, and the memory bandwidth that limits decode."""
+"""`deskside doctor`: what this machine has, and the memory and arithmetic that limit its speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deskside.system import (
 )
 
 # What the kernels could use, as the Linux kernel spells it.
-FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
+FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
 # Beyond any last-level cache of a workstation, so that memory is measured.
 BANDWIDTH_BYTES = 1 << 30
 PASSES = 5
@@ -49,4 +49,8 @@ def facts(n_threads: int) -> list[tuple[str, str]]:
         plural = "s" if n > 1 else ""
         rows.append((f"read bandwidth, {n} thread{plural}", f"{rate / 1e9:.1f} GB/s"))
     rows.append(("decode ceiling", f"{rate / 1e9:.1f} tok/s for each GB that a token reads"))
+    products = _native.compute_limit(n_threads)
+    plural = "s" if n_threads > 1 else ""
+    limit = f"{products / 1e9:.0f} G 8-bit products/s ({_native.choose()})"
+    rows.append((f"prefill ceiling, {n_threads} thread{plural}", limit))
     return rows

@@ -21,6 +21,7 @@ from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.progress import Progress, silent
 from deskside.quants import QuantType
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
@@ -89,10 +90,11 @@ class LLM:
     llm = LLM("model.gguf", ctx=8192, threads=2, ctk="q8_0", ctv="q8_0")
 
     Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or a context
-    whose cache does not fit the free memory. One sequence at a time; not safe for threads.
+    whose cache does not fit the free memory. `progress` is told of loading. One sequence at a time;
+    not safe for threads.
     """
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
+    def __init__(self, path: str | Path, *, progress: Progress = silent, **options: Any) -> None:
         placement = sorted(PLACEMENT & options.keys())
         if placement:
             warnings.warn(f"{', '.join(placement)}: deskside runs on the CPU only", stacklevel=2)
@@ -117,6 +119,8 @@ class LLM:
                 n_threads=self.config.n_threads,
                 max_tokens=self.ubatch,
                 isa=self.config.isa,
+                reserve=sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type)),
+                progress=progress,
             )
         else:
             self.backend = ReferenceBackend(self.file, self.tape)

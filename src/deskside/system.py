@@ -39,11 +39,18 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping; page cache counts as free."""
+    """Bytes that can be taken without swapping, within a container's limit; page cache counts as
+    free."""
+    free = total_memory()
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return total_memory()
+            free = int(line.split()[1]) * 1024
+    # cgroup v2: a limit in bytes, or "max".
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and used and limit[0].isdigit() and used[0].isdigit():
+        stat = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
+        free = min(free, max(0, int(limit[0]) - int(used[0]) + int(stat.get("file", 0))))
+    return free
 
 
 def _lines(path: str) -> list[str]:

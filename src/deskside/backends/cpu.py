@@ -27,7 +27,7 @@ class CpuBackend:
     """One native program for a tape, at most `max_tokens` tokens a step.
 
     isa: name of a compiled instruction set, None for the fastest that this machine runs;
-    DesksideError for one that it lacks.
+    DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class CpuBackend:
         n_threads: int,
         max_tokens: int,
         isa: str | None = None,
+        reserve: int = 0,
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -59,9 +60,10 @@ class CpuBackend:
         )
         if 4 * arena > available_memory():
             raise too_large
+        reserve += 4 * arena
         try:
             self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
-            weights = load(self.steps, n_threads=n_threads, progress=progress)
+            weights = load(self.steps, n_threads=n_threads, reserve=reserve, progress=progress)
             lowering = _Lowering(self.program, file, tape, offsets, weights)
             for step in self.steps:
                 self.program.begin(step.where)
@@ -225,7 +227,7 @@ class _Lowering:
         self.program.sort_experts(self.place(op.inputs[0]), n_expert, width)
 
     def experts_up(self, op: NativeOp) -> None:
-        x, _, *record = (self.place(v) for v in op.inputs)
+        x, _, _, *record = (self.place(v) for v in op.inputs)
         gate, up = (self.weights[w.name] for w in op.op.weights[:2])
         top_k = op.op.inputs[1].width
         floats, records = self.hidden(op.op.weights[2], self.place(op.outputs[0]), top_k)
@@ -234,7 +236,7 @@ class _Lowering:
         )
 
     def experts_down(self, op: NativeOp) -> None:
-        hidden, _, weights = (self.place(v) for v in op.inputs)
+        hidden, _, _, weights = (self.place(v) for v in op.inputs)
         down = op.op.weights[2]
         top_k = op.op.inputs[1].width
         floats, records = self.hidden(down, hidden, top_k)

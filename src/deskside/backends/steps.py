@@ -71,6 +71,8 @@ class _Rewriter:
             for value in op.inputs:
                 self.readers[value.id].append(op)
         self.records: dict[int, Value] = {}
+        # The program's memory that all ops share: attention's parts, and the experts' routing.
+        self.shared = self.value(0)
         self.fused: set[int] = set()  # by id() of ops that became part of another
 
     def value(self, width: int, per_output: bool = False) -> Value:
@@ -142,8 +144,8 @@ class _Rewriter:
         q, k, v = op.inputs
         stored = self.value(0)
         yield NativeOp("store_kv", "rows", (k, v), (stored,), op)
-        yield NativeOp("attention", "tasks", (q, stored), op.outputs, op)
-        yield NativeOp("merge_attention", "tasks", op.outputs, op.outputs, op)
+        yield NativeOp("attention", "tasks", (q, stored), (*op.outputs, self.shared), op)
+        yield NativeOp("merge_attention", "tasks", (*op.outputs, self.shared), op.outputs, op)
 
     def gated_delta(self, op: Op) -> Iterator[NativeOp]:
         yield NativeOp("delta_gates", "rows", op.inputs, op.inputs, op)
@@ -154,16 +156,17 @@ class _Rewriter:
         gate, up, down = op.weights
         top_k, width = ids.width, gate.shape[1]
         order = self.value(0)
-        yield NativeOp("sort_experts", "once", (ids,), (order,), op)
-        inputs: tuple[Value, ...] = (x, order)
+        yield NativeOp("sort_experts", "once", (ids,), (order, self.shared), op)
+        inputs: tuple[Value, ...] = (x, order, self.shared)
         if not {gate.type.name, up.type.name} <= FLOAT_TYPES:
             yield from self.record(x, op)
-            inputs = (x, order, self.records[x.id])
+            inputs = (x, order, self.shared, self.records[x.id])
         per_pair = _native.record_bytes(width) // 4
         is_float = down.type.name in FLOAT_TYPES
         hidden = self.value(top_k * (width if is_float else per_pair))
         yield NativeOp("experts_up", "tasks", inputs, (hidden,), op)
-        yield NativeOp("experts_down", "tasks", (hidden, order, weights), op.outputs, op)
+        reads = (hidden, order, self.shared, weights)
+        yield NativeOp("experts_down", "tasks", reads, op.outputs, op)
 
 
 def schedule(ops: Sequence[NativeOp]) -> list[Step]:

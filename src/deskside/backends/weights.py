@@ -1,8 +1,9 @@
 """A model's matrices in memory: packed for the kernels, in the order in which a step reads them.
 
 Matrices lie in one arena of huge pages, in panels of 16 rows (native/panel.h) that take the bytes
-of the file and no more. Gate and up of a swiglu are interleaved panel by panel, so that a thread
-reads one stream. A tensor is read and packed in pieces: there is never a second copy of it.
+of the file (but for the rows that a last panel lacks). Gate and up of a swiglu are interleaved
+panel by panel, so that a thread reads one stream. A tensor is read and packed in pieces: there is
+never a second copy of it.
 """
 
 from __future__ import annotations
@@ -71,16 +72,24 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], in
 
 
 def load(
-    steps: Sequence[Step], *, n_threads: int, progress: Progress = silent
+    steps: Sequence[Step], *, n_threads: int, reserve: int = 0, progress: Progress = silent
 ) -> dict[str, _native.Weights]:
-    """All matrices of `steps` by name. DesksideError where they do not fit or cannot be read."""
+    """All matrices of `steps` by name, with `reserve` bytes left free.
+
+    DesksideError where they do not fit or cannot be read.
+    """
     placements, total = layout(matrices(steps))
     free = available_memory()
-    if total > free:
-        raise DesksideError(
-            f"the weights take {total / 1e9:.1f} GB, of {free / 1e9:.1f} GB of memory free"
-        )
-    arena = _native.Arena(total)
+    too_large = DesksideError(
+        f"the weights take {total / 1e9:.1f} GB, cache and work memory {reserve / 1e9:.1f} GB, of "
+        f"{free / 1e9:.1f} GB free; take a smaller file, lower -c, or use -ctk q8_0 -ctv q8_0"
+    )
+    if total + reserve > free:
+        raise too_large
+    try:
+        arena = _native.Arena(total)
+    except MemoryError:
+        raise too_large from None
     weights: dict[str, _native.Weights] = {}
     files: dict[Path, int] = {}
     done, whole = 0, sum(p.info.nbytes for p in placements)
