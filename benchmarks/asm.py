@@ -48,7 +48,6 @@ def flags(cmake: str) -> list[str]:
     patterns = (
         r'set\(CMAKE_CXX_FLAGS_RELEASE "([^"]*)"\)',
         r"target_compile_options\(kernels_\$\{isa\} PRIVATE ([^$]*)\$\{ARGN\}\)",
-        r"target_compile_options\(kernels_\$\{isa\} PRIVATE (-f[^$)]*)\)",
         r"set\(AVX2 ([^)]*)\)",
         r"deskside_kernels\(avx512 \$\{AVX2\}([^)]*)\)",
     )
