@@ -250,7 +250,7 @@ class LLM:
         cached, self._cached = self._cached, []
         out = self._logits if len(outputs) == 1 else None
         logits = self.backend.run(batch, self.cache, out)
-        if np.isnan(logits).any():
+        if logits.size and np.isnan(logits.min()):  # min gives NaN if there is one
             self.reset()
             self.file.check_values(self.tape.weights())
             raise DesksideError(

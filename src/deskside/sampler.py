@@ -115,9 +115,16 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed in (None, -1) else params.seed
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._n_vocab = n_vocab
-        self._banned = np.flatnonzero(np.zeros(0) if banned_mask is None else banned_mask)
-        self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
-        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        allowed = np.ones(n_vocab, np.bool_) if banned_mask is None else ~banned_mask
+        # A vocabulary's padding is at its end: what lies behind the last allowed id is not read.
+        self._end = int(np.flatnonzero(allowed)[-1]) + 1 if allowed.any() else n_vocab
+        self._banned = np.flatnonzero(~allowed[: self._end])
+        self._banned_ids = frozenset(self._banned.tolist())
+        # A new array of a large vocabulary's size would cost hundreds of page faults a token.
+        self._scratch = np.empty(self._end, np.float32)
+        bias = {token: b for token, b in params.logit_bias.items() if token < self._end}
+        self._bias_ids = np.array(list(bias), dtype=np.int64)
+        self._bias = np.array(list(bias.values()), dtype=np.float32)
         self._recent: deque[int] = deque()
         self._counts: Counter[int] = Counter()
         self._penalties = params.repeat_last_n != 0 and (
@@ -130,7 +137,7 @@ class Sampler:
         """Take note of a token of the prompt or of the answer, for the penalties."""
         if not 0 <= token < self._n_vocab:
             raise DesksideError(f"token id {token} is not in 0..{self._n_vocab - 1}")
-        if not self._penalties:
+        if not self._penalties or token >= self._end:
             return
         self._recent.append(token)
         self._counts[token] += 1
@@ -142,11 +149,22 @@ class Sampler:
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """The next token for float32 logits (n_vocab,), which are left as they are."""
-        # max gives NaN if any logit is.
-        if not logits.max() < np.inf:
+        # argmax finds a NaN if there is one.
+        best = int(logits.argmax())
+        if not logits[best] < np.inf:
             raise DesksideError("the logits hold NaN or +Inf: the model's weights are damaged")
         p = self.params
-        x = logits.copy()
+        unchanged = not len(self._bias_ids) and not (self._penalties and self._counts)
+        if (
+            p.temperature <= 0
+            and unchanged
+            and best < self._end
+            and best not in self._banned_ids
+            and logits[best] > -np.inf
+        ):
+            return best
+        x = self._scratch
+        np.copyto(x, logits[: self._end])
         add_bias(x, self._bias_ids, self._bias)
         if self._penalties and self._counts:
             penalise(x, self._counts, p.repeat_penalty, p.presence_penalty, p.frequency_penalty)
@@ -204,6 +222,13 @@ def penalise(
 
 def largest(x: Floats, k: int) -> Floats:
     """The k largest values, descending."""
+    group = 64
+    n = len(x) // group
+    if k < n:
+        # k groups have a largest value of at least `floor`, so k values do: few others are sorted.
+        tops = x[: n * group].reshape(group, n).max(axis=0)
+        floor = np.partition(tops, n - k)[n - k]
+        x = x[x >= floor]
     top = x if k >= len(x) else np.partition(x, len(x) - k)[len(x) - k :]
     return np.sort(top)[::-1]
 
