@@ -15,6 +15,7 @@ from deskside.sampler import (
     Sampler,
     SamplingParams,
     candidates,
+    largest,
     log_softmax,
     logprobs,
     penalise,
@@ -319,3 +320,29 @@ def test_logprobs(x: list[float], n: int) -> None:
     # float64: exp, sum and log err by some 2^-53, the differences by 2^-53 of at most 40
     assert values.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-13)
     assert np.exp(log_softmax(logits)).sum() == pytest.approx(1, abs=1e-12)
+
+
+@given(
+    st.lists(st.floats(-5, 5, width=16) | st.just(-np.inf), min_size=1, max_size=700),
+    st.integers(1, 12),
+)
+def test_largest_by_groups_is_largest_by_sorting(values: list[float], k: int) -> None:
+    x = np.array(values, np.float32)
+    k = min(k, len(x))
+    np.testing.assert_array_equal(largest(x, k), np.sort(x)[::-1][:k])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padding_behind_the_vocabulary_is_never_read(temperature: float) -> None:
+    """Bias and penalties of padding ids change nothing either."""
+    banned = np.zeros(100, bool)
+    banned[[3, *range(60, 100)]] = True
+    logits = np.linspace(0, 1, 100, dtype=np.float32)
+    logits[3] = logits[80] = 50
+    params = SamplingParams(
+        temperature=temperature, seed=1, top_k=0, repeat_penalty=1.5, logit_bias={80: 9.0}
+    )
+    sampler = Sampler(params, 100, banned)
+    sampler.accept(80)
+    drawn = {sampler.sample(logits) for _ in range(200)}
+    assert drawn == {59} if temperature == 0 else max(drawn) < 60 and 3 not in drawn
