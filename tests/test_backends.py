@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside import LLM, _native
@@ -150,6 +150,7 @@ def test_a_file_cut_off_after_it_was_opened_is_named(tmp_path: Path) -> None:
         load(steps, n_threads=2)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None:
     """Random chains of row ops and task ops, some of which overwrite what they read."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deskside.errors import DesksideError
@@ -322,6 +322,7 @@ def test_logprobs(x: list[float], n: int) -> None:
     assert np.exp(log_softmax(logits)).sum() == pytest.approx(1, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-5, 5, width=16) | st.just(-np.inf), min_size=1, max_size=700),
     st.integers(1, 12),
