@@ -37,18 +37,12 @@ inline Bytes table_16(const int8_t* t) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
 }
 inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
-// Lanes from bytes, 16-bit words and half floats, one a lane.
+// Lanes from bytes and 16-bit words, one a lane.
 inline Bytes widen_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Bytes widen_i8(const uint8_t* p) {
-  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 inline Bytes widen_u16(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline vf halves_to_float(const uint8_t* p) {
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline vf to_float(Bytes lanes) { return (vf)_mm512_cvtepi32_ps(lanes); }
 // The lowest byte of each lane in all four: lanes must be below 256.
@@ -88,14 +82,8 @@ inline Bytes look_up(Bytes table, Bytes index) { return _mm256_shuffle_epi8(tabl
 inline Bytes widen_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-inline Bytes widen_i8(const uint8_t* p) {
-  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
 inline Bytes widen_u16(const uint8_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline vf halves_to_float(const uint8_t* p) {
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline vf to_float(Bytes lanes) { return (vf)_mm256_cvtepi32_ps(lanes); }
 inline Bytes repeat_byte(Bytes lanes) {
@@ -155,17 +143,7 @@ template <class T> inline Bytes widen(const uint8_t* p) {
   return (Bytes)y;
 }
 inline Bytes widen_u8(const uint8_t* p) { return widen<uint8_t>(p); }
-inline Bytes widen_i8(const uint8_t* p) { return widen<int8_t>(p); }
 inline Bytes widen_u16(const uint8_t* p) { return widen<uint16_t>(p); }
-inline vf halves_to_float(const uint8_t* p) {
-  vf y;
-  for (int i = 0; i < 4; i++) {
-    uint16_t h;
-    std::memcpy(&h, p + 2 * i, 2);
-    y[i] = f16_to_float(h);
-  }
-  return y;
-}
 inline vf to_float(Bytes lanes) { return __builtin_convertvector((vi)lanes, vf); }
 inline Bytes repeat_byte(Bytes lanes) { return (Bytes)((Lanes)lanes * 0x01010101u); }
 

@@ -23,10 +23,7 @@ constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 // end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
 constexpr int64_t kFar = 3072, kNear = 1024;
 
-// Fetches `bytes` at p, of a stream that ends at `end` and goes on `jump` bytes behind it.
-template <int Locality>
-inline void fetch(const uint8_t* p, int bytes, const uint8_t* end, int64_t jump) {
-  if (p >= end) p += jump;
+template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
 }
 
@@ -48,38 +45,66 @@ inline const uint8_t* record(const Rows& x, const int32_t* index, int i) {
   return x.q + (index ? index[i] : i) * record_bytes(x.cols);
 }
 
-// Sums of products of kLanes rows over the groups [first, end) of a block, for M rows of x.
-template <int M>
-inline void dot_groups(const Bytes* w, int first, int end, const uint8_t* const* x, int64_t correction,
-                       int64_t block, vf* sums) {
-  Bytes sum[M];
-  for (int i = 0; i < M; i++) sum[i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + correction);
-  for (int g = first; g < end; g++) {
-    const Bytes abs = magnitude(w[g]);
+// One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
+// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its minimum.
+template <bool HasMin, bool Halves, int R, int M, class Weights32>
+inline void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts, int64_t b,
+                      vf (&acc)[R][M]) {
+  constexpr int halves = Halves ? 2 : 1, groups = 8 / halves;
+  vf sums[halves][R][M];
+  for (int h = 0; h < halves; h++) {
+    Bytes sum[R][M];
+    const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
     for (int i = 0; i < M; i++)
-      sum[i] = dot4(sum[i], w[g], abs, splat_lane(x[i] + 32 * block + 4 * g));
+      for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
+    // Unrolled whatever M is: otherwise the weights go through memory once more.
+#pragma GCC unroll 8
+    for (int g = groups * h; g < groups * (h + 1); g++) {
+      Bytes v[R], abs[R];
+      for (int j = 0; j < R; j++) v[j] = w.group(j, g), abs[j] = magnitude(v[j]);
+      for (int i = 0; i < M; i++) {
+        const Bytes xi = splat_lane(x[i] + 32 * b + 4 * g);
+        for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], v[j], abs[j], xi);
+      }
+    }
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
   }
-  for (int i = 0; i < M; i++) sums[i] = to_float(sum[i]);
+  for (int j = 0; j < R; j++) {
+    for (int i = 0; i < M; i++) {
+      vf product = sums[0][j][i] * w.scale(j, 0);
+      if constexpr (Halves) product += sums[1][j][i] * w.scale(j, 1);
+      acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
+      if constexpr (HasMin) acc[j][i] -= w.min(j) * float_at(x[i], parts.s + 4 * b);
+    }
+  }
 }
 
-// One block of 32 weights of kLanes rows against M rows of x.
-template <bool HasMin, bool Halves, int M>
-inline void dot_block(const Bytes* w, const vf* scale, vf min, const uint8_t* const* x,
-                      const Parts& parts, int64_t b, vf* acc) {
-  vf sums[M], second[M];
-  if constexpr (Halves) {
-    dot_groups<M>(w, 0, 4, x, parts.c16 + 8 * b, b, sums);
-    dot_groups<M>(w, 4, 8, x, parts.c16 + 8 * b + 4, b, second);
-  } else {
-    dot_groups<M>(w, 0, 8, x, parts.c32 + 4 * b, b, sums);
+// A block of one panel in registers, as unpack leaves it.
+struct Unpacked {
+  Bytes w[8];
+  vf scales[2], minimum = vf{};
+
+  Bytes group(int, int g) const { return w[g]; }
+  vf scale(int, int h) const { return scales[h]; }
+  vf min(int) const { return minimum; }
+};
+
+// Block b of the tile's panels, registers of `part`; `per` scales a block.
+template <int per> struct InTile {
+  const Tile& t;
+  int64_t b;
+  int part;
+
+  Bytes group(int j, int g) const {
+    const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
+    return vector_at(from + (b * 8 + g) * kVector, part);
   }
-  for (int i = 0; i < M; i++) {
-    vf product = sums[i] * scale[0];
-    if constexpr (Halves) product += second[i] * scale[1];
-    acc[i] += product * float_at(x[i], parts.d + 4 * b);
-    if constexpr (HasMin) acc[i] -= min * float_at(x[i], parts.s + 4 * b);
+  vf scale(int j, int h) const {
+    return load(t.panel[j].scale + (b * per + h) * kPanelRows + part * kLanes);
   }
-}
+  vf min(int j) const { return load(t.panel[j].min + b * kPanelRows + part * kLanes); }
+};
 
 // The rows of a panel that exist: the last panel may have fewer than 16.
 inline void store_rows(float* y, int part, int valid, vf v) {
@@ -96,27 +121,27 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
                 int valid, const uint8_t* next) {
   using P = Panel<T>;
   const Parts parts(cols);
-  vf acc[kParts][M];
+  vf acc[kParts][1][M];
   for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) acc[part][i] = vf{};
+    for (int i = 0; i < M; i++) acc[part][0][i] = vf{};
   const uint8_t* s = panel + P::header * kPanelRows;
   constexpr int bytes = P::bytes / P::blocks;  // of a block
   const uint8_t* const end = s + cols / 32 * bytes;
-  const int64_t jump = next - end;
+  // A stream that ends and goes on at `next`.
+  const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
-      fetch<2>(s + j * bytes + kFar, bytes, end, jump);
-      fetch<3>(s + j * bytes + kNear, bytes, end, jump);
+      fetch<2>(ahead(s + j * bytes + kFar), bytes);
+      fetch<3>(ahead(s + j * bytes + kNear), bytes);
       for (int part = 0; part < kParts; part++) {
-        Bytes w[8];
-        vf scale[2], min = vf{};
-        unpack<T>(s, panel, j, part, w, scale, min);
-        dot_block<P::has_min, P::halves, M>(w, scale, min, x, parts, b, acc[part]);
+        Unpacked u;
+        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
+        dot_block<P::has_min, P::halves>(u, x, parts, b, acc[part]);
       }
     }
   }
   for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][i]);
+    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
 }
 
 // gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
@@ -133,14 +158,13 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
       for (int part = 0; part < kParts; part++) {
-        Bytes w[8];
-        vf scale[2], min = vf{};
-        unpack<T>(s, panel, j, part, w, scale, min);
+        Unpacked u;
+        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
         for (int g = 0; g < 8; g++)
-          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, w[g]);
+          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, u.w[g]);
         for (int h = 0; h < per; h++)
-          store(t.scale + (b * per + h) * kPanelRows + part * kLanes, scale[h]);
-        if constexpr (P::has_min) store(t.min + b * kPanelRows + part * kLanes, min);
+          store(t.scale + (b * per + h) * kPanelRows + part * kLanes, u.scales[h]);
+        if constexpr (P::has_min) store(t.min + b * kPanelRows + part * kLanes, u.minimum);
       }
     }
   }
@@ -151,52 +175,14 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
 template <bool HasMin, bool Halves, int R, int M>
 void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
               const int* valid, const uint8_t* next, int ahead) {
-  constexpr int per = Halves ? 2 : 1;
   const Parts parts(cols);
   for (int part = 0; part < kParts; part++) {
     vf acc[R][M];
     for (int j = 0; j < R; j++)
       for (int i = 0; i < M; i++) acc[j][i] = vf{};
-    for (int64_t b = 0; b < cols / 32; b++) {
-      for (int line = 0; line < ahead; line += 64) __builtin_prefetch(next + line, 0, 2);
-      next += ahead;
-      vf sums[per][R][M];
-      for (int h = 0; h < per; h++) {
-        Bytes sum[R][M];
-        const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
-        for (int i = 0; i < M; i++)
-          for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
-        for (int g = 8 / per * h; g < 8 / per * (h + 1); g++) {
-          Bytes w[R], abs[R];
-          for (int j = 0; j < R; j++) {
-            const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
-            w[j] = vector_at(from + (b * 8 + g) * kVector, part);
-            abs[j] = magnitude(w[j]);
-          }
-          for (int i = 0; i < M; i++) {
-            const Bytes xi = splat_lane(x[i] + 32 * b + 4 * g);
-            for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], w[j], abs[j], xi);
-          }
-        }
-        for (int j = 0; j < R; j++)
-          for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
-      }
-      for (int j = 0; j < R; j++) {
-        const Tile::Unpacked& p = t.panel[j];
-        for (int h = 0; h < per; h++) {
-          const vf scale = load(p.scale + (b * per + h) * kPanelRows + part * kLanes);
-          for (int i = 0; i < M; i++) sums[h][j][i] *= scale;
-        }
-        for (int i = 0; i < M; i++) {
-          vf product = sums[0][j][i];
-          if constexpr (Halves) product += sums[per - 1][j][i];
-          acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
-        }
-        if constexpr (HasMin) {
-          const vf min = load(p.min + b * kPanelRows + part * kLanes);
-          for (int i = 0; i < M; i++) acc[j][i] -= min * float_at(x[i], parts.s + 4 * b);
-        }
-      }
+    for (int64_t b = 0; b < cols / 32; b++, next += ahead) {
+      fetch<2>(next, ahead);
+      dot_block<HasMin, Halves>(InTile<Halves ? 2 : 1>{t, b, part}, x, parts, b, acc);
     }
     for (int j = 0; j < R; j++)
       for (int i = 0; i < M; i++) store_rows(y[j] + i * ldy, part, valid[j], acc[j][i]);
@@ -292,15 +278,8 @@ void pair_quantised(const Weights& w, const Weights& v, int64_t p0, int64_t p1, 
 
 void to_floats(const uint8_t* row, Type type, int64_t n, float* y) {
   int64_t i = 0;
-#if defined(__AVX2__)
-  for (; i + 8 <= n; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i));
-    const __m256 f = type == Type::F16
-                         ? _mm256_cvtph_ps(h)
-                         : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-    _mm256_storeu_ps(y + i, f);
-  }
-#endif
+  for (; i + kLanes <= n; i += kLanes)
+    store(y + i, type == Type::F16 ? load_f16(row + 2 * i) : load_bf16(row + 2 * i));
   for (; i < n; i++) {
     uint16_t h;
     std::memcpy(&h, row + 2 * i, 2);
@@ -358,16 +337,10 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
 
 // ---- entries ------------------------------------------------------------------------------------
 
-void pair_float(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
-                const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
-  matmul_float(w, p0, p1, x, index, m, y, ldy, tile, nullptr);
-  matmul_float(v, p0, p1, x, index, m, z, ldy, tile, nullptr);
-}
-
 struct TypeEntry {
   Type type;
   decltype(Kernels::matmul) matmul;
-  decltype(Kernels::matmul_pair) pair;
+  decltype(Kernels::matmul_pair) pair;  // null: one matrix after the other
 };
 
 template <Type T> constexpr TypeEntry quantised() {
@@ -375,8 +348,8 @@ template <Type T> constexpr TypeEntry quantised() {
 }
 
 constexpr TypeEntry kTypes[] = {
-    {Type::F32, matmul_float, pair_float}, {Type::F16, matmul_float, pair_float},
-    {Type::BF16, matmul_float, pair_float},
+    {Type::F32, matmul_float, nullptr}, {Type::F16, matmul_float, nullptr},
+    {Type::BF16, matmul_float, nullptr},
     quantised<Type::Q4_0>(), quantised<Type::Q4_1>(), quantised<Type::Q5_0>(),
     quantised<Type::Q5_1>(), quantised<Type::Q8_0>(), quantised<Type::Q4_K>(),
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
@@ -394,17 +367,16 @@ const TypeEntry& entry(Type type) {
 namespace DESKSIDE_ISA {
 
 void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols) {
-  constexpr int parts = 32 / kLanes;
-  const int64_t blocks = cols / 32;
+  constexpr int vectors = 32 / kLanes;
+  const Parts parts(cols);
   auto* q = reinterpret_cast<int8_t*>(record);
-  auto* d = reinterpret_cast<float*>(record + cols);
-  float* s = d + blocks;
-  auto* c32 = reinterpret_cast<int32_t*>(s + blocks);
-  int32_t* c16 = c32 + blocks;
+  auto *d = reinterpret_cast<float*>(record + parts.d), *s = reinterpret_cast<float*>(record + parts.s);
+  auto* c32 = reinterpret_cast<int32_t*>(record + parts.c32);
+  auto* c16 = reinterpret_cast<int32_t*>(record + parts.c16);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even
   for (int64_t b = first / 32; b < (first + n) / 32; b++, x += 32) {
-    vf v[parts], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
-    for (int i = 0; i < parts; i++) {
+    vf v[vectors], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
+    for (int i = 0; i < vectors; i++) {
       v[i] = load(x + kLanes * i);
       top = vmax(top, vmax(v[i], -v[i]));
       poison += v[i] * 0.0f;
@@ -412,22 +384,17 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
     const float amax = max(top), bad = sum(poison);
     // Below 1e-30 the inverse would overflow; such a block counts as zero.
     const vf inverse = splat(amax > 1e-30f && bad == 0 ? 127.0f / amax : 0.0f);
-    vi total[2] = {vi{}, vi{}};
-    for (int i = 0; i < parts; i++) {
+    vf total[2] = {vf{}, vf{}};  // of at most 16 values: exact
+    for (int i = 0; i < vectors; i++) {
       const vf scaled = v[i] * inverse;
       const vf finite = scaled == scaled ? scaled : vf{};
-      const vi r = __builtin_convertvector((finite + magic) - magic, vi);
-#if defined(DESKSIDE_AVX512)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32 * b + kLanes * i),
-                       _mm512_cvtepi32_epi8((__m512i)r));
-#else
-      for (int j = 0; j < kLanes; j++) q[32 * b + kLanes * i + j] = int8_t(r[j]);
-#endif
-      total[i * kLanes / 16] += r;
+      const vf whole = (finite + magic) - magic;
+      store_int8(q + 32 * b + kLanes * i, whole);
+      total[i * kLanes / 16] += whole;
     }
     d[b] = (amax > 1e-30f ? amax / 127.0f : 0.0f) + bad;
-    const int32_t low = int32_t(sum(__builtin_convertvector(total[0], vf)));
-    const int32_t high = int32_t(sum(__builtin_convertvector(total[1], vf)));
+    const int32_t low = int32_t(sum(total[0]));
+    const int32_t high = int32_t(sum(total[1]));
     s[b] = d[b] * float(low + high);
     c32[b] = -128 * (low + high);
     c16[2 * b] = -128 * low;
@@ -465,11 +432,12 @@ void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32
 
 void matmul_pair(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
                  const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
-  if (w.type == v.type)
-    return entry(w.type).pair(w, v, p0, p1, x, index, m, y, z, ldy, tile);
+  const TypeEntry &a = entry(w.type), &b = entry(v.type);
+  if (w.type == v.type && a.pair)
+    return a.pair(w, v, p0, p1, x, index, m, y, z, ldy, tile);
   for (int64_t p = p0; p < p1; p++) {
-    entry(w.type).matmul(w, p, p + 1, x, index, m, y, ldy, tile, nullptr);
-    entry(v.type).matmul(v, p, p + 1, x, index, m, z, ldy, tile, nullptr);
+    a.matmul(w, p, p + 1, x, index, m, y, ldy, tile, nullptr);
+    b.matmul(v, p, p + 1, x, index, m, z, ldy, tile, nullptr);
   }
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include <math.h>
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -148,6 +150,71 @@ inline uint16_t float_to_f16(float x) {
   }
   u += 0xfff + ((u >> 13) & 1);
   return sign | uint16_t((u - 0x38000000) >> 13);
+#endif
+}
+
+// ---- vectors of other types ---------------------------------------------------------------------
+
+typedef uint16_t halves __attribute__((vector_size(2 * kLanes)));
+
+inline vf load_bf16(const uint8_t* p) {
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vi) << 16);
+}
+
+inline vf load_f16(const uint8_t* p) {
+#if defined(DESKSIDE_AVX512)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // The bits as a float 2^112 too small, subnormals included, scaled up; infinity and NaN apart.
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+  const vi wide = __builtin_convertvector(h, vi), magnitude = wide & 0x7fff;
+  const vi bits = magnitude << 13, special = bits | 0x7f800000;
+  const vf scaled = (vf)bits * 0x1p112f;
+  return (vf)((magnitude >= 0x7c00 ? special : (vi)scaled) | (wide & 0x8000) << 16);
+#endif
+}
+
+inline void store_f16(uint8_t* p, const float* x) {
+#if defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
+#else
+  for (int i = 0; i < kLanes; i++) {
+    const uint16_t h = float_to_f16(x[i]);
+    std::memcpy(p + 2 * i, &h, 2);
+  }
+#endif
+}
+
+inline vf load_int8(const int8_t* p) {
+#if defined(DESKSIDE_AVX512)
+  const vi x = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  const vi x = (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  vi x;
+  for (int i = 0; i < kLanes; i++) x[i] = p[i];
+#endif
+  return __builtin_convertvector(x, vf);
+}
+
+// Nearest integers, ties to even, of values in [-128, 127].
+inline void store_int8(int8_t* p, vf v) {
+#if defined(DESKSIDE_AVX512)
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
+  std::memcpy(p, &bytes, sizeof bytes);
+#elif defined(__AVX2__)
+  const __m256i q = _mm256_cvtps_epi32((__m256)v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  for (int i = 0; i < kLanes; i++) p[i] = int8_t(lrintf(v[i]));
 #endif
 }
 

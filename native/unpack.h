@@ -71,7 +71,7 @@ inline void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
   }
 }
 
-inline vf halves_at(const uint8_t* p, int part) { return halves_to_float(p + part * 2 * kLanes); }
+inline vf halves_at(const uint8_t* p, int part) { return load_f16(p + part * 2 * kLanes); }
 
 // Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1, u2
 // of a row's 12 bytes stand 64 bytes apart.
@@ -138,7 +138,8 @@ inline void unpack(const uint8_t* s, const uint8_t* rows, int b, int part, Bytes
     unpack_sixes(s + k16 + 16 * kPanelRows + b * 6 * kVector, part, w);
     const vf d = halves_at(s, part);
     for (int h = 0; h < 2; h++)
-      scale[h] = d * to_float(widen_i8(s + k16 + (2 * b + h) * kPanelRows + part * kLanes));
+      scale[h] = d * load_int8(reinterpret_cast<const int8_t*>(s) + k16 + (2 * b + h) * kPanelRows +
+                               part * kLanes);
   } else if constexpr (T == Type::IQ4_XS) {
     unpack_nibbles(s + 2 * k16 + kVector + b * 4 * kVector, part, table_16(kTables.t[0]), w);
     const Bytes low = shift_right_lane(vector_at(s + 2 * k16, part), 4 * b) & splat_lane(15);
