@@ -1,13 +1,12 @@
 #include "bandwidth.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <vector>
 
 #include "dispatch.h"
+#include "pack.h"
 #include "thread_pool.h"
 
 namespace deskside {
@@ -15,13 +14,8 @@ namespace deskside {
 double read_bandwidth(int n_threads, int64_t bytes, int repeats) {
   if (n_threads < 1 || bytes < (int64_t(1) << 20) || repeats < 1)
     throw std::invalid_argument("read_bandwidth: at least 1 thread, 1 MiB and 1 repeat");
-  void* memory = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                      -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("read_bandwidth: out of memory");
-#if defined(MADV_HUGEPAGE)
-  madvise(memory, size_t(bytes), MADV_HUGEPAGE);
-#endif
-  auto* data = static_cast<uint64_t*>(memory);
+  const Arena memory(bytes);
+  auto* data = reinterpret_cast<uint64_t*>(memory.data());
   const int64_t part = bytes / 8 / n_threads / 32 * 32;
   std::vector<uint64_t> sums(size_t(n_threads) * 8);
   Pool pool(n_threads);
@@ -41,7 +35,6 @@ double read_bandwidth(int n_threads, int64_t bytes, int repeats) {
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, double(part) * 8 * n_threads / seconds.count());
   }
-  munmap(memory, size_t(bytes));
   // The sums are used, so the reads cannot be left out.
   if (sums[0] == 0) throw std::runtime_error("read_bandwidth: memory was not read");
   return best;

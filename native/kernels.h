@@ -20,6 +20,7 @@ enum class Type : int32_t {
 static inline bool is_float(Type t) { return t == Type::F32 || t == Type::F16 || t == Type::BF16; }
 
 constexpr int kPanelRows = 16;
+static inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 // A weight matrix packed in panels of 16 rows (panel.h), `stride` bytes from a panel to the next.
 // Float types keep their rows one after another within a panel.
@@ -28,7 +29,7 @@ struct Weights {
   Type type;
   int64_t rows, cols, stride;
 
-  int64_t panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
+  int64_t panels() const { return panels_of(rows); }
 };
 
 // Rows of activations in 8 bits, for quantised weights. A row is one record:

@@ -71,7 +71,7 @@ class PyArena {
  private:
   PyWeights fill(const Source& from, int type, int64_t cols, int64_t rows, int64_t groups,
                  int64_t at, int64_t stride, int n_threads) {
-    const int64_t panel = panel_bytes(type, cols), panels = (rows + kPanelRows - 1) / kPanelRows;
+    const int64_t panel = panel_bytes(type, cols), panels = panels_of(rows);
     require(rows >= 1 && groups >= 1 && n_threads >= 1, "pack: nothing to pack");
     require(at >= 0 && at % 4 == 0 && stride % 4 == 0 && stride >= panel &&
                 at + (groups * panels - 1) * stride + panel <= arena_->bytes(),

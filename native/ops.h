@@ -1,7 +1,6 @@
 // The ops of a program (backends/steps.py makes them from a tape). Meaning: backends/reference.py.
 #pragma once
 
-#include <array>
 #include <vector>
 
 #include "program.h"
@@ -94,13 +93,10 @@ struct TakeRows : Op {
 
 // ---- tasks --------------------------------------------------------------------------------------
 
-// Rows of activations as matrices read them: floats, and records where a weight is quantised
-// (record_bytes apart).
+// Rows of activations as matrices read them: floats, and records where a weight is quantised.
 struct Input {
   Buffer f, q;
-  Rows rows(const Run& r, int64_t first = 0) const {
-    return {r.row(f, first), r.record(q, 0) + first * record_bytes(f.width), f.width, f.stride};
-  }
+  Rows rows(const Run& r) const { return {r.at(f), r.record(q, 0, f.width), f.width, f.stride}; }
 };
 
 // silu(gate x) * (up x), some panels of it at a time; gate and up have the same shape.
@@ -136,7 +132,7 @@ struct Linear : Op {
   std::vector<Part> parts;
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens, int threads) const override;
+  int64_t work_floats(int64_t max_tokens) const override;
   int64_t max_cols() const override { return in.f.width; }
 
  private:
@@ -154,8 +150,8 @@ struct Attention : Op {
   int state;
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens, int threads) const override;
-  int64_t shared_bytes(int64_t max_tokens, int threads) const override;
+  int64_t work_floats(int64_t max_tokens) const override;
+  int64_t shared_bytes(int64_t max_tokens) const override;
 };
 
 // Merges what Attention computed in parts; it has no tasks where there was one part.
@@ -192,6 +188,7 @@ struct Routing {
 
 struct ExpertShape {
   int n_expert, top_k, width;
+  int64_t up_panels() const { return panels_of(width); }  // of one expert's gate, or up
   Routing routing(const Run& r) const {
     return Routing(r.shared(), n_expert, int64_t(r.n_tokens()) * top_k);
   }
@@ -204,7 +201,7 @@ struct SortExperts : Op {
   ExpertShape shape;
   Buffer ids;
   void row(const Run& r, int64_t i) const override;
-  int64_t shared_bytes(int64_t n, int) const override { return shape.shared_bytes(n); }
+  int64_t shared_bytes(int64_t n) const override { return shape.shared_bytes(n); }
 };
 
 // Per sorted pair: silu(gate x) * (up x) of its expert.
@@ -214,7 +211,7 @@ struct ExpertsUp : Op {
   GatedPair weights; // of all experts: panels of expert e start at e * panels of one
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t, int) const override { return GatedPair::kWork; }
+  int64_t work_floats(int64_t) const override { return GatedPair::kWork; }
   int64_t max_cols() const override { return in.f.width; }
 };
 
@@ -226,7 +223,7 @@ struct ExpertsDown : Op {
   Weights down;
   int64_t tasks(const Run& r) const override;
   void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens, int) const override;
+  int64_t work_floats(int64_t max_tokens) const override;
   int64_t max_cols() const override { return shape.width; }
 
  private:

@@ -48,7 +48,7 @@ int64_t Linear::chunk(const Part& p, const Run& r) const {
   return std::clamp<int64_t>(std::min(stream, share), 1, GatedPair::kPanels);
 }
 
-int64_t Linear::work_floats(int64_t max_tokens, int) const {
+int64_t Linear::work_floats(int64_t max_tokens) const {
   // A convolution's inputs.
   const int64_t conv = std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
   return std::max(conv, GatedPair::kWork);
@@ -146,13 +146,12 @@ Weights of_expert(const Weights& all, int n_expert, int64_t e) {
 }  // namespace
 
 int64_t ExpertsUp::tasks(const Run& r) const {
-  const int64_t panels = (shape.width + kPanelRows - 1) / kPanelRows;
-  return *shape.routing(r).n_active * chunks(panels, kUpPanels);
+  return *shape.routing(r).n_active * chunks(shape.up_panels(), kUpPanels);
 }
 
 void ExpertsUp::task(const Run& r, int64_t i) const {
   const Routing t = shape.routing(r);
-  const int64_t panels = (shape.width + kPanelRows - 1) / kPanelRows;
+  const int64_t panels = shape.up_panels();
   const int64_t own = chunks(panels, kUpPanels), a = i / own, e = t.active[a];
   const int64_t p0 = i % own * kUpPanels, p1 = std::min(p0 + kUpPanels, panels);
   const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
@@ -162,8 +161,7 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
   pair.run(r, p0, p1, in.rows(r), t.token + pair0, m, r.work(), [&](int k, const float* values) {
     const int64_t at = pair0 + k;
     if (out.q.width > 0)
-      r.kernels.quantize(values, first, n, r.record(out.q, 0) + at * record_bytes(shape.width),
-                         shape.width);
+      r.kernels.quantize(values, first, n, r.record(out.q, at, shape.width), shape.width);
     else
       std::memcpy(r.at(out.f) + at * shape.width + first, values, size_t(n) * 4);
   });
@@ -176,19 +174,19 @@ int64_t ExpertsDown::chunk(const Run& r) const {
   return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2, kMost);
 }
 
-int64_t ExpertsDown::work_floats(int64_t max_tokens, int) const {
+int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
   const int64_t sums = std::max<int64_t>(kSums, max_tokens * 2 * kPanelRows);
   return 2 * std::max<int64_t>(sums, kMost * kPanelRows);
 }
 
 int64_t ExpertsDown::tasks(const Run& r) const {
-  return chunks((out.width + kPanelRows - 1) / kPanelRows, chunk(r));
+  return chunks(panels_of(out.width), chunk(r));
 }
 
 void ExpertsDown::task(const Run& r, int64_t i) const {
   const Routing t = shape.routing(r);
   const int64_t size = chunk(r), p0 = i * size;
-  const int64_t p1 = std::min<int64_t>(p0 + size, (out.width + kPanelRows - 1) / kPanelRows);
+  const int64_t p1 = std::min(p0 + size, panels_of(out.width));
   const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, out.width) - first;
   float *sums = r.work(), *products = sums + r.n_tokens() * n;
   std::fill_n(sums, r.n_tokens() * n, 0.0f);
@@ -196,8 +194,8 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
     const Weights w = of_expert(down, shape.n_expert, t.active[a]);
     for (int64_t k = t.first[a]; k < t.first[a + 1]; k += kTokens) {
       const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
-      const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, 0) + k * record_bytes(shape.width),
-                   shape.width, shape.width};
+      const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, k, shape.width), shape.width,
+                   shape.width};
       const bool last = k + m >= t.first[a + 1] && a + 1 < *t.n_active;
       const uint8_t* then =
           last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;

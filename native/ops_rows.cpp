@@ -23,8 +23,7 @@ void Norm::row(const Run& r, int64_t i) const {
 }
 
 void Quantize::row(const Run& r, int64_t i) const {
-  r.kernels.quantize(r.row(in, i), 0, in.width, r.record(out, 0) + i * record_bytes(in.width),
-                     in.width);
+  r.kernels.quantize(r.row(in, i), 0, in.width, r.record(out, i, in.width), in.width);
 }
 
 void SplitGate::row(const Run& r, int64_t i) const {

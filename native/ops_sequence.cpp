@@ -99,11 +99,11 @@ struct Cut {
 };
 }  // namespace
 
-int64_t Attention::work_floats(int64_t, int) const {
+int64_t Attention::work_floats(int64_t) const {
   return attention_work(head_dim) + int64_t(kQueryRows) * part_floats(head_dim);
 }
 
-int64_t Attention::shared_bytes(int64_t, int) const {
+int64_t Attention::shared_bytes(int64_t) const {
   return int64_t(kSplitTokens) * heads * kMaxSplits * part_floats(head_dim) * 4;
 }
 

@@ -34,32 +34,6 @@ Arena::Arena(int64_t bytes) : bytes_(bytes) {
 
 Arena::~Arena() { munmap(mapped_, size_t(mapped_bytes_)); }
 
-int64_t file_row_bytes(Type type, int64_t n) {
-  struct {
-    Type type;
-    int block, bytes, header;
-  } const table[] = {
-      {Type::F32, 1, 4, 0},
-      {Type::F16, 1, 2, 0},
-      {Type::BF16, 1, 2, 0},
-      {Type::Q4_0, 32, sizeof(BlockQ4_0), 0},
-      {Type::Q4_1, 32, sizeof(BlockQ4_1), 0},
-      {Type::Q5_0, 32, sizeof(BlockQ5_0), 0},
-      {Type::Q5_1, 32, sizeof(BlockQ5_1), 0},
-      {Type::Q8_0, 32, sizeof(BlockQ8_0), 0},
-      {Type::Q4_K, 256, sizeof(BlockQ4_K), 0},
-      {Type::Q5_K, 256, sizeof(BlockQ5_K), 0},
-      {Type::Q6_K, 256, sizeof(BlockQ6_K), 0},
-      {Type::IQ4_NL, 32, sizeof(BlockIQ4_NL), 0},
-      {Type::IQ4_XS, 256, sizeof(BlockIQ4_XS), 0},
-      {Type::IQ4_KS, 256, sizeof(BlockIQ4_KS), 4},
-      {Type::IQ4_KSS, 256, sizeof(BlockIQ4_KSS), 4},
-  };
-  for (const auto& t : table)
-    if (t.type == type) return n < 1 || n % t.block ? -1 : n / t.block * t.bytes + t.header;
-  return -1;
-}
-
 namespace {
 
 // Writes arrays over the 16 rows one after another.
@@ -203,28 +177,29 @@ template <Type T> void pack_panel(const uint8_t* const* rows, int64_t cols, uint
   }
 }
 
-using PackPanel = void (*)(const uint8_t* const* rows, int64_t cols, uint8_t* to);
+struct Format {
+  Type type;
+  int block, bytes, header;  // weights and bytes of a file's block, bytes before a row's first
+  void (*pack_panel)(const uint8_t* const* rows, int64_t cols, uint8_t* to);  // null: rows are copied
+};
 
-// Null for float types, whose rows are copied.
-PackPanel packer(Type type) {
-  switch (type) {
-    case Type::Q4_0: return pack_panel<Type::Q4_0>;
-    case Type::Q4_1: return pack_panel<Type::Q4_1>;
-    case Type::Q5_0: return pack_panel<Type::Q5_0>;
-    case Type::Q5_1: return pack_panel<Type::Q5_1>;
-    case Type::Q8_0: return pack_panel<Type::Q8_0>;
-    case Type::Q4_K: return pack_panel<Type::Q4_K>;
-    case Type::Q5_K: return pack_panel<Type::Q5_K>;
-    case Type::Q6_K: return pack_panel<Type::Q6_K>;
-    case Type::IQ4_NL: return pack_panel<Type::IQ4_NL>;
-    case Type::IQ4_XS: return pack_panel<Type::IQ4_XS>;
-    case Type::IQ4_KS: return pack_panel<Type::IQ4_KS>;
-    case Type::IQ4_KSS: return pack_panel<Type::IQ4_KSS>;
-    case Type::F32:
-    case Type::F16:
-    case Type::BF16: return nullptr;
-  }
-  throw std::invalid_argument("pack: a type without a layout");
+template <Type T> constexpr Format packed() {
+  using P = Panel<T>;
+  return {T, 32 * P::blocks, int(sizeof(typename P::Block)), P::header, pack_panel<T>};
+}
+
+constexpr Format kFormats[] = {
+    {Type::F32, 1, 4, 0, nullptr}, {Type::F16, 1, 2, 0, nullptr}, {Type::BF16, 1, 2, 0, nullptr},
+    packed<Type::Q4_0>(), packed<Type::Q4_1>(), packed<Type::Q5_0>(), packed<Type::Q5_1>(),
+    packed<Type::Q8_0>(), packed<Type::Q4_K>(), packed<Type::Q5_K>(), packed<Type::Q6_K>(),
+    packed<Type::IQ4_NL>(), packed<Type::IQ4_XS>(), packed<Type::IQ4_KS>(), packed<Type::IQ4_KSS>(),
+};
+
+// Null for a type without a kernel.
+const Format* format(Type type) {
+  for (const Format& f : kFormats)
+    if (f.type == type) return &f;
+  return nullptr;
 }
 
 void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
@@ -239,14 +214,20 @@ void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
 
 }  // namespace
 
+int64_t file_row_bytes(Type type, int64_t n) {
+  const Format* f = format(type);
+  return !f || n < 1 || n % f->block ? -1 : n / f->block * f->bytes + f->header;
+}
+
 void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t groups, uint8_t* to,
           int64_t stride, int n_threads) {
   constexpr int64_t kChunk = int64_t(256) << 10;  // bytes read at a time: they stay in L2
   const int64_t row_bytes = file_row_bytes(type, cols);
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t panels = panels_of(rows);
   const int64_t per_task = std::max<int64_t>(1, kChunk / (row_bytes * kPanelRows));
   const int64_t tasks_per_group = (panels + per_task - 1) / per_task;
-  const PackPanel pack_panel = packer(type);
+  const Format* const f = format(type);
+  if (!f) throw std::invalid_argument("pack: a type without a layout");
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex mutex;
@@ -268,7 +249,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
         for (int64_t p = p0; p < p1; p++) {
           uint8_t* panel = to + (group * panels + p) * stride;
           const int64_t first = (p - p0) * kPanelRows;
-          if (!pack_panel) {
+          if (!f->pack_panel) {
             std::memcpy(panel, source + first * row_bytes,
                         size_t(std::min<int64_t>(kPanelRows, n - first) * row_bytes));
             continue;
@@ -276,7 +257,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
           const uint8_t* row[kPanelRows];
           for (int r = 0; r < kPanelRows; r++)
             row[r] = first + r < n ? source + (first + r) * row_bytes : zeros.data();
-          pack_panel(row, cols, panel);
+          f->pack_panel(row, cols, panel);
         }
       }
     } catch (...) {

@@ -25,14 +25,14 @@ Program::Program(int n_threads, int max_tokens, int64_t arena_floats, const std:
       arena_(arena_floats * 4) {}
 
 void Program::finish() {
-  for (const Step& step : steps_)
+  int64_t shared = 0, work = 0, cols = 32;
+  for (Step& step : steps_) {
     if (step.ops.size() > kMaxOps && step.kind == Step::kTasks)
       throw std::invalid_argument("finish: too many ops in a step of tasks");
-  int64_t shared = 0, work = 0, cols = 32;
-  for (const Step& step : steps_) {
     for (const auto& op : step.ops) {
-      shared = std::max(shared, op->shared_bytes(max_tokens_, pool_.size()));
-      work = std::max(work, op->work_floats(max_tokens_, pool_.size()));
+      step.row_work += op->row_work();
+      shared = std::max(shared, op->shared_bytes(max_tokens_));
+      work = std::max(work, op->work_floats(max_tokens_));
       cols = std::max(cols, op->max_cols());
     }
   }
@@ -63,10 +63,8 @@ int64_t Program::rows(const Step& step, const Batch& batch) const {
 
 bool Program::serial(const Step& step, const Batch& batch) const {
   if (step.kind == Step::kTasks) return false;
-  int64_t work = 0;
-  for (const auto& op : step.ops) work += op->row_work();
   const int64_t n = rows(step, batch);
-  return n <= 1 || n * work <= kSerialWork;
+  return n <= 1 || n * step.row_work <= kSerialWork;
 }
 
 void Program::run_rows(const Step& step, const Run& r, int64_t row) const {

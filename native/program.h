@@ -66,7 +66,10 @@ struct Run {
   }
   float* at(Buffer b) const;
   float* row(Buffer b, int64_t i) const { return at(b) + i * b.stride; }
-  uint8_t* record(Buffer b, int64_t i) const { return reinterpret_cast<uint8_t*>(row(b, i)); }
+  // Record i (kernels.h) of rows of `cols` values: records follow each other.
+  uint8_t* record(Buffer b, int64_t i, int64_t cols) const {
+    return reinterpret_cast<uint8_t*>(at(b)) + i * record_bytes(cols);
+  }
   float* work() const;      // this thread's, as much as its op asked for
   uint8_t* shared() const;  // one for all threads, as much as its op asked for
   const Tile& tile() const;
@@ -82,8 +85,8 @@ struct Op {
   virtual int64_t tasks(const Run&) const { return 0; }
   virtual void task(const Run&, int64_t) const {}
 
-  virtual int64_t work_floats(int64_t /*max_tokens*/, int /*threads*/) const { return 0; }
-  virtual int64_t shared_bytes(int64_t /*max_tokens*/, int /*threads*/) const { return 0; }
+  virtual int64_t work_floats(int64_t /*max_tokens*/) const { return 0; }
+  virtual int64_t shared_bytes(int64_t /*max_tokens*/) const { return 0; }
   // Longest weight row that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
 };
@@ -92,13 +95,14 @@ struct Step {
   // Rows are tokens (kRows), wanted logits (kOutputs), or there is one for all (kOnce).
   enum Kind { kRows, kOutputs, kOnce, kTasks } kind;
   std::vector<std::unique_ptr<Op>> ops;
+  int64_t row_work = 0;  // of all ops
 };
 
 class Program {
  public:
   Program(int n_threads, int max_tokens, int64_t arena_floats, const std::string& isa);
 
-  void begin(Step::Kind kind) { steps_.push_back({kind, {}}); }
+  void begin(Step::Kind kind) { steps_.push_back({kind, {}, 0}); }
   void add(std::unique_ptr<Op> op) { steps_.back().ops.push_back(std::move(op)); }
   // Call once after the last op: takes the work memory that the ops need.
   void finish();
@@ -114,9 +118,7 @@ class Program {
   int n_threads() const { return pool_.size(); }
   int max_tokens() const { return max_tokens_; }
   size_t n_states() const { return states_.size(); }
-  int64_t nbytes() const {
-    return arena_.bytes() + (memory_ ? memory_->bytes() : 0);
-  }
+  int64_t nbytes() const { return arena_.bytes() + (memory_ ? memory_->bytes() : 0); }
 
  private:
   friend struct Run;
