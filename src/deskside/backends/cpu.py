@@ -227,7 +227,7 @@ class _Lowering:
         self.program.sort_experts(self.place(op.inputs[0]), n_expert, width)
 
     def experts_up(self, op: NativeOp) -> None:
-        x, _, _, *record = (self.place(v) for v in op.inputs)
+        x, *record = (self.place(v) for v in op.inputs[:-1])
         gate, up = (self.weights[w.name] for w in op.op.weights[:2])
         top_k = op.op.inputs[1].width
         floats, records = self.hidden(op.op.weights[2], self.place(op.outputs[0]), top_k)
@@ -236,7 +236,7 @@ class _Lowering:
         )
 
     def experts_down(self, op: NativeOp) -> None:
-        hidden, _, _, weights = (self.place(v) for v in op.inputs)
+        hidden, _, weights = (self.place(v) for v in op.inputs)
         down = op.op.weights[2]
         top_k = op.op.inputs[1].width
         floats, records = self.hidden(down, hidden, top_k)

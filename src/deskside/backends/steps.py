@@ -13,10 +13,11 @@ once for all of its readers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deskside import _native
+from deskside.gguf import TensorInfo
 from deskside.tape import Op, Tape, Value
 
 MAX_TASKS_OPS = 16  # of a tasks step, see native/program.cpp
@@ -50,10 +51,6 @@ class Step:
     where: str
     ops: list[NativeOp] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        return " + ".join(op.kind for op in self.ops)
-
 
 def plan_steps(tape: Tape) -> list[Step]:
     """The steps that carry out `tape`."""
@@ -85,16 +82,19 @@ class _Rewriter:
                 yield from getattr(self, op.kind, self.rows)(op)
 
     def rows(self, op: Op) -> Iterator[NativeOp]:
-        where = "outputs" if op.outputs[0].per_output else "rows"
-        yield NativeOp(op.kind, where, op.inputs, op.outputs, op)
+        yield NativeOp(op.kind, rows_of(op.outputs[0]), op.inputs, op.outputs, op)
 
-    def record(self, x: Value, op: Op) -> Iterator[NativeOp]:
-        """Makes sure that `self.records` has the 8-bit twin of x."""
+    def inputs(
+        self, x: Value, weights: Iterable[TensorInfo], op: Op
+    ) -> Generator[NativeOp, None, tuple[Value, ...]]:
+        """What matrices read of x: itself, and its 8-bit twin (made once) if one is quantised."""
+        if all(w.type.name in FLOAT_TYPES for w in weights):
+            return (x,)
         if x.id not in self.records:
             record = self.value(_native.record_bytes(x.width) // 4, x.per_output)
             self.records[x.id] = record
-            where = "outputs" if x.per_output else "rows"
-            yield NativeOp("quantize", where, (x,), (record,), op)
+            yield NativeOp("quantize", rows_of(x), (x,), (record,), op)
+        return (x, self.records[x.id])
 
     def linear(self, op: Op) -> Iterator[NativeOp]:
         x = op.inputs[0]
@@ -105,8 +105,8 @@ class _Rewriter:
             if id(linear) in {id(p.up) for p in parts}:
                 continue
             parts.append(self.part(linear, together))
-        outputs = tuple(p.out for p in parts)
-        yield from self.matrices("linear", x, together, outputs, op, tuple(parts))
+        reads = yield from self.inputs(x, (o.weights[0] for o in together), op)
+        yield NativeOp("linear", "tasks", reads, tuple(p.out for p in parts), op, tuple(parts))
 
     def part(self, linear: Op, together: Sequence[Op]) -> Part:
         readers = self.readers[linear.outputs[0].id]
@@ -121,21 +121,6 @@ class _Rewriter:
                     self.fused.add(id(reader))
                     return Part(linear, reader.outputs[0], up=ups[0])
         return Part(linear, linear.outputs[0])
-
-    def matrices(
-        self,
-        kind: str,
-        x: Value,
-        linears: Sequence[Op],
-        outputs: tuple[Value, ...],
-        op: Op,
-        parts: tuple[Part, ...] = (),
-    ) -> Iterator[NativeOp]:
-        inputs: tuple[Value, ...] = (x,)
-        if any(w.type.name not in FLOAT_TYPES for o in linears for w in o.weights):
-            yield from self.record(x, op)
-            inputs = (x, self.records[x.id])
-        yield NativeOp(kind, "tasks", inputs, outputs, op, parts)
 
     def conv_silu(self, op: Op) -> Iterator[NativeOp]:
         raise NotImplementedError("a convolution that no linear feeds")
@@ -155,18 +140,18 @@ class _Rewriter:
         x, ids, weights = op.inputs
         gate, up, down = op.weights
         top_k, width = ids.width, gate.shape[1]
-        order = self.value(0)
-        yield NativeOp("sort_experts", "once", (ids,), (order, self.shared), op)
-        inputs: tuple[Value, ...] = (x, order, self.shared)
-        if not {gate.type.name, up.type.name} <= FLOAT_TYPES:
-            yield from self.record(x, op)
-            inputs = (x, order, self.shared, self.records[x.id])
+        yield NativeOp("sort_experts", "once", (ids,), (self.shared,), op)
+        reads = yield from self.inputs(x, (gate, up), op)
         per_pair = _native.record_bytes(width) // 4
         is_float = down.type.name in FLOAT_TYPES
         hidden = self.value(top_k * (width if is_float else per_pair))
-        yield NativeOp("experts_up", "tasks", inputs, (hidden,), op)
-        reads = (hidden, order, self.shared, weights)
-        yield NativeOp("experts_down", "tasks", reads, op.outputs, op)
+        yield NativeOp("experts_up", "tasks", (*reads, self.shared), (hidden,), op)
+        yield NativeOp("experts_down", "tasks", (hidden, self.shared, weights), op.outputs, op)
+
+
+def rows_of(value: Value) -> str:
+    """The sort of step in which a value's rows are made."""
+    return "outputs" if value.per_output else "rows"
 
 
 def schedule(ops: Sequence[NativeOp]) -> list[Step]:
