@@ -79,10 +79,9 @@ def bandwidth(threads: int) -> float:
     return float(_native.read_bandwidth(threads, bandwidth_bytes(available_memory()), 3))
 
 
-def compute(threads: int) -> float | None:
-    """int8 multiply-adds per second of `threads`; None where deskside cannot measure it."""
-    measure = getattr(_native, "compute_limit", None)
-    return None if measure is None else float(measure(threads))
+def compute(threads: int) -> float:
+    """int8 multiply-adds per second of `threads`."""
+    return float(_native.compute_limit(threads))
 
 
 class Copier:

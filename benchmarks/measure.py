@@ -151,9 +151,7 @@ class Run:
     def limits(self) -> None:
         """Samples what the machine can do now."""
         self.entry["bandwidth"].append(machine.bandwidth(self.threads))
-        compute = machine.compute(self.threads)
-        if compute is not None:
-            self.entry["compute"].append(compute)
+        self.entry["compute"].append(machine.compute(self.threads))
 
     def copy(self) -> None:
         """Seconds to copy the file into memory; a part of it where memory is short."""

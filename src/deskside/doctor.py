@@ -46,11 +46,13 @@ def facts(n_threads: int) -> list[tuple[str, str]]:
     size = min(BANDWIDTH_BYTES, available_memory() // 4)
     for n in sorted({1, n_threads}):
         rate = _native.read_bandwidth(n, size, PASSES)
-        plural = "s" if n > 1 else ""
-        rows.append((f"read bandwidth, {n} thread{plural}", f"{rate / 1e9:.1f} GB/s"))
+        rows.append((f"read bandwidth, {threads(n)}", f"{rate / 1e9:.1f} GB/s"))
     rows.append(("decode ceiling", f"{rate / 1e9:.1f} tok/s for each GB that a token reads"))
     products = _native.compute_limit(n_threads)
-    plural = "s" if n_threads > 1 else ""
     limit = f"{products / 1e9:.0f} G 8-bit products/s ({_native.choose()})"
-    rows.append((f"prefill ceiling, {n_threads} thread{plural}", limit))
+    rows.append((f"prefill ceiling, {threads(n_threads)}", limit))
     return rows
+
+
+def threads(n: int) -> str:
+    return "1 thread" if n == 1 else f"{n} threads"

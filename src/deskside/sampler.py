@@ -154,19 +154,14 @@ class Sampler:
         if not logits[best] < np.inf:
             raise DesksideError("the logits hold NaN or +Inf: the model's weights are damaged")
         p = self.params
-        unchanged = not len(self._bias_ids) and not (self._penalties and self._counts)
-        if (
-            p.temperature <= 0
-            and unchanged
-            and best < self._end
-            and best not in self._banned_ids
-            and logits[best] > -np.inf
-        ):
+        penalised = self._penalties and bool(self._counts)
+        allowed = best < self._end and best not in self._banned_ids and logits[best] > -np.inf
+        if p.temperature <= 0 and allowed and not penalised and not len(self._bias_ids):
             return best
         x = self._scratch
         np.copyto(x, logits[: self._end])
         add_bias(x, self._bias_ids, self._bias)
-        if self._penalties and self._counts:
+        if penalised:
             penalise(x, self._counts, p.repeat_penalty, p.presence_penalty, p.frequency_penalty)
         x[self._banned] = -np.inf
         best = int(x.argmax())
