@@ -29,7 +29,9 @@ class _Engine:
     methods that return seconds.
     """
 
+    said: str  # the engine's name
     lib: Any
+    threads: int
     model: Any
     vocab: Any
     n_vocab: int
@@ -60,6 +62,22 @@ class _Engine:
         for ctx, _ in self._contexts.values():
             self.lib.llama_free(ctx)
         self._contexts.clear()
+
+    def _begin(self, api: Any, path: str, n_ctx: int, ubatch: int) -> None:
+        """The vocabulary of the loaded `model`, and a first context."""
+        if not self.model:
+            raise RuntimeError(f"{self.said} cannot load {path}")
+        self.vocab = api.llama_model_get_vocab(self.model)
+        self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        self.open("", n_ctx, ubatch=ubatch)
+
+    def _set(self, params: Any, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> None:
+        """The context parameters that both libraries call alike."""
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = ubatch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = GGML_TYPES[kv]
 
     def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
         raise NotImplementedError
@@ -187,6 +205,8 @@ class LlamaCpp(_Engine):
     library: a libllama.so; that of the wheel `xllamacpp` by default.
     """
 
+    said = "llama.cpp"
+
     def __init__(
         self,
         path: str,
@@ -226,20 +246,12 @@ class LlamaCpp(_Engine):
         params = lib.llama_model_default_params()
         check_layout(params, lib.llama_context_default_params())
         self.model = lib.llama_model_load_from_file(path.encode(), params)
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
-        self.vocab = lib.llama_model_get_vocab(self.model)
-        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self.open("", n_ctx, ubatch=ubatch)
+        self._begin(lib, path, n_ctx, ubatch)
         self.load_seconds = time.perf_counter() - start
 
     def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
         params = self.lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = ubatch
-        params.n_seq_max = n_seq
-        params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = GGML_TYPES[kv]
+        self._set(params, n_ctx, kv, ubatch, n_seq)
         if kv == "q8_0":
             params.flash_attn_type = FLASH_ATTENTION_ON
         return self.lib.llama_init_from_model(self.model, params)
@@ -259,6 +271,8 @@ class IkLlama(_Engine):
     repack: interleave rows at load (its -rtr), which takes a copy of the model. library: a
     libllama.so; that of the wheel `ik-llama-cpp-python` by default. The wheel has the structs.
     """
+
+    said = "ik_llama.cpp"
 
     def __init__(
         self,
@@ -283,20 +297,12 @@ class IkLlama(_Engine):
         model_params.use_mmap = not repack
         model_params.repack_tensors = repack
         self.model = api.llama_model_load_from_file(path.encode(), model_params)
-        if not self.model:
-            raise RuntimeError(f"ik_llama.cpp cannot load {path}")
-        self.vocab = api.llama_model_get_vocab(self.model)
-        self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
-        self.open("", n_ctx, ubatch=ubatch)
+        self._begin(api, path, n_ctx, ubatch)
         self.load_seconds = time.perf_counter() - start
 
     def _context(self, n_ctx: int, kv: str, ubatch: int, n_seq: int) -> Any:
         params = self.api.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = ubatch
-        params.n_seq_max = n_seq
-        params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = GGML_TYPES[kv]
+        self._set(params, n_ctx, kv, ubatch, n_seq)
         params.fused_moe_up_gate = params.fused_up_gate = True
         # with several sequences of a recurrent model its flash attention fails an assertion (0.1.5)
         params.flash_attn = n_seq == 1
