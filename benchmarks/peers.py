@@ -23,7 +23,7 @@ from benchmarks import machine, prepare, record, report
 from benchmarks.machine import BenchError
 from benchmarks.measure import Run
 from benchmarks.plan import ENGINES, OURS, PEERS, ROOT, Engine, amounts, stages, within
-from benchmarks.work import Work
+from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.system import available_memory, usable_cores

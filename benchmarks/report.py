@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.plan import ENGINES, OURS, PEERS, Test
 from benchmarks.stats import Ratio, median, median_ratio
-from benchmarks.work import limit
+from deskside.cost import limit
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use
 PYTHON_LIMIT = 0.01

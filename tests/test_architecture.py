@@ -18,11 +18,13 @@ LAYERS = [
     {"gguf", "gguf_write", "hf_layout", "toy_vocab"},
     {"tape", "quantize"},
     {"models", "cache"},
+    {"cost"},
     {"config", "convert", "synth"},
     {"backends"},
     {"engine"},
     {"console"},
-    {"doctor", "cli_run"},
+    {"bench"},
+    {"doctor", "cli_run", "cli_bench"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

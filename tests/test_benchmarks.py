@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import instructions, machine, measure, peers, plan, prepare, record, report, stats
 from benchmarks.machine import BenchError
-from benchmarks.work import Experts, Work, limit
+from deskside.cost import Experts, Work, limit
 from deskside.gguf import GGUF
 from models import tiny
 
