@@ -79,7 +79,8 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
   std::vector<char> alone(n);
   for (size_t i = 0; i < n; i++) alone[i] = serial(steps_[i], batch);
   if (micros) micros->assign(n, 0);
-  bool wanted = false;  // to stop: thread 0's, read inside barriers
+  // To stop: thread 0's, read inside barriers. While that thread is on leave nobody asks.
+  bool wanted = false;
   bool stop = false;    // written inside barriers, read behind them
   auto mark = Clock::now();  // of the last arrival at a barrier
   const auto lap = [&](size_t step) {
@@ -90,7 +91,8 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
   const uint32_t first_round = round_;
   round_ = (round_ + uint32_t(n)) % kRounds;
 
-  pool_.run([&](int thread) {
+  team_.gather();
+  const auto walk = [&](int thread) {
     const Run r{kernels_, *this, batch, thread, pool_.size()};
     auto asked = Clock::now();
     for (size_t i = 0;; i++) {
@@ -98,7 +100,7 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
         if (interrupted()) wanted = true;
         asked = Clock::now();
       }
-      team_.barrier([&] {
+      const bool stays = team_.barrier(thread, [&] {
         stop = wanted;
         if (micros && i > 0) lap(i - 1);
         for (size_t j = i; j < n && alone[j] && !stop; j++) {
@@ -107,6 +109,7 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
           if (micros) lap(j);
         }
       });
+      if (!stays) return;
       while (i < n && alone[i]) i++;
       if (i >= n || stop) return;
       const Step& step = steps_[i];
@@ -124,7 +127,8 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
         step.ops[j]->task(r, j == 0 ? task : task - ends[j - 1]);
       });
     }
-  });
+  };
+  pool_.run(walk, [&](int thread) { return team_.takes_part(thread); });
   return !stop;
 }
 
