@@ -232,20 +232,26 @@ void multiply(const Panels& p, int64_t cols, const Rows& x, const int32_t* index
     return;
   }
   for (int j = 0; j < p.n; j++) unpack_panel<T>(p.data[j], cols, tile.panel[j]);
+  // What is read next is fetched over as many passes as there are: all of it in the first one would
+  // wait for memory, and the others would leave it idle.
   const uint8_t* next = then ? then : p.data[p.n - 1] + bytes;
+  const uint8_t* const next_end = next + p.n * bytes;
+  const int passes = (m + kRowsOfX - 1) / kRowsOfX;
+  const int ahead = (p.n * per_block / kParts / passes + 63) / 64 * 64;
   for (int i = 0; i < m; i += kRowsOfX) {
     const uint8_t* a[kRowsOfX];
     const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
     for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
     float* const y[2] = {p.y[0] + i * ldy, p.n > 1 ? p.y[1] + i * ldy : nullptr};
-    const int ahead = i == 0 ? p.n * per_block / kParts : 0;
+    const int now = next < next_end ? ahead : 0;
     with_rows<kRowsOfX>(n, [&]<int M>() {
       if constexpr (kTogether == 2) {
         if (p.n == 2)
-          return dot_tile<P::has_min, P::halves, 2, M>(tile, cols, a, y, ldy, p.valid, next, ahead);
+          return dot_tile<P::has_min, P::halves, 2, M>(tile, cols, a, y, ldy, p.valid, next, now);
       }
-      dot_tile<P::has_min, P::halves, 1, M>(tile, cols, a, y, ldy, p.valid, next, ahead);
+      dot_tile<P::has_min, P::halves, 1, M>(tile, cols, a, y, ldy, p.valid, next, now);
     });
+    if (now) next += cols / 32 * kParts * now;
   }
 }
 
