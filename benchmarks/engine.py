@@ -62,9 +62,16 @@ class _Context:
 class Deskside:
     """The model with room for any of the contexts that `open` will be asked for."""
 
-    def __init__(self, path: str, n_ctx: int = 2048, threads: int = 2, ubatch: int = 512) -> None:
+    def __init__(
+        self,
+        path: str,
+        n_ctx: int = 2048,
+        threads: int = 2,
+        ubatch: int = 512,
+        isa: str | None = None,
+    ) -> None:
         start = time.perf_counter()
-        self.llm = LLM(path, ctx=n_ctx, threads=threads, ubatch=ubatch)
+        self.llm = LLM(path, ctx=n_ctx, threads=threads, ubatch=ubatch, isa=isa)
         self.load_seconds = time.perf_counter() - start
         self._clock = _Clocked(self.llm.backend.program)  # type: ignore[attr-defined]
         self.llm.backend.program = self._clock  # type: ignore[attr-defined]

@@ -79,9 +79,9 @@ def bandwidth(threads: int) -> float:
     return float(_native.read_bandwidth(threads, bandwidth_bytes(available_memory()), 3))
 
 
-def compute(threads: int) -> float:
+def compute(threads: int, isa: str = "") -> float:
     """int8 multiply-adds per second of `threads`."""
-    return float(_native.compute_limit(threads))
+    return float(_native.compute_limit(threads, isa))
 
 
 class Copier:

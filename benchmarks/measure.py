@@ -38,6 +38,7 @@ class Run:
     stages: Sequence[Stage]
     engines: Sequence[Engine]
     threads: int
+    isa: str  # of deskside; "" for the fastest
     python: Path | None
     libraries: dict[str, Path]
     save: Callable[[], None]
@@ -60,6 +61,7 @@ class Run:
         options: dict[str, Any] = {"threads": self.threads, **engine.options}
         if engine.peer == OURS:
             # room for any context; no model is asked for more than its own
+            options["isa"] = self.isa or None
             options["n_ctx"] = max(c.n_ctx // c.n_seq for s in self.stages for c in s.contexts)
             options["ubatch"] = max(u for s in self.stages for c in s.contexts for u in c.ubatches)
             where: dict[str, Any] = {}
@@ -151,7 +153,7 @@ class Run:
     def limits(self) -> None:
         """Samples what the machine can do now."""
         self.entry["bandwidth"].append(machine.bandwidth(self.threads))
-        self.entry["compute"].append(machine.compute(self.threads))
+        self.entry["compute"].append(machine.compute(self.threads, self.isa))
 
     def copy(self) -> None:
         """Seconds to copy the file into memory; a part of it where memory is short."""

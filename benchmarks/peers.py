@@ -23,6 +23,7 @@ from benchmarks import machine, prepare, record, report
 from benchmarks.machine import BenchError
 from benchmarks.measure import Run
 from benchmarks.plan import ENGINES, OURS, PEERS, ROOT, Engine, amounts, stages, within
+from deskside import _native
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -49,6 +50,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=[e.name for e in ENGINES],
         default=[e.name for e in ENGINES],
     )
+    parser.add_argument(
+        "--isa",
+        default="",
+        help="deskside's instruction set, such as avx2, to meet the peers' wheels on equal terms",
+    )
     parser.add_argument("--native", action="store_true", help="build the peers for this CPU")
     parser.add_argument("--llama-lib", type=Path, help="a libllama.so of llama.cpp to use")
     parser.add_argument("--ik-lib", type=Path, help="a libllama.so of ik_llama.cpp to use")
@@ -70,6 +76,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--show", type=Path, help="only show this record")
     args = parser.parse_args(argv)
     args.threads = args.threads or usable_cores()
+    try:
+        _native.choose(args.isa)
+    except ValueError as error:
+        parser.error(f"--isa {args.isa}: {error}")
     if args.threads < 1 or (args.rounds is not None and args.rounds < 1):
         parser.error("--threads and --rounds must be at least 1")
     return args
@@ -114,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         "quick": args.quick,
         "native": args.native,
         "threads": args.threads,
+        "isa": args.isa,
         "rounds": args.rounds,
         "engines": [e.name for e in engines],
         "libraries": {name: str(path) for name, path in libraries.items()},
@@ -192,6 +203,7 @@ def measure_file(
         stages=fitting,
         engines=engines,
         threads=args.threads,
+        isa=args.isa,
         python=python,
         libraries=libraries,
         save=lambda: record.save(kept, out),
