@@ -212,6 +212,8 @@ def test_nan_weights_of_a_large_file_are_found_when_they_matter(
     llm = LLM(path, ctx=64)
     with pytest.raises(DesksideError, match=r"blk\.2\.ffn_up\.weight"):
         llm.logits(IDS)
+    with pytest.raises(DesksideError, match=r"blk\.2\.ffn_up\.weight"):
+        llm.generate(IDS, GREEDY)
 
 
 def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from deskside.backends.reference import ReferenceBackend
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.chat import ChatTemplate
 from deskside.config import EngineConfig
-from deskside.errors import DesksideError
+from deskside.errors import DamagedLogits, DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
@@ -137,8 +137,8 @@ class LLM:
     def _check_values(self) -> None:
         """Refuse NaN and infinity: in all of a small file, in the float tensors of a large one.
 
-        Reading hundreds of gigabytes for this would double the time to load; `_step` looks at the
-        rest when a NaN comes out.
+        Reading hundreds of gigabytes for this would double the time to load; the rest is looked at
+        when a NaN comes out.
         """
         weights = self.tape.weights()
         if sum(w.nbytes for w in weights.values()) > CHECK_BYTES:
@@ -206,6 +206,8 @@ class LLM:
         for n in chunks:
             out[start : start + n] = self._step(tokens[start : start + n], np.arange(n))
             start += n
+        if np.isnan(out.min()):  # min gives NaN if there is one
+            self._damaged()
         return out
 
     def generate(
@@ -250,15 +252,15 @@ class LLM:
         cached, self._cached = self._cached, []
         out = self._logits if len(outputs) == 1 else None
         logits = self.backend.run(batch, self.cache, out)
-        if logits.size and np.isnan(logits.min()):  # min gives NaN if there is one
-            self.reset()
-            self.file.check_values(self.tape.weights())
-            raise DesksideError(
-                f"{self.file.path}: the model computed NaN; its weights may be damaged"
-            )
         cached.extend(tokens.tolist())
         self._cached = cached
         return logits
+
+    def _damaged(self) -> NoReturn:
+        """The model computed NaN: name the tensor that holds it."""
+        self.reset()
+        self.file.check_values(self.tape.weights())
+        raise DesksideError(f"{self.file.path}: the model computed NaN; its weights may be damaged")
 
     def _prefill(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.float32], int]:
         """Logits of the last token, and how many tokens the cache already held.
@@ -334,7 +336,10 @@ class Stream(Iterator[Chunk]):
                 raise DesksideError("another generation has begun on this model; this one is over")
             if step > 0:
                 logits = llm._step(np.array([token], np.int32), np.array([0]))[0]
-            token = self._sampler.sample(logits)
+            try:
+                token = self._sampler.sample(logits)
+            except DamagedLogits:
+                llm._damaged()
             now = time.perf_counter()
             if step == 0:
                 first = now

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""The exception that bad input raises, and its one child that code looks for."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class DesksideError(Exception):
 
     The command line prints the line and exits with code 2.
     """
+
+
+class DamagedLogits(DesksideError):
+    """A model computed NaN or infinity."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.errors import DesksideError
+from deskside.errors import DamagedLogits, DesksideError
 
 Floats = NDArray[np.floating]
 
@@ -148,11 +148,14 @@ class Sampler:
                 del self._counts[oldest]
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token for float32 logits (n_vocab,), which are left as they are."""
+        """The next token for float32 logits (n_vocab,), which are left as they are.
+
+        DamagedLogits if they hold NaN or +Inf.
+        """
         # argmax finds a NaN if there is one.
         best = int(logits.argmax())
         if not logits[best] < np.inf:
-            raise DesksideError("the logits hold NaN or +Inf: the model's weights are damaged")
+            raise DamagedLogits("the logits hold NaN or +Inf: the model's weights are damaged")
         p = self.params
         penalised = self._penalties and bool(self._counts)
         allowed = best < self._end and best not in self._banned_ids and logits[best] > -np.inf
