@@ -14,6 +14,9 @@
 #include "emulate_avx512.h"
 #endif
 
+// For what hands over registers: called, it would pass all of them through memory.
+#define DESKSIDE_INLINE __attribute__((always_inline)) inline
+
 namespace deskside {
 namespace {
 

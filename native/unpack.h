@@ -29,7 +29,7 @@ constexpr Codebooks kTables = biased_codebooks();
 // A register's share of 64 bytes at p.
 inline Bytes vector_at(const uint8_t* p, int part) { return load_bytes(p + part * 4 * kLanes); }
 
-inline void unpack_nibbles(const uint8_t* p, int part, Bytes table, Bytes* w) {
+DESKSIDE_INLINE void unpack_nibbles(const uint8_t* p, int part, Bytes table, Bytes* w) {
   const Bytes low = splat_byte(15);
   for (int j = 0; j < 4; j++) {
     const Bytes x = vector_at(p + j * kVector, part);
@@ -39,7 +39,7 @@ inline void unpack_nibbles(const uint8_t* p, int part, Bytes table, Bytes* w) {
 }
 
 // Nibbles with a fifth bit, plus `offset`.
-inline void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, int part, int offset,
+DESKSIDE_INLINE void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, int part, int offset,
                          Bytes* w) {
   const Bytes low = splat_byte(15), bit = splat_byte(16), off = splat_byte(offset);
   const Bytes f = vector_at(fifth, part);
@@ -54,7 +54,7 @@ inline void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, int part,
   }
 }
 
-inline void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
+DESKSIDE_INLINE void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
   const Bytes low = splat_byte(15), two = splat_byte(48), off = splat_byte(kBias - 32);
   Bytes high[8];
   for (int h = 0; h < 2; h++) {
@@ -75,7 +75,7 @@ inline vf halves_at(const uint8_t* p, int part) { return load_f16(p + part * 2 *
 
 // Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1, u2
 // of a row's 12 bytes stand 64 bytes apart.
-inline void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
+DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),
               u2 = vector_at(p + 2 * kVector, part);
@@ -93,14 +93,14 @@ inline void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
 
 // Scale bytes s of IQ4_KS and IQ4_KSS in lanes: scale (s & 254) - 127, and where bit 0 is set all
 // codebook values are 4 higher.
-inline void ks_scale(Bytes s, vf row, vf& scale, Bytes* w) {
+DESKSIDE_INLINE void ks_scale(Bytes s, vf row, vf& scale, Bytes* w) {
   scale = row * (to_float(s & splat_lane(254)) - 127.0f);
   const Bytes shift = repeat_byte((Bytes)((vi)(s & splat_lane(1)) << 2));
   for (int g = 0; g < 8; g++) w[g] = add_bytes(w[g], shift);
 }
 
 template <Type T>
-inline void unpack(const uint8_t* s, const uint8_t* rows, int b, int part, Bytes* w, vf* scale,
+DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b, int part, Bytes* w, vf* scale,
                    vf& min) {
   (void)rows, (void)min, (void)b;
   constexpr int k16 = 2 * kPanelRows;  // bytes of 16 halves
