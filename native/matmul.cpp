@@ -51,7 +51,7 @@ template <bool HasMin, bool Halves, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts, int64_t b,
                       vf (&acc)[R][M]) {
   constexpr int halves = Halves ? 2 : 1, groups = 8 / halves;
-  vf product[R][M];
+  vf product[R][M] = {};
   for (int h = 0; h < halves; h++) {
     Bytes sum[R][M];
     const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
@@ -70,7 +70,13 @@ DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, cons
     for (int j = 0; j < R; j++)
       for (int i = 0; i < M; i++) {
         const vf scaled = to_float(sum[j][i]) * w.scale(j, h);
-        product[j][i] = h == 0 ? scaled : product[j][i] + scaled;
+        if constexpr (Halves) {
+          // From 0, and one after the other: what is fused must not depend on R and M.
+          product[j][i] += scaled;
+          settle(product[j][i]);
+        } else {
+          product[j][i] = scaled;
+        }
       }
   }
   for (int j = 0; j < R; j++) {
