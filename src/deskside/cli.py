@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from deskside import cli_quality
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.sampler import SamplingParams
@@ -282,6 +283,9 @@ def _size(path: Path) -> int:
     from deskside.gguf import GGUF
 
     return sum(p.stat().st_size for p in GGUF.open(path).paths)
+
+
+app.command()(cli_quality.perplexity)
 
 
 @app.command()
