@@ -1,4 +1,4 @@
-"""The command line: `deskside run | synth | convert | quantize | doctor`.
+"""The command line: `deskside run | synth | convert | quantize | perplexity | predict | doctor`.
 
 Modules that load slowly are imported by the command that needs them.
 """
@@ -286,6 +286,7 @@ def _size(path: Path) -> int:
 
 
 app.command()(cli_quality.perplexity)
+app.command()(cli_quality.predict)
 
 
 @app.command()
