@@ -8,10 +8,13 @@ from rich.table import Table
 
 from deskside.bench.predict import Figure, Prediction
 
+WIDTH = 110  # columns that the widest table needs; piped output has 80 otherwise
+
 
 def show(p: Prediction) -> None:
     """What was measured, what it says of the check's slice and of the whole model, and notes."""
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
     console.print(
         f"{p.cpu}, {p.threads} threads, {p.isa}, {p.bandwidth / 1e9:.1f} GB/s\n"
         f"{p.options.repeats} rounds, {p.choice.order}",
