@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import BenchError
 from benchmarks.plan import IK, LLAMA, ROOT
-from deskside.synth import estimate, synth_file
+from deskside.bench.slices import Slice, cache_folder, write
+from deskside.errors import DesksideError
 
 Say = Callable[[str], None]
 
@@ -39,57 +38,22 @@ AMX_HEADER = """\
 """
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A synthetic model: layers, and experts where not all, of a preset at its true shapes."""
-
-    preset: str
-    layers: int
-    experts: int | None = None
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        return {"layers": self.layers} | ({"experts": self.experts} if self.experts else {})
-
-    @property
-    def name(self) -> str:
-        return f"{self.preset}-" + "-".join(f"{n}{key[0]}" for key, n in self.shape.items())
-
-    @property
-    def nbytes(self) -> int:
-        return estimate(self.preset, **self.shape)
-
+__all__ = ["cache_folder", "model_file", "native_library", "peers_python", "requirements"]
 
 SLICES = (Slice("qwen3.5-35b-a3b", 8), Slice("qwen3.5-397b-a17b", 4, 320))
 # Far beyond caches, and small enough for a run of a few minutes.
 QUICK_SLICE = Slice("qwen3.5-35b-a3b", 4, 128)
 
 
-def cache_folder() -> Path:
-    """DESKSIDE_BENCH_DIR, or ~/.cache/deskside-bench."""
-    return Path(os.environ.get("DESKSIDE_BENCH_DIR") or Path.home() / ".cache" / "deskside-bench")
-
-
 def model_file(slice_: Slice, folder: Path, say: Say) -> Path | str:
     """The slice's file, written if it is not there; or a sentence on why it cannot be."""
-    path = folder / f"{slice_.name}.gguf"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if slice_.nbytes * 1.02 > free:
-        return (
-            f"{slice_.name} is skipped: {slice_.nbytes / 1e9:.1f} GB of disk are needed in "
-            f"{folder}, {free / 1e9:.1f} GB are free"
-        )
-    say(f"writing {path} ({slice_.nbytes / 1e9:.1f} GB)")
-    part = path.with_suffix(".part")
+    path = slice_.file(folder)
+    if not path.exists():
+        say(f"writing {path} ({slice_.nbytes / 1e9:.1f} GB)")
     try:
-        synth_file(slice_.preset, part, **slice_.shape)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+        return write(slice_, folder)
+    except DesksideError as error:
+        return f"{slice_.name} is skipped: {error}"
 
 
 def requirements(peers: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ ROOT = Path(deskside.__file__).parent
 # From the bottom to the top; a module imports only from layers below its own.
 LAYERS = [
     {"errors", "progress", "system", "_native"},
-    {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint"},
+    {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint", "logprobs"},
     {"gguf_header", "encoders", "hf_vocab", "hf_source"},
     {"gguf", "gguf_write", "hf_layout", "toy_vocab"},
     {"tape", "quantize"},
@@ -22,9 +22,10 @@ LAYERS = [
     {"config", "convert", "synth"},
     {"backends"},
     {"engine"},
-    {"console"},
+    {"console", "quality"},
     {"bench"},
     {"doctor", "cli_run", "cli_bench"},
+    {"cli_quality"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,4 @@
-"""The command line: `deskside run | synth | convert | quantize | doctor`.
+"""The command line: `deskside run | synth | convert | quantize | perplexity | predict | doctor`.
 
 Modules that load slowly are imported by the command that needs them.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from deskside import cli_quality
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.sampler import SamplingParams
@@ -282,6 +283,10 @@ def _size(path: Path) -> int:
     from deskside.gguf import GGUF
 
     return sum(p.stat().st_size for p in GGUF.open(path).paths)
+
+
+app.command()(cli_quality.perplexity)
+app.command()(cli_quality.predict)
 
 
 @app.command()

@@ -210,6 +210,26 @@ class LLM:
             self._damaged()
         return out
 
+    def logits_from(
+        self, ids: Sequence[int], first: int, rows: int
+    ) -> Iterator[NDArray[np.float32]]:
+        """Logits of a fresh sequence at the positions from `first` on, in pieces.
+
+        A piece is (1 to `rows`, n_vocab) and lasts until the next one is asked for; the model must
+        not be used for anything else before the last one.
+        """
+        tokens = self._checked(ids)
+        self._stream = None
+        self.reset()
+        start = 0
+        while start < len(tokens):
+            end = min(start + self.ubatch, max(start, first) + rows, len(tokens))
+            wanted = np.arange(max(first - start, 0), end - start)
+            logits = self._step(tokens[start:end], wanted)
+            start = end
+            if len(wanted):
+                yield logits
+
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Completion:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from deskside.encoders import quantize
 from deskside.errors import DesksideError
+from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf_write import GGUFWriter
 from deskside.hf_layout import ARCHITECTURES
 from deskside.hf_source import Config, Output, Outputs
@@ -173,6 +174,13 @@ class Plan:
         """Size of the file but for the padding of tensors and a few KB of header."""
         # A token costs its text, a length and a type.
         return self.data_bytes + sum(len(t) + 12 for t in self.metadata["tokenizer.ggml.tokens"])
+
+    def outline(self) -> GGUF:
+        """The file as it will be, without data: for its tape, and what that costs."""
+        path = Path(self.metadata["general.name"])
+        named = zip(self.tensors, self.types, strict=True)
+        infos = {t.name: TensorInfo(t.name, kind, t.shape, path, 0) for t, kind in named}
+        return GGUF(path, [path], dict(self.metadata), {}, infos)
 
 
 def synth_file(

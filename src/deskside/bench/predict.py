@@ -1,0 +1,374 @@
+"""Before the download: the speed of a large model on this machine, from slices of it.
+
+Slices with random weights at true shapes and a few whole periods of layers are measured, decode
+and prefill, in interleaved rounds; a line through their times (`extrapolate`) gives the time of the
+full depth, for a machine with this one's cores and bandwidth and memory enough. Beside every figure
+stands what bandwidth and arithmetic allow (`cost`).
+
+Fewer experts make room where a period of layers does not fit. Decode reads as many experts a token
+as ever; only the router's rows are fewer, and the layers' time is scaled by the bytes (of prefill:
+by the products) that go with them. Two things change that no figure here corrects: the experts lie
+closer together, so the TLB reaches more of them and a cache may keep some from token to token; and
+in prefill each expert gets more of the prompt's tokens, so its weights are read for more of them.
+Prefill from fewer experts is too fast therefore, the more so the shorter the prompt.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from deskside import _native
+from deskside.bench.choose import WORK_BYTES, Choice, choose
+from deskside.bench.extrapolate import Estimate, extrapolate
+from deskside.bench.slices import Slice, cache_folder, full, period, write
+from deskside.cost import Work, limit
+from deskside.engine import LLM
+from deskside.errors import DesksideError
+from deskside.progress import Progress, silent
+from deskside.sampler import SamplingParams
+from deskside.system import available_memory, cpu_name, total_memory
+from deskside.tokenizer import CONTROL, UNUSED
+
+BANDWIDTH_BYTES = 1 << 30
+# A slice so far off the others' line, as a share, is worth a note.
+MISFIT = 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """depths: tokens in the context when decoding begins, ascending; the prompt of the first is
+    timed as prefill. generate: tokens per sample. The rest are options of the engine."""
+
+    depths: tuple[int, ...] = (512,)
+    generate: int = 32
+    repeats: int = 5
+    threads: int = 0
+    kv: str = "f16"
+    ubatch: int = 512
+    isa: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--repeats", self.repeats, 2),
+            ("--generate", self.generate, 2),
+            ("--depths", min(self.depths, default=0), 1),
+        ):
+            if value < least:
+                raise DesksideError(f"{flag} {value}: expected at least {least}")
+        for a, b in zip(self.depths, self.depths[1:], strict=False):
+            if b <= a + self.generate:
+                raise DesksideError(
+                    f"--depths {a},{b}: must ascend by more than the {self.generate} tokens that "
+                    "are generated at each"
+                )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is measured: names of the estimates."""
+        decode = (f"decode at {d}" for d in self.depths)
+        return (f"prefill of {self.depths[0]}", *decode)
+
+
+@dataclass
+class Measured:
+    """One slice: `seconds` by kind (a prompt, or a decoded token), round by round."""
+
+    slice: Slice
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, kind: str) -> float:
+        return statistics.median(self.seconds[kind])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One kind of step at full depth; all rates are tokens per second.
+
+    depth           tokens in the context, 0 for prefill
+    tokens          of one step, whose seconds `estimate` has
+    scale           a layer of the full model over a slice's, where experts were left out
+    low, high       95 % interval of `rate`
+    check_*         the same for the slice of --check, that was also `measured`
+    error           check_rate / measured - 1
+    """
+
+    kind: str
+    depth: int
+    tokens: int
+    estimate: Estimate
+    scale: float
+    rate: float
+    low: float
+    high: float
+    ceiling: float | None
+    check_rate: float | None = None
+    check_low: float | None = None
+    check_high: float | None = None
+    measured: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    preset: str
+    layers: int
+    nbytes: int  # of the whole model's file
+    choice: Choice
+    options: Options
+    cpu: str
+    threads: int
+    isa: str
+    bandwidth: float  # bytes per second, median of samples beside the rounds
+    compute: float  # int8 multiply-adds per second
+    slices: list[Measured]
+    figures: list[Figure]
+    notes: list[str]
+
+    def ceiling(self, slice_: Slice, figure: Figure) -> float | None:
+        """What the machine allows a slice, tokens per second."""
+        work = _work(slice_.work, self.options, figure.depth)
+        return limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def predict(
+    preset: str,
+    layers: Sequence[int] | str = "auto",
+    *,
+    experts: int | None = None,
+    check: int | None = None,
+    options: Options | None = None,
+    keep: bool = True,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
+) -> Prediction:
+    """Write what is missing of the slices, measure them, extrapolate.
+
+    check: layers of one more slice that takes no part in the fit, to be predicted and measured.
+    keep: leave files that were written in the cache folder. say: is told sizes before anything is
+    written. DesksideError for a shortfall of memory or disk, and for values that make no slice.
+    """
+    options = options or Options()
+    folder = folder or cache_folder()
+    choice = choose(preset, layers, experts=experts, check=check, folder=folder)
+    missing = [s for s in choice.every if not s.file(folder).exists()]
+    for s in choice.every:
+        what = "to be written" if s in missing else "in the cache"
+        say(f"{s.name}: {s.nbytes / 1e9:.2f} GB, {what}")
+    say(choice.order)
+    try:
+        for s in missing:
+            write(s, folder, progress)
+        runner = _Runner(choice, options, folder, progress)
+        runner.run()
+    finally:
+        if not keep:
+            for s in missing:
+                s.file(folder).unlink(missing_ok=True)
+    return _result(preset, choice, options, runner)
+
+
+class _Runner:
+    """Measures the slices, group by group; with several groups forwards, then backwards, so that a
+    drift of the machine falls on all alike."""
+
+    def __init__(self, choice: Choice, options: Options, folder: Path, progress: Progress) -> None:
+        self.choice = choice
+        self.options = options
+        self.folder = folder
+        self.measured = [Measured(s, {k: [] for k in options.kinds}) for s in choice.every]
+        self.bandwidth: list[float] = []
+        self.compute: list[float] = []
+        self.threads = 0
+        self.isa = ""
+        self._progress = progress
+        self._done = 0
+        self._loaded: dict[int, LLM] = {}
+
+    def run(self) -> None:
+        groups, n = self.choice.groups, self.options.repeats
+        if len(groups) == 1:
+            passes = [(groups[0], range(n))]
+        else:
+            half = -(-n // 2)
+            forwards = [(g, range(half)) for g in groups]
+            passes = forwards + [(g, range(half, n)) for g in reversed(groups)]
+        for group, rounds in passes:
+            self._load(group)
+            for r in rounds:
+                self._limits()
+                turn = r % len(group)
+                for i in (*group[turn:], *group[:turn]):
+                    self._sample(i, r)
+        self._loaded.clear()
+        gc.collect()
+
+    def _load(self, group: Sequence[int]) -> None:
+        if set(self._loaded) == set(group):
+            return
+        self._loaded.clear()
+        gc.collect()  # a model and its last stream hold each other
+        o = self.options
+        for i in group:
+            llm = LLM(
+                self.choice.every[i].file(self.folder), progress=self._progress,
+                ctx=o.depths[-1] + o.generate + 2, threads=o.threads, ubatch=o.ubatch,
+                ctk=o.kv, ctv=o.kv, isa=o.isa,
+            )  # fmt: skip
+            self._loaded[i] = llm
+            self.threads = llm.config.n_threads
+            self.isa = str(getattr(llm.backend, "isa", ""))
+            _times(llm, o, np.random.default_rng(0))  # warms up: pages, caches, clocks
+
+    def _limits(self) -> None:
+        size = min(BANDWIDTH_BYTES, available_memory() // 4)
+        self.bandwidth.append(float(_native.read_bandwidth(self.threads, size, 3)))
+        self.compute.append(float(_native.compute_limit(self.threads)))
+
+    def _sample(self, i: int, r: int) -> None:
+        rng = np.random.default_rng([1, r])  # the same prompts for all slices
+        for kind, seconds in _times(self._loaded[i], self.options, rng).items():
+            self.measured[i].seconds[kind].append(seconds)
+        self._done += 1
+        self._progress(
+            f"measuring {self.choice.every[i].layers} layers",
+            self._done,
+            self.options.repeats * len(self.measured),
+        )
+
+
+def _times(llm: LLM, options: Options, rng: np.random.Generator) -> dict[str, float]:
+    """Seconds by kind: of the first prompt, and of a decoded token at each depth."""
+    types = llm.tokenizer.types
+    normal = np.flatnonzero((types != UNUSED) & (types != CONTROL))
+    # Random weights soon repeat one token, and a repeated token finds its experts in the cache: no
+    # token is taken twice.
+    params = SamplingParams(
+        max_tokens=options.generate, temperature=0, presence_penalty=1e6, repeat_last_n=-1,
+        ignore_eos=True,
+    )  # fmt: skip
+    llm.reset()
+    ids: list[int] = []
+    found: dict[str, float] = {}
+    prefill, *decode = options.kinds
+    for kind, depth in zip(decode, options.depths, strict=True):
+        ids += rng.choice(normal, depth - len(ids)).tolist()
+        stream = llm.stream(ids, params)
+        for _ in stream:
+            pass
+        t = stream.timings
+        if t.generated_tokens != options.generate:
+            raise DesksideError(f"{llm.file.path}: stopped after {t.generated_tokens} tokens")
+        found.setdefault(prefill, t.prompt_seconds)
+        found[kind] = t.decode_seconds / (options.generate - 1)
+        ids += stream.tokens[:-1]
+    return found
+
+
+def _result(preset: str, choice: Choice, options: Options, runner: _Runner) -> Prediction:
+    whole = full(preset)
+    bandwidth = statistics.median(runner.bandwidth)
+    compute = statistics.median(runner.compute)
+    n = len(choice.slices)
+    figures = []
+    for kind, depth in zip(options.kinds, (0, *options.depths), strict=True):
+        tokens = 1 if depth else options.depths[0]
+        work = _work(whole.work, options, depth)
+        scale = _scale(choice.slices[0], options, depth)
+        samples = [m.seconds[kind] for m in runner.measured[:n]]
+        layers = [s.layers for s in choice.slices]
+        estimate = extrapolate(layers, samples, whole.layers * scale, paired=choice.together)
+        figure = Figure(
+            kind, depth, tokens, estimate, scale,
+            rate=tokens / estimate.seconds,
+            low=tokens / estimate.high,
+            high=tokens / estimate.low,
+            ceiling=limit(work, bandwidth, compute, prefill=not depth),
+        )  # fmt: skip
+        figures.append(_checked(figure, choice, runner, samples) if choice.check else figure)
+    return Prediction(
+        preset, whole.layers, whole.nbytes, choice, options, cpu_name(), runner.threads,
+        runner.isa, bandwidth, compute, runner.measured, figures,
+        _notes(whole, choice, figures),
+    )  # fmt: skip
+
+
+def _work(work: Work, options: Options, depth: int) -> dict[str, float]:
+    """Bytes and MACs a token; depth 0 stands for the prefill."""
+    if not depth:
+        return work.prefill(options.depths[0])
+    return work.decode(depth + options.generate // 2, options.kv)
+
+
+def _scale(cut: Slice, options: Options, depth: int) -> float:
+    """A layer of the full model over one of the slices, in bytes (prefill: in products)."""
+    if cut.experts is None:
+        return 1.0
+    key = "bytes" if depth else "macs"
+    step = period(cut.preset)
+
+    def layer(experts: int | None) -> float:
+        one, two = (Slice(cut.preset, n * step, experts).work for n in (1, 2))
+        return _work(two, options, depth)[key] - _work(one, options, depth)[key]
+
+    return layer(None) / layer(cut.experts)
+
+
+def _checked(
+    figure: Figure, choice: Choice, runner: _Runner, samples: Sequence[Sequence[float]]
+) -> Figure:
+    assert choice.check is not None
+    layers = [s.layers for s in choice.slices]
+    e = extrapolate(layers, samples, choice.check.layers, paired=choice.together)
+    measured = figure.tokens / runner.measured[-1].median(figure.kind)
+    rate = figure.tokens / e.seconds
+    return replace(
+        figure,
+        check_rate=rate,
+        check_low=figure.tokens / e.high,
+        check_high=figure.tokens / e.low,
+        measured=measured,
+        error=rate / measured - 1,
+    )
+
+
+def _notes(whole: Slice, choice: Choice, figures: Sequence[Figure]) -> list[str]:
+    """What a reader of the figures must know."""
+    notes = []
+    if whole.weights + WORK_BYTES > total_memory():
+        notes.append(
+            f"the whole model takes {whole.weights / 1e9:.0f} GB of memory, this machine has "
+            f"{total_memory() / 1e9:.0f} GB: the figures are for one with these cores and this "
+            "bandwidth, and memory enough"
+        )
+    if len(choice.slices) == 2:
+        notes.append(
+            "two slices: the interval is of the scatter between rounds alone, for nothing tells "
+            "whether time grows in a straight line"
+        )
+    if choice.slices[0].experts is not None:
+        notes.append(
+            f"{choice.slices[0].experts} experts a layer: decode reads as many as ever, from a "
+            "smaller memory; each has more of a prompt's tokens, so prefill is a bound from above"
+        )
+    for f in figures:
+        if f.estimate.layer <= 0:
+            notes.append(f"{f.kind}: deeper slices took no longer, their times scatter too much")
+        elif f.estimate.head < 0:
+            notes.append(f"{f.kind}: the head comes out below 0, lost in the scatter of the layers")
+        if f.estimate.misfit is not None and f.estimate.misfit > MISFIT:
+            notes.append(
+                f"{f.kind}: a slice lies {100 * f.estimate.misfit:.0f} % off the line through the "
+                "others; repeat it on a quieter machine"
+            )
+    return notes

@@ -1,0 +1,104 @@
+"""Slices of large models: random weights at true shapes, fewer layers, kept in a cache folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deskside.cost import Work
+from deskside.errors import DesksideError
+from deskside.progress import Progress, silent
+from deskside.synth import PRESETS, make_plan, synth_file
+
+# Padding of tensors, the header, and what a file system keeps for itself.
+DISK_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A synthetic model: layers, and experts where not all, of a preset at its true shapes."""
+
+    preset: str
+    layers: int
+    experts: int | None = None
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"layers": self.layers} | ({"experts": self.experts} if self.experts else {})
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}-" + "-".join(f"{n}{key[0]}" for key, n in self.shape.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return _measures(self)[0]
+
+    @property
+    def work(self) -> Work:
+        """What its steps read and multiply; needs no file."""
+        return _measures(self)[1]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights that an engine holds in memory: all but the embedding table."""
+        return self.work.dense_bytes + sum(layer.nbytes for layer in self.work.experts)
+
+    def file(self, folder: Path) -> Path:
+        return folder / f"{self.name}.gguf"
+
+
+@cache
+def _measures(slice_: Slice) -> tuple[int, Work]:
+    plan = make_plan(slice_.preset, **slice_.shape)
+    return plan.nbytes, Work.of_file(plan.outline())
+
+
+def full(preset: str) -> Slice:
+    """The whole model; DesksideError if the preset is not known."""
+    if preset not in PRESETS:
+        raise DesksideError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
+    return Slice(preset, PRESETS[preset]["num_hidden_layers"])
+
+
+def period(preset: str) -> int:
+    """Layers after which their kinds repeat."""
+    return int(PRESETS[preset].get("full_attention_interval", 1))
+
+
+def cache_folder() -> Path:
+    """DESKSIDE_BENCH_DIR, or ~/.cache/deskside-bench."""
+    return Path(os.environ.get("DESKSIDE_BENCH_DIR") or Path.home() / ".cache" / "deskside-bench")
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free where `folder` is or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def disk_needed(slices: list[Slice], folder: Path) -> float:
+    """Bytes that the files which are not there yet will take."""
+    return DISK_MARGIN * sum(s.nbytes for s in slices if not s.file(folder).exists())
+
+
+def write(slice_: Slice, folder: Path, progress: Progress = silent) -> Path:
+    """The slice's file, written if it is not there; DesksideError if the disk lacks the room."""
+    path = slice_.file(folder)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    free = disk_free(folder)
+    if slice_.nbytes * DISK_MARGIN > free:
+        raise DesksideError(
+            f"{slice_.nbytes / 1e9:.1f} GB of disk are needed in {folder}, "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    synth_file(slice_.preset, path, **slice_.shape, progress=progress)
+    return path

@@ -1,0 +1,306 @@
+"""How well a model predicts a text, and how far its predictions are from those of another run.
+
+The text is cut and scored as llama.cpp's perplexity tool does it, so that figures compare: the
+tokens of the whole text (control tokens as plain text; bos first if the file asks for it) fall in
+windows of `ctx` tokens, a rest is left out; each window is a fresh sequence, its first token
+replaced by bos if the file asks for it; the positions from ctx // 2 to ctx - 2 are scored, each on
+the token that follows it: ctx - 1 - ctx // 2 predictions, all of which see at least ctx // 2
+tokens before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.engine import LLM
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF
+from deskside.logprobs import Header, LogProbs, LogProbWriter
+from deskside.progress import Progress, silent
+
+MIN_CTX = 8
+# Logits that the engine hands over at once, and elements that are worked on at once in float64:
+# a vocabulary of 248,320 makes 135 rows, and 16.
+LOGITS_BYTES = 128 << 20
+BLOCK = 1 << 22
+_HASH_BYTES = 1 << 24
+
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """This run, Q, against a reference run, P, over the scored positions. Errors are standard
+    errors, as if positions were independent.
+
+    mean .. maximum  of KL(P || Q), nats
+    top1             share of positions whose most likely token is the same
+    dp               of the probability of the text's token, Q's less P's: mean, and root of the
+                     mean square
+    ppl_ratio        perplexity of Q over that of P; the error takes the pairing into account
+    """
+
+    reference: str
+    mean: float
+    mean_error: float
+    median: float
+    p95: float
+    p99: float
+    maximum: float
+    top1: float
+    top1_error: float
+    dp_mean: float
+    dp_mean_error: float
+    dp_rms: float
+    ppl_reference: float
+    ppl_ratio: float
+    ppl_ratio_error: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`ppl` is exp of the mean of -log p over `scored` predictions; `error` its standard error by
+    the delta method (ppl times that of the mean). `rate`: tokens computed per second."""
+
+    text: str
+    model: str
+    ctx: int
+    windows: int
+    scored: int
+    ppl: float
+    error: float
+    seconds: float
+    rate: float
+    settings: dict[str, Any]
+    divergence: Divergence | None = None
+
+
+def cut(llm: LLM, text: str, name: str, chunks: int | None = None) -> Ints:
+    """The windows (n, llm.ctx) of a text; at most `chunks` of them. `name` is for errors."""
+    if llm.ctx < MIN_CTX:
+        raise DesksideError(f"-c {llm.ctx} leaves next to nothing to score; use at least {MIN_CTX}")
+    if chunks is not None and chunks < 1:
+        raise DesksideError(f"--chunks {chunks}: expected at least 1")
+    if not text.strip():
+        raise DesksideError(f"{name} is empty: there is nothing to score")
+    ids = np.array(llm.tokenize(text, special=False), np.int32)
+    n = len(ids) // llm.ctx
+    if n == 0:
+        raise DesksideError(
+            f"{name} has {len(ids)} tokens, less than one window of {llm.ctx}; "
+            "give more text or lower -c"
+        )
+    n = n if chunks is None else min(n, chunks)
+    windows = ids[: n * llm.ctx].reshape(n, llm.ctx)
+    bos = llm.tokenizer.bos_id
+    if llm.tokenizer.add_bos and bos is not None:
+        windows[:, 0] = bos
+    return windows
+
+
+def log_softmax(logits: NDArray[np.float32]) -> Doubles:
+    """Log-probabilities (n, n_vocab) in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return x
+
+
+def perplexity(
+    llm: LLM,
+    windows: Ints,
+    name: str,
+    *,
+    writer: LogProbWriter | None = None,
+    reference: LogProbs | None = None,
+    progress: Progress = silent,
+) -> Perplexity:
+    """Score windows that `cut` made of the text `name`.
+
+    writer: takes the log-probabilities. reference: is compared with; DesksideError if it is of
+    other tokens or another vocabulary. `progress` has the estimate so far in its label.
+    """
+    if reference is not None:
+        _check(reference, llm, windows)
+    n, ctx = windows.shape
+    per_window = ctx - 1 - ctx // 2
+    nll = np.empty(n * per_window)
+    compared = None if reference is None else _Compared(reference, len(nll))
+    started, at = time.perf_counter(), 0
+    progress("perplexity", 0, len(nll))
+    for logp, targets in _predictions(llm, windows):
+        rows = slice(at, at + len(logp))
+        nll[rows] = -logp[np.arange(len(logp)), targets]
+        if not np.isfinite(nll[rows]).all():
+            raise DesksideError(
+                f"{llm.file.path}: window {at // per_window + 1} of {name}: the probability of a "
+                "token is 0 or not a number; the model's weights may be damaged"
+            )
+        if writer is not None:
+            writer.write(logp, targets)
+        if compared is not None:
+            compared.add(rows, logp)
+        at = rows.stop
+        progress(f"PPL {np.exp(nll[:at].mean()):.4f}", at, len(nll))
+    seconds = time.perf_counter() - started
+    return Perplexity(
+        text=name,
+        model=str(llm.file.path),
+        ctx=ctx,
+        windows=n,
+        scored=len(nll),
+        ppl=float(np.exp(nll.mean())),
+        error=float(np.exp(nll.mean())) * _error(nll),
+        seconds=seconds,
+        rate=n * (ctx - 1) / seconds,
+        settings=settings(llm),
+        divergence=None if compared is None else compared.result(nll),
+    )
+
+
+def _predictions(llm: LLM, windows: Ints) -> Iterator[tuple[Doubles, Ints]]:
+    """Log-probabilities of the scored positions, and the tokens that follow, block by block."""
+    first = windows.shape[1] // 2
+    rows = max(1, LOGITS_BYTES // (4 * llm.tape.n_vocab))
+    block = max(1, BLOCK // llm.tape.n_vocab)
+    for window in windows:
+        at = first + 1
+        for logits in llm.logits_from(window[:-1].tolist(), first, rows):
+            for i in range(0, len(logits), block):
+                logp = log_softmax(logits[i : i + block])
+                yield logp, window[at : at + len(logp)]
+                at += len(logp)
+
+
+class _Compared:
+    """Collects, position by position, what a reference and a run make of the same token."""
+
+    def __init__(self, reference: LogProbs, n: int) -> None:
+        self._reference = reference
+        self._kl = np.empty(n)
+        self._same = np.empty(n, np.bool_)
+
+    def add(self, rows: slice, logq: Doubles) -> None:
+        logp = self._reference.log_probs(rows.start, rows.stop)
+        # Tiny negative sums are rounding: two normalised distributions have none.
+        self._kl[rows] = np.maximum((np.exp(logp) * (logp - logq)).sum(axis=1), 0)
+        self._same[rows] = logq.argmax(axis=1) == self._reference.rows["top"][rows]
+
+    def result(self, nll: Doubles) -> Divergence:
+        kl, same = self._kl, self._same.astype(np.float64)
+        theirs = self._reference.rows["nll"][: len(nll)].astype(np.float64)
+        dp = np.exp(-nll) - np.exp(-theirs)
+        ratio = float(np.exp((nll - theirs).mean()))
+        median, p95, p99 = np.percentile(kl, (50, 95, 99))
+        return Divergence(
+            reference=str(self._reference.path),
+            mean=float(kl.mean()),
+            mean_error=_error(kl),
+            median=float(median),
+            p95=float(p95),
+            p99=float(p99),
+            maximum=float(kl.max()),
+            top1=float(same.mean()),
+            top1_error=_error(same),
+            dp_mean=float(dp.mean()),
+            dp_mean_error=_error(dp),
+            dp_rms=float(np.sqrt((dp**2).mean())),
+            ppl_reference=float(np.exp(theirs.mean())),
+            ppl_ratio=ratio,
+            ppl_ratio_error=ratio * _error(nll - theirs),
+        )
+
+
+def _error(x: Doubles) -> float:
+    """Standard error of a mean."""
+    return float(x.std(ddof=1) / np.sqrt(len(x)))
+
+
+def settings(llm: LLM) -> dict[str, Any]:
+    """The engine's options that a result depends on."""
+    return {
+        "ctk": llm.config.ctk,
+        "ctv": llm.config.ctv,
+        "ubatch": llm.ubatch,
+        "backend": llm.config.backend,
+        "isa": getattr(llm.backend, "isa", None),
+    }
+
+
+def header(llm: LLM, windows: Ints, name: str, version: str, progress: Progress = silent) -> Header:
+    """What a file with the log-probabilities of this run will say about it."""
+    n, ctx = windows.shape
+    return Header(
+        model=llm.file.path.name,
+        sha256=_sha256(llm.file, progress),
+        vocabulary=_vocabulary(llm),
+        n_vocab=llm.tape.n_vocab,
+        ctx=ctx,
+        windows=n,
+        first=ctx // 2,
+        text=name,
+        deskside=version,
+        settings=settings(llm),
+    )
+
+
+def _vocabulary(llm: LLM) -> str:
+    return hashlib.sha256("\0".join(llm.tokenizer.pieces).encode()).hexdigest()
+
+
+def _sha256(file: GGUF, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    total, done = sum(p.stat().st_size for p in file.paths), 0
+    for path in file.paths:
+        with path.open("rb") as stream:
+            while piece := stream.read(_HASH_BYTES):
+                digest.update(piece)
+                done += len(piece)
+                progress("hashing the model", done, total)
+    return digest.hexdigest()
+
+
+def _check(reference: LogProbs, llm: LLM, windows: Ints) -> None:
+    """DesksideError unless the reference has this vocabulary and begins with these windows."""
+    was, path = reference.header, reference.path
+    if was.n_vocab != llm.tape.n_vocab or was.vocabulary != _vocabulary(llm):
+        raise DesksideError(
+            f"{path}: its model, {was.model}, has another vocabulary ({was.n_vocab} tokens) than "
+            f"{llm.file.path} ({llm.tape.n_vocab} tokens); divergence needs the same one"
+        )
+    n, ctx = windows.shape
+    if was.ctx != ctx or was.first != ctx // 2:
+        raise DesksideError(f"{path}: has windows of {was.ctx} tokens, not {ctx}: use -c {was.ctx}")
+    if was.windows < n:
+        raise DesksideError(
+            f"{path}: has {was.windows} windows, fewer than the {n} of this text: "
+            f"use --chunks {was.windows}"
+        )
+    differing = np.flatnonzero((reference.tokens[:n] != windows).any(axis=1))
+    if len(differing):
+        raise DesksideError(
+            f"{path}: was made with other text ({was.text}): window {differing[0] + 1} has other "
+            "tokens"
+        )
+
+
+def read_text(path: Path | None, stdin: bytes = b"") -> tuple[str, str]:
+    """A text and its name; None stands for `stdin`. DesksideError where it is not UTF-8."""
+    name = "stdin" if path is None else str(path)
+    try:
+        return (stdin if path is None else path.read_bytes()).decode("utf-8"), name
+    except UnicodeDecodeError as error:
+        raise DesksideError(
+            f"{name} is not UTF-8 at byte {error.start}; convert it first (iconv -t utf-8)"
+        ) from None
+    except OSError as error:
+        raise DesksideError(f"{name}: cannot be read: {error.strerror}") from None
