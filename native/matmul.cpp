@@ -48,10 +48,10 @@ inline const uint8_t* record(const Rows& x, const int32_t* index, int i) {
 // One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
 // weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its minimum.
 template <bool HasMin, bool Halves, int R, int M, class Weights32>
-DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts, int64_t b,
-                      vf (&acc)[R][M]) {
+DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
+                               int64_t b, vf (&acc)[R][M]) {
   constexpr int halves = Halves ? 2 : 1, groups = 8 / halves;
-  vf product[R][M] = {};
+  vf sums[halves][R][M];
   for (int h = 0; h < halves; h++) {
     Bytes sum[R][M];
     const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
@@ -68,20 +68,13 @@ DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, cons
       }
     }
     for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) {
-        const vf scaled = to_float(sum[j][i]) * w.scale(j, h);
-        if constexpr (Halves) {
-          // From 0, and one after the other: what is fused must not depend on R and M.
-          product[j][i] += scaled;
-          settle(product[j][i]);
-        } else {
-          product[j][i] = scaled;
-        }
-      }
+      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
   }
   for (int j = 0; j < R; j++) {
     for (int i = 0; i < M; i++) {
-      acc[j][i] += product[j][i] * float_at(x[i], parts.d + 4 * b);
+      vf product = sums[0][j][i] * w.scale(j, 0);
+      if constexpr (Halves) product += sums[1][j][i] * w.scale(j, 1);
+      acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
       if constexpr (HasMin) acc[j][i] -= w.min(j) * float_at(x[i], parts.s + 4 * b);
     }
   }

@@ -14,8 +14,13 @@
 #include "emulate_avx512.h"
 #endif
 
-// For what hands over registers: called, it would pass all of them through memory.
+// For what hands over registers: called, it would pass all of them through memory. For AVX-512 gcc 12
+// inlines by itself, and does better: forced, it keeps the sums of the tile kernel in memory.
+#if defined(DESKSIDE_AVX512)
+#define DESKSIDE_INLINE inline
+#else
 #define DESKSIDE_INLINE __attribute__((always_inline)) inline
+#endif
 
 namespace deskside {
 namespace {
