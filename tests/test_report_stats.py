@@ -23,7 +23,7 @@ def rounds(*rates: float) -> dict[str, float]:
 
 
 @given(values)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_sample_is_what_python_and_numpy_say(x: list[float]) -> None:
     s = stats.sample(x)
     assert s is not None
@@ -97,7 +97,7 @@ points = st.lists(
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # scipy's, of ties
 @given(points)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_slopes_are_scipys_and_the_interval_is_at_most_a_rank_wider(
     p: list[tuple[int, float]],
 ) -> None:
@@ -211,6 +211,13 @@ def test_what_is_too_short_has_no_start() -> None:
     for x in ([], [1.0], [1.0, 2.0], [0.1, 5, 5, 5, 5], [2.0] * 30):
         assert stats.low_start(x).count == 0
     assert stats.low_start([0.1, *[5 + 0.01 * (i * 7 % 5) for i in range(21)]]).count == 1
+
+
+def test_a_start_that_is_too_little_lower_is_none() -> None:
+    x = np.random.default_rng(9).normal(0, 0.001, 28)
+    x[:4] -= 0.008
+    assert stats.low_start(x.tolist()).count == 4
+    assert stats.low_start(x.tolist(), least=0.01).count == 0
 
 
 def test_a_high_start_is_not_a_low_one() -> None:

@@ -227,7 +227,9 @@ class Start:
     p: float
 
 
-def low_start(values: Sequence[float], *, floor: float = 0.0, permutations: int = 4000) -> Start:
+def low_start(
+    values: Sequence[float], *, floor: float = 0.0, least: float = 0.0, permutations: int = 4000
+) -> Start:
     """How many of the first values, at most half, lie below the others; often none.
 
     Every split is tried; its statistic is the difference of the means of both sides over its
@@ -235,10 +237,12 @@ def low_start(values: Sequence[float], *, floor: float = 0.0, permutations: int 
     hide or make a start. The largest statistic is compared with those of shuffled values: where
     their order means nothing, a start is found in 5 % of cases at most, whatever their
     distribution. A start that is found is cut off, and the rest is tested again, for a warm-up is
-    often a ramp and not a step. `floor` as in `scores`. What cannot be found: a start of one among
+    often a ramp and not a step. `floor` as in `scores`; a start whose median is less than `least`
+    below that of the rest is none. What cannot be found: a start of one among
     fewer than 20 values, of two among fewer than 7, for chance would put them there too often.
     """
     x = np.clip(scores(values, floor), -CLIP, CLIP)
+    raw = np.asarray(values, np.float64)
     count, p = 0, 1.0
     rng = np.random.default_rng(0)
     while True:
@@ -257,7 +261,10 @@ def low_start(values: Sequence[float], *, floor: float = 0.0, permutations: int 
             p = here if not count else p
             break
         p = here if not count else p
-        count += best + 1
+        cut = count + best + 1
+        if np.median(raw[cut:]) - np.median(raw[count:cut]) < least:
+            break
+        count = cut
     return Start(count, p)
 
 
