@@ -28,7 +28,7 @@ DAY = 86_400
 
 
 def _limit(default: float, reason: str) -> float:
-    return dataclasses.field(default=default, metadata={"reason": reason})  # type: ignore[no-any-return]
+    return dataclasses.field(default=default, metadata={"reason": reason})
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def _agent(side: Side, c: Criteria) -> _Found:
         out = statistics.median(row.run.generated_tokens for row in turns)
         return _Found(
             total,
-            f"median of {len(turns)} turns with a cache, of {new:,.0f} new and {out:,.0f} generated",
+            f"median of {len(turns)} turns with a cache: {new:,.0f} new tokens, "
+            f"{out:,.0f} generated",
         )
     first = _first_token(side, c.agent_prompt)
     if side.depth is None or first.value is None:
