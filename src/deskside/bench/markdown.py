@@ -26,6 +26,7 @@ def render(view: View) -> str:
     if view.comparison is not None:
         parts.append(table(tables.comparison(view.comparison)))
         parts += bullets("Of the comparison", view.comparison.warnings)
+        parts.append(table(tables.comparison_items(view.comparison)))
     parts.append(table(tables.profile(view.record)))
     parts.append(table(tables.machine(view.record)))
     parts.append("### Repeat it")

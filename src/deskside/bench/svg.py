@@ -30,7 +30,7 @@ class Axis:
         return math.log(max(value, 1e-300)) if self.log else value
 
     def ticks(self) -> list[float]:
-        if not self.log:
+        if not self.log or self.high < 4 * self.low:
             return _linear_ticks(self.low, self.high)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for steps in ((1, 2, 5), (1,)):
@@ -69,13 +69,14 @@ def tick_text(value: float) -> str:
 @dataclass
 class Plot:
     """`name` and `text` are what a screen reader says; `key` is the legend: (class, shape, label)
-    of what was drawn."""
+    of what was drawn, `note` what else is to be said below."""
 
     name: str
     text: str
     x: Axis
     y: Axis
     key: list[tuple[str, str, str]] = field(default_factory=list)
+    note: str = ""
 
     def __post_init__(self) -> None:
         self.root = ET.Element(

@@ -253,21 +253,26 @@ def odd_runs(side: Side) -> list[str]:
 
 def comparison(c: Comparison) -> Table:
     rows = [
-        [q.name, "all", *_ratio(q.ratio), q.verdict + (", a regression" if q.regression else "")]
+        [q.name, q.verdict + (", a regression" if q.regression else ""), *_ratio(q.ratio)]
         for q in c.quantities
     ]
-    rows += [
-        [q.name, item, *_ratio(ratio), ""]
-        for q in c.quantities
-        if len(q.items) > 1
-        for item, ratio in q.items.items()
-    ]
-    header = ["", "item", "ratio", "95 %", "pairs", "verdict"]
     note = (
         f"Candidate ({c.candidate}) over baseline ({c.baseline}), medians over pairs. "
         f"A regression is slower by more than {percent(c.threshold)}, interval and all."
     )
+    header = ["", "candidate is", "ratio", "95 %", "pairs"]
     return Table("Comparison", header, rows, text=2, note=note)
+
+
+def comparison_items(c: Comparison) -> Table:
+    """Ratios by workload item."""
+    items = dict.fromkeys(item for q in c.quantities for item in q.items)
+    rows = []
+    for item in items:
+        found = [q.items.get(item) for q in c.quantities]
+        ratios = [f"{r.median:.3f}" if r else NONE for r in found]
+        rows.append([item, str(max(r.n for r in found if r)), *ratios])
+    return Table("Ratios by item", ["item", "pairs", *(q.name for q in c.quantities)], rows)
 
 
 def _ratio(ratio: Ratio | None) -> list[str]:
