@@ -97,10 +97,11 @@ def make_record(
 ) -> Record:
     """One run a prompt and side; with `cold` the first of each side is cold and half as fast.
 
-    `factors` slows runs down by their position within a side, `side_factors` by side.
+    `factors` are by position within a side, `side_factors` by side. The order does not depend on
+    the seed.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(prompts) if shuffle else np.array(prompts)
+    order = np.random.default_rng(0).permutation(prompts) if shuffle else np.array(prompts)
     runs = []
     for position, prompt in enumerate(order.tolist()):
         for side in sides:

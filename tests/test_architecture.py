@@ -24,7 +24,7 @@ LAYERS = [
     {"engine"},
     {"console"},
     {"bench"},
-    {"doctor", "cli_run", "cli_bench"},
+    {"doctor", "cli_run", "cli_bench", "cli_report"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -55,9 +55,12 @@ def bullets(title: str, lines: Sequence[str]) -> list[str]:
     return [f"### {title}", "\n".join(f"- {escape(line)}" for line in lines)]
 
 
+ENTITIES = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+
+
 def escape(text: str) -> str:
     """On one line, with nothing in it that Markdown or the HTML it allows would act on."""
-    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", escape_code(text))
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape_code(text).translate(ENTITIES))
 
 
 def escape_code(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
 from deskside.bench import svg
+from deskside.bench.analysis import positive
 from deskside.bench.facts import COUNTED, Row, Side, Summary
 from deskside.bench.record import Record
 from deskside.bench.svg import Axis, Plot, axis
@@ -104,8 +105,8 @@ def sequence(sides: Sequence[Side]) -> Plot | None:
 
 
 def gaps(sides: Sequence[Side]) -> Plot | None:
-    curves = {side.name: side.gaps.curve for side in sides if side.gaps}
-    values = [1e3 * gap for curve in curves.values() for gap, _ in curve if gap > 0]
+    curves = [side.gaps.curve for side in sides if side.gaps]
+    values = [1e3 * gap for curve in curves for gap, _ in curve if positive(gap)]
     if not values:
         return None
     # a stall of seconds would press all other gaps to the left edge; what is cut off is written
@@ -122,7 +123,9 @@ def gaps(sides: Sequence[Side]) -> Plot | None:
     for style, side in zip(STYLES, sides, strict=False):
         if side.gaps is None:
             continue
-        plot.line([(1e3 * gap, 100 * part) for gap, part in side.gaps.curve if gap > 0], style)
+        plot.line(
+            [(1e3 * gap, 100 * part) for gap, part in side.gaps.curve if positive(gap)], style
+        )
         if len(sides) > 1:
             plot.legend(style, "line", side.name)
         for name, gap, part in (
@@ -130,7 +133,7 @@ def gaps(sides: Sequence[Side]) -> Plot | None:
             ("p95", side.gaps.p95, 95),
             ("p99", side.gaps.p99, 99),
         ):
-            if gap > 0:
+            if positive(gap):
                 text = f"{name}: {number(1e3 * gap)} ms"
                 plot.point(1e3 * gap, part, "dot", style, text)
     plot.legend("a", "dot", "p50, p95, p99")
@@ -141,7 +144,7 @@ def gaps(sides: Sequence[Side]) -> Plot | None:
 
 def profile(record: Record, phase: str) -> Plot | None:
     """Bars of measured time, with a line where the roofline is."""
-    ops = [op for op in record.profile if op.phase == phase and 0 < op.seconds < 1e9]
+    ops = [op for op in record.profile if op.phase == phase and positive(op.seconds)]
     if not ops:
         return None
     ops = sorted(ops, key=lambda op: -op.seconds)[:10]

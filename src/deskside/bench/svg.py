@@ -52,6 +52,8 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 def axis(label: str, values: Sequence[float], *, log: bool = False, zero: bool = False) -> Axis:
     """One that holds the values with some air; `zero`: from 0 up."""
     low, high = min(values, default=0.0), max(values, default=1.0)
+    if high - low < 1e-9 * abs(high):
+        high = low  # else rounding would leave nothing between the ends
     if log and low > 0:
         spread = max(high / low, 1.2) ** 0.04
         return Axis(label, low / spread, high * spread, log=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deskside.bench.analysis import known, positive
 from deskside.bench.compare import Comparison
-from deskside.bench.facts import STABLE, Row, Side
+from deskside.bench.facts import STABLE, Row, Side, share
 from deskside.bench.record import OpProfile, Record, Target
 from deskside.bench.stats import Interval, Ratio, Sample
 from deskside.bench.verdict import Criterion
@@ -31,7 +33,7 @@ class Table:
 
 def number(x: float | None) -> str:
     """Three significant digits, or all digits before the point."""
-    if x is None:
+    if x is None or not math.isfinite(x):
         return NONE
     if abs(x) >= 100 or x == 0:
         return f"{x:,.0f}"
@@ -40,7 +42,9 @@ def number(x: float | None) -> str:
 
 def percent(x: float | None, sign: str = "") -> str:
     """With a sign (a change), or small, to a tenth."""
-    return NONE if x is None else f"{100 * x:{sign}.{1 if sign or abs(x) < 0.1 else 0}f} %"
+    if x is None or not math.isfinite(x):
+        return NONE
+    return f"{100 * x:{sign}.{1 if sign or abs(x) < 0.1 else 0}f} %"
 
 
 def gigabytes(x: float | None) -> str:
@@ -122,7 +126,7 @@ def lengths(side: Side) -> Table:
             str(length.n),
             number(length.pp),
             number(length.ceiling),
-            percent(length.pp / length.ceiling if length.pp and length.ceiling else None),
+            percent(share(length.pp, length.ceiling)),
             number(length.ttft),
         ]
         for length in side.lengths
@@ -144,7 +148,7 @@ def profile(record: Record) -> Table:
                 op.phase,
                 number(op.seconds * 1e3),
                 number(least * 1e3 if least is not None else None),
-                percent(least / op.seconds if least is not None and op.seconds > 0 else None),
+                percent(share(least, positive(op.seconds))),
             ]
         )
     header = ["op", "phase", "ms a token", "roofline ms", "of roofline"]
@@ -154,16 +158,21 @@ def profile(record: Record) -> Table:
 def measured_limits(record: Record, side: str) -> tuple[float | None, float | None]:
     """Highest bandwidth and compute that were sampled beside the side's runs."""
     ceilings = [run.ceiling for run in record.runs if run.side == side]
-    bandwidth = max((c.bandwidth for c in ceilings if c.bandwidth), default=None)
-    return bandwidth, max((c.compute for c in ceilings if c.compute), default=None)
+    bandwidth = max(known(_amount(c.bandwidth) for c in ceilings), default=None)
+    return bandwidth, max(known(_amount(c.compute) for c in ceilings), default=None)
+
+
+def _amount(x: float | None) -> float | None:
+    """Bytes or products, a second or in all; None of what no machine has."""
+    return x if x is not None and 1 <= x < 1e18 else None
 
 
 def roofline(op: OpProfile, bandwidth: float | None, compute: float | None) -> float | None:
     """Least seconds a token that the machine allows; None where it is not known."""
     needs = [
         work / limit
-        for work, limit in ((op.nbytes, bandwidth), (op.macs, compute))
-        if work is not None and limit
+        for work, limit in ((_amount(op.nbytes), bandwidth), (_amount(op.macs), compute))
+        if work is not None and limit is not None
     ]
     return max(needs, default=None)
 

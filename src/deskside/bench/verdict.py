@@ -57,10 +57,10 @@ class Criteria:
     agent_answer: float = _limit(250, "a call with its reasoning, or a small edit")
     agent_depth: float = _limit(8000, "a conversation under way; what came before is cached")
     agent_turn: float = _limit(60, "twenty turns, an ordinary task, take no more than 20 minutes")
-    max_variation: float = _limit(
-        0.05, "below the tenth that is noticed in a flow of text, at two standard deviations"
+    max_variation: float = _limit(0.05, "two standard deviations stay within a tenth")
+    max_depth_change: float = _limit(
+        0.10, "a choice: nobody works differently at 9 tok/s than at 10"
     )
-    max_depth_change: float = _limit(0.10, "a tenth is about what is noticed in a flow of text")
     min_free_memory: float = _limit(4e9, "an editor and a browser beside the model")
     batch_tokens_per_day: float = _limit(
         200_000, "a summary of 400 tokens for each of 500 documents, overnight"
