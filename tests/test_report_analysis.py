@@ -65,8 +65,7 @@ def test_an_immaterial_warmup_is_none() -> None:
 def test_prefill_shows_warmup_where_nothing_is_decoded() -> None:
     record = make_record(generated=1, factors={1: 0.6, 2: 0.6, 3: 0.7})
     side = summarise(record).sides["A"]
-    # the local line may be a per cent off at the longest prompt, which is the fourth run
-    assert phases(side)[:4] == ["cold", *["warm-up"] * 3] and phases(side).count("warm-up") <= 4
+    assert phases(side) == ["cold", *["warm-up"] * 3, *["steady"] * 24]
     assert side.depth is None and side.gaps is None and side.samples["tg", "all"] is None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from deskside.bench.facts import COUNTED, Cache, Depth, Gaps, Length, Row, Side, Summary
 from deskside.bench.record import Record, Run
 from deskside.bench.stats import (
+    OUTLIER,
     Interval,
     Start,
     local_line,
@@ -27,7 +28,8 @@ from deskside.bench.stats import (
 )
 
 MATERIAL = 0.01  # relative differences below this are of no interest
-NOISE = MATERIAL / 3.5  # so no run is an outlier by less (3.5 standard deviations)
+# Of prefill: what one expects of a length is off by up to two per cent at the ends of the lengths.
+PREFILL_MATERIAL = 0.03
 STALL = 3.0  # times the median gap of a run
 SPAN = 1.5  # depths from d to at least SPAN * d have a trend
 NEAR = 1.1  # prompts of up to this times the shortest are of one length
@@ -143,12 +145,13 @@ def _cut_warmup(side: Side) -> Start | None:
     rows = [side.rows[i] for i in warm]
     expected = _expected(rows)
     found = [_residual(replace(row, tg_expected=expected(row))) for row in rows]
+    material = MATERIAL
     if len(known(found)) < 2:
-        found = _prefill_residuals(rows)
+        found, material = _prefill_residuals(rows), PREFILL_MATERIAL
     tested = [(i, value) for i, value in zip(warm, found, strict=True) if value is not None]
     if len(tested) < 2:
         return None
-    start = low_start([value for _, value in tested], floor=NOISE, least=MATERIAL)
+    start = low_start([value for _, value in tested], floor=material / OUTLIER, least=material)
     last = tested[start.count - 1][0] if start.count else -1
     for i in warm:
         if i <= last:
@@ -178,12 +181,12 @@ def _name_outliers(side: Side) -> None:
     basis = {row.phase for row in side.basis}
     chosen = [i for i, row in enumerate(side.rows) if row.phase in basis]
     rows = [side.rows[i] for i in chosen]
-    for name, found, than in (
-        ("TG", [_residual(row) for row in rows], "its depth lets expect"),
-        ("PP", _prefill_residuals(rows), "runs of about its length"),
+    for name, found, material, than in (
+        ("TG", [_residual(row) for row in rows], MATERIAL, "its depth lets expect"),
+        ("PP", _prefill_residuals(rows), PREFILL_MATERIAL, "runs of about its length"),
     ):
         tested = [(i, value) for i, value in zip(chosen, found, strict=True) if value is not None]
-        for k in outliers([value for _, value in tested], floor=NOISE):
+        for k in outliers([value for _, value in tested], floor=material / OUTLIER):
             i, away = tested[k]
             text = f"{name} {_relative(math.expm1(away))} than {than}"
             side.rows[i] = replace(side.rows[i], odd=(*side.rows[i].odd, text))
