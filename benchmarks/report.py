@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.plan import ENGINES, OURS, PEERS, Test
-from benchmarks.stats import Ratio, median, median_ratio
+from deskside.bench.stats import Ratio, median_ratio
 from deskside.cost import limit
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use
@@ -82,6 +82,10 @@ def cells(entry: dict[str, Any], test: Test) -> list[str]:
     target = test.targets.get("limit")
     verdict = "" if target is None else f" / {target:.0%} {passed(share >= target)}"
     return [*row, f"{share:.0%}{verdict}"]
+
+
+def median(samples: Mapping[str, float]) -> float:
+    return statistics.median(samples.values())
 
 
 def fastest(entry: dict[str, Any], test: str, peer: str) -> tuple[str, dict[str, float]]:

@@ -24,7 +24,7 @@ LAYERS = [
     {"engine"},
     {"console", "quality"},
     {"bench"},
-    {"doctor", "cli_run", "cli_bench"},
+    {"doctor", "cli_run", "cli_bench", "cli_report"},
     {"cli_quality"},
     {"cli"},
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import instructions, machine, measure, peers, plan, prepare, record, report, stats
+from benchmarks import instructions, machine, measure, peers, plan, prepare, record, report
 from benchmarks.machine import BenchError
 from deskside.cost import Experts, Work, limit
 from deskside.gguf import GGUF
@@ -22,30 +22,6 @@ TESTS = [t for s in plan.stages(quick=False, rounds=5) for t in s.tests]
 
 def samples(*rates: float) -> dict[str, float]:
     return {str(r): rate for r, rate in enumerate(rates)}
-
-
-# statistics
-
-
-def test_ratios_are_paired_by_round() -> None:
-    # both halve in round 1: the medians' ratio would not change, nor may the pairs'
-    ratio = stats.median_ratio(samples(20, 10, 30), samples(10, 5, 15))
-    assert ratio == stats.Ratio(2, 2, 2, 3)
-
-
-def test_only_common_rounds_count() -> None:
-    ratio = stats.median_ratio({"0": 3.0, "2": 8.0}, {"1": 1.0, "2": 4.0})
-    assert ratio == stats.Ratio(2, None, None, 1)
-    assert str(ratio) == "2.00 (n=1)"
-    assert stats.median_ratio({"0": 1.0}, {"1": 1.0}) is None
-
-
-def test_the_interval_holds_the_median_and_is_reproducible() -> None:
-    ours, theirs = samples(10, 12, 9, 11, 14), samples(10, 10, 10, 10, 10)
-    ratio = stats.median_ratio(ours, theirs)
-    assert ratio is not None and ratio.low is not None and ratio.high is not None
-    assert 0.9 <= ratio.low < ratio.median == 1.1 < ratio.high <= 1.4
-    assert stats.median_ratio(ours, theirs) == ratio
 
 
 # memory

@@ -1,4 +1,4 @@
-"""The command line: `deskside run | synth | convert | quantize | perplexity | predict | doctor`.
+"""The command line: one function a command, and what they share.
 
 Modules that load slowly are imported by the command that needs them.
 """
@@ -287,6 +287,38 @@ def _size(path: Path) -> int:
 
 app.command()(cli_quality.perplexity)
 app.command()(cli_quality.predict)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A.json", help="baseline; or one record with both sides")
+    ],
+    b: Annotated[Path | None, typer.Argument(metavar="B.json", help="candidate")] = None,
+    threshold: Annotated[
+        float, Option("--threshold", metavar="PCT", help="slower by more is a regression")
+    ] = 5.0,
+    as_json: Annotated[bool, Option("--json", help="print the comparison as JSON")] = False,
+) -> int:
+    """Compare two records of `bench`, or both sides of one made with --vs (there A is the
+    candidate). Exit code 1 if the candidate is slower beyond the threshold, 2 for bad input."""
+    from deskside.cli_report import compare_records
+
+    return compare_records(a, b, threshold, as_json=as_json)
+
+
+@app.command()
+def report(
+    record: Annotated[Path, typer.Argument(metavar="RECORD.json", help="made by bench")],
+    criteria: Annotated[
+        Path | None,
+        Option("--criteria", metavar="FILE.toml", help="other limits for the daily-use verdict"),
+    ] = None,
+) -> None:
+    """Write RECORD.md and RECORD.html again from a record; nothing is measured."""
+    from deskside.cli_report import rerender
+
+    rerender(record, criteria)
 
 
 @app.command()

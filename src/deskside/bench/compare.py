@@ -1,0 +1,178 @@
+"""Two sides against each other, from paired runs: two records, or one of `bench --vs`.
+
+Runs are paired by the name of their workload item and, where it ran several times, by their order.
+Within one record the pairs were interleaved, so that what the machine does to one it does to the
+other; between two records it is not, which is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+from deskside.bench.analysis import summarise
+from deskside.bench.facts import Row, Side
+from deskside.bench.record import Record, Target
+from deskside.bench.stats import FEWEST, Ratio, median_ratio
+from deskside.errors import DesksideError
+
+THRESHOLD = 0.05  # two sessions on one machine differ by some per cent with nothing changed
+FASTER, SLOWER, SAME = "faster", "slower", "no difference shown"
+TOO_FEW = f"too few pairs (fewer than {FEWEST})"
+
+QUANTITIES: dict[str, tuple[str, bool, Callable[[Row], float | None]]] = {
+    # name, whether more is faster, value
+    "pp": ("PP, tok/s", True, lambda row: row.pp),
+    "tg": ("TG, tok/s", True, lambda row: row.tg),
+    "ttft": ("TTFT, s", False, lambda row: row.ttft),
+}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """`ratio` is the candidate's value over the baseline's, the median over pairs; `items` has the
+    same by workload item. `regression`: slower by more than the threshold, interval and all."""
+
+    key: str
+    name: str
+    more_is_faster: bool
+    ratio: Ratio | None
+    items: dict[str, Ratio]
+    verdict: str
+    regression: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    baseline: str
+    candidate: str
+    paired_in_time: bool
+    threshold: float
+    quantities: list[Quantity]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def regression(self) -> bool:
+        return any(q.regression for q in self.quantities)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "regression": self.regression}, indent=1)
+
+
+def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) -> Comparison:
+    """Of two records `a` is the baseline and `b` the candidate, by side A of each. Of one record,
+    side A is the candidate and B, which it was held against, the baseline. DesksideError where
+    there are no two sides or no pairs."""
+    if b is None:
+        if "A" not in a.targets or "B" not in a.targets:
+            raise DesksideError("the record has one side only; name a second record")
+        sides = summarise(a).sides
+        baseline, candidate = sides["B"], sides["A"]
+        targets = (a.targets["B"], a.targets["A"])
+        warnings = []
+    else:
+        for record in (a, b):
+            if "A" not in record.targets:
+                raise DesksideError("a record has no side A")
+        baseline, candidate = summarise(a).sides["A"], summarise(b).sides["A"]
+        targets = (a.targets["A"], b.targets["A"])
+        warnings = _differences(a, b)
+        warnings.append(
+            "two sessions: the intervals do not hold what changed between them; "
+            "bench --vs interleaves"
+        )
+    warnings += _target_differences(*targets)
+    quantities = [_quantity(key, baseline, candidate, threshold) for key in QUANTITIES]
+    if all(q.ratio is None for q in quantities):
+        raise DesksideError("no run of one side has a counterpart of the same name on the other")
+    return Comparison(
+        baseline=_label(targets[0]),
+        candidate=_label(targets[1]),
+        paired_in_time=b is None,
+        threshold=threshold,
+        quantities=quantities,
+        warnings=warnings,
+    )
+
+
+def _label(target: Target) -> str:
+    return ", ".join(part for part in (target.name, target.engine) if part) or "unnamed"
+
+
+def _quantity(key: str, baseline: Side, candidate: Side, threshold: float) -> Quantity:
+    name, more, get = QUANTITIES[key]
+    theirs, ours = (_values(s, get) for s in (baseline, candidate))
+    ratio = median_ratio(_flat(ours), _flat(theirs))
+    items = {}
+    for item in dict.fromkeys(item for item, _ in theirs):
+        found = median_ratio(*(_flat(v, item) for v in (ours, theirs)))
+        if found is not None:
+            items[item] = found
+    verdict, regression = _verdict(ratio, more, threshold)
+    return Quantity(key, name, more, ratio, items, verdict, regression)
+
+
+def _values(side: Side, get: Callable[[Row], float | None]) -> dict[tuple[str, int], float]:
+    """By item and how often it ran before. A run's number counts those that failed, too, so that
+    a failure on one side does not shift the pairs."""
+    seen: Counter[str] = Counter()
+    basis = {row.phase for row in side.basis}
+    found = {}
+    for row in side.rows:
+        if row.phase == "extra":
+            continue
+        value = get(row)
+        if value is not None and row.phase in basis:
+            found[row.run.name, seen[row.run.name]] = value
+        seen[row.run.name] += 1
+    return found
+
+
+def _flat(values: Mapping[tuple[str, int], float], item: str | None = None) -> dict[str, float]:
+    return {f"{n}#{k}": v for (n, k), v in values.items() if item is None or n == item}
+
+
+def _verdict(ratio: Ratio | None, more_is_faster: bool, threshold: float) -> tuple[str, bool]:
+    if ratio is None:
+        return "not measured on both", False
+    if ratio.low is None or ratio.high is None or ratio.n < FEWEST:
+        return TOO_FEW, False
+    # as a ratio of speeds, whose interval is turned round for times
+    low, high = (ratio.low, ratio.high) if more_is_faster else (1 / ratio.high, 1 / ratio.low)
+    if low > 1:
+        return FASTER, False
+    if high < 1:
+        return SLOWER, high < 1 - threshold
+    return SAME, False
+
+
+def _differences(a: Record, b: Record) -> list[str]:
+    """What should be the same in two records and is not."""
+    said = []
+    for what in ("cpu", "cores", "memory", "kernel", "governor"):
+        was, now = getattr(a.machine, what), getattr(b.machine, what)
+        if was != now:
+            said.append(f"{what} of the machine differs: {was} and {now}")
+    for key in sorted(a.workload.keys() | b.workload.keys()):
+        if a.workload.get(key) != b.workload.get(key):
+            said.append(f"{key} of the workload differs")
+    if a.seed != b.seed:
+        said.append(f"the seed differs: {a.seed} and {b.seed}")
+    return said
+
+
+def _target_differences(a: Target, b: Target) -> list[str]:
+    said = []
+    hashes = [[f.sha256 for f in t.files if f.sha256] for t in (a, b)]
+    if all(hashes) and hashes[0] != hashes[1]:
+        said.append("the model files differ")
+    elif not all(hashes):
+        said.append("the model files cannot be compared: a hash is missing")
+    if a.kind == b.kind == "deskside":
+        for key in sorted(a.options.keys() | b.options.keys()):
+            was, now = a.options.get(key), b.options.get(key)
+            if was != now:
+                said.append(f"option {key} differs: {was} and {now}")
+    return said

@@ -1,0 +1,35 @@
+"""A report as one HTML file that asks nothing of the network."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree as ET
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from deskside.bench import plots, tables
+from deskside.bench.svg import Plot, sample_mark
+from deskside.bench.view import View
+
+
+def render(view: View) -> str:
+    environment = Environment(
+        loader=PackageLoader("deskside.bench", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.jinja")
+    return template.render(
+        view=view,
+        tables=tables,
+        plots=plots.draw(view.record, view.summary),
+        svg=_svg,
+        sample_mark=lambda shape, style: Markup(sample_mark(shape, style)),
+    )
+
+
+def _svg(plot: Plot) -> Markup:
+    # ElementTree has escaped all text in it
+    return Markup(ET.tostring(plot.root, encoding="unicode"))

@@ -1,0 +1,290 @@
+"""Is this daily-use speed? Criteria with a number each, adjustable by a TOML file.
+
+A criterion passes, fails, or is not measured. What was not measured at the size that a criterion
+asks for is interpolated between the measured sizes around it, or extrapolated up to twice as far
+as was measured, which is said; beyond that it counts as not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deskside.bench.analysis import known
+from deskside.bench.facts import Length, Side, Summary
+from deskside.bench.record import Machine, Record
+from deskside.bench.stats import FEWEST
+from deskside.errors import DesksideError
+
+PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
+ESSENTIAL = ("decode", "chat")  # without these there is no verdict as a whole
+BEYOND = 2.0  # times the largest or smallest measured size
+DAY = 86_400
+
+
+def _limit(default: float, reason: str) -> float:
+    return dataclasses.field(default=default, metadata={"reason": reason})
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Limits; the keys of a criteria file are these names. `REASONS` says why each is what it is.
+
+    Times are seconds, memory bytes, changes and variations shares of 1.
+    """
+
+    reading_words_per_minute: float = _limit(
+        238, "silent reading of English non-fiction (Brysbaert 2019, a review of 190 studies)"
+    )
+    tokens_per_word: float = _limit(
+        1.33, "of English text in large BPE vocabularies, as their makers state"
+    )
+    reading_margin: float = _limit(
+        1.2, "eyes skip and jump back; text must not lag behind a reader who is a bit faster"
+    )
+    chat_prompt: float = _limit(1000, "a question with a page of text or code")
+    chat_first_token: float = _limit(
+        2.0, "beyond two seconds a pause in a conversation is felt as one (Miller 1968)"
+    )
+    ingest_prompt: float = _limit(16_000, "a long document or several source files")
+    ingest_first_token: float = _limit(60, "a document is given once; a minute is a short break")
+    agent_prompt: float = _limit(1000, "the result of a tool: a file, a test log")
+    agent_answer: float = _limit(250, "a call with its reasoning, or a small edit")
+    agent_depth: float = _limit(8000, "a conversation under way; what came before is cached")
+    agent_turn: float = _limit(60, "twenty turns, an ordinary task, take no more than 20 minutes")
+    max_variation: float = _limit(0.05, "two standard deviations stay within a tenth")
+    max_depth_change: float = _limit(
+        0.10, "a choice: nobody works differently at 9 tok/s than at 10"
+    )
+    min_free_memory: float = _limit(4e9, "an editor and a browser beside the model")
+    batch_tokens_per_day: float = _limit(
+        200_000, "a summary of 400 tokens for each of 500 documents, overnight"
+    )
+
+    @classmethod
+    def load(cls, path: Path) -> Criteria:
+        """Defaults with what the file has changed; DesksideError names the file and the key."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as failure:
+            raise DesksideError(f"{path}: not TOML: {failure}") from None
+        for key, value in data.items():
+            if key not in REASONS:
+                raise DesksideError(f"{path}: unknown key {key!r}; known are {', '.join(REASONS)}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise DesksideError(f"{path}: {key}: expected a number above 0")
+        return dataclasses.replace(cls(), **data)
+
+
+REASONS: dict[str, str] = {f.name: f.metadata["reason"] for f in dataclasses.fields(Criteria)}
+DEFAULTS = Criteria()
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """`value` and `limit` in `unit`; `note` is where the value comes from, or why there is none."""
+
+    side: str
+    key: str
+    name: str
+    outcome: str
+    value: float | None
+    limit: float
+    unit: str
+    at_least: bool  # a limit from below
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    value: float | None
+    note: str
+
+
+def judge(record: Record, summary: Summary, criteria: Criteria = DEFAULTS) -> list[Criterion]:
+    return [c for side in summary.sides.values() for c in _judge(side, record.machine, criteria)]
+
+
+def overall(criteria: Sequence[Criterion]) -> str:
+    """Of one side: failed if any criterion is, passed if decode and chat were measured too."""
+    outcomes = {c.key: c.outcome for c in criteria}
+    if FAILED in outcomes.values():
+        return FAILED
+    essential = all(outcomes.get(key) == PASSED for key in ESSENTIAL)
+    return PASSED if essential else UNMEASURED
+
+
+def _judge(side: Side, machine: Machine, c: Criteria) -> list[Criterion]:
+    def judged(
+        key: str, name: str, found: _Found, limit: float, unit: str, *, at_least: bool = False
+    ) -> Criterion:
+        outcome = UNMEASURED
+        if found.value is not None:
+            good = found.value >= limit if at_least else found.value <= limit
+            outcome = PASSED if good else FAILED
+        return Criterion(
+            side.name, key, name, outcome, found.value, limit, unit, at_least, found.note
+        )
+
+    reading = c.reading_words_per_minute / 60 * c.tokens_per_word * c.reading_margin
+    return [
+        judged(
+            "decode", "Decode keeps up with reading", _decode(side), reading, "tok/s", at_least=True
+        ),
+        judged(
+            "chat",
+            f"First token of a chat, {c.chat_prompt:,.0f} tokens",
+            _first_token(side, c.chat_prompt),
+            c.chat_first_token,
+            "s",
+        ),
+        judged(
+            "ingest",
+            f"First token after {c.ingest_prompt:,.0f} tokens",
+            _first_token(side, c.ingest_prompt),
+            c.ingest_first_token,
+            "s",
+        ),
+        judged("agent", "Turn of an agent", _agent(side, c), c.agent_turn, "s"),
+        judged("variation", "Stable over runs", _variation(side), c.max_variation, "share"),
+        _depth_criterion(side, c),
+        judged(
+            "memory",
+            "Memory left free",
+            _memory(side, machine),
+            c.min_free_memory,
+            "bytes",
+            at_least=True,
+        ),
+        judged(
+            "batch",
+            "Tokens a day in batch",
+            _batch(side),
+            c.batch_tokens_per_day,
+            "tokens",
+            at_least=True,
+        ),
+    ]
+
+
+def _decode(side: Side) -> _Found:
+    sample = side.samples["tg", "steady"] or side.samples["tg", "all"]
+    if sample is None:
+        return _Found(None, "no run generated two tokens")
+    if sample.n == 1:
+        return _Found(sample.median, "the only run")
+    return _Found(sample.p5, f"5th percentile of {sample.n} runs; median {sample.median:.1f}")
+
+
+def _first_token(side: Side, tokens: float) -> _Found:
+    return _at(side.lengths, tokens, lambda length: length.ttft, "first token")
+
+
+def _at(
+    lengths: Sequence[Length], tokens: float, get: Callable[[Length], float | None], what: str
+) -> _Found:
+    """A time for a prompt of so many tokens: linear between the two lengths around it; beyond the
+    ends in proportion to the tokens, which is short of the truth where attention counts."""
+    points = [(x.tokens, y) for x in lengths if (y := get(x)) is not None]
+    if not points:
+        return _Found(None, f"no run without a cache has a time for its {what}")
+    for x, y in points:
+        if abs(x - tokens) <= 0.05 * tokens:
+            return _Found(y, f"measured at {x:,.0f} tokens")
+    below = [p for p in points if p[0] < tokens]
+    above = [p for p in points if p[0] > tokens]
+    if below and above:
+        (x0, y0), (x1, y1) = below[-1], above[0]
+        value = y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+        return _Found(value, f"interpolated between {x0:,.0f} and {x1:,.0f} tokens")
+    x, y = (below or above[:1])[-1]
+    if not x / BEYOND <= tokens <= x * BEYOND:
+        return _Found(None, f"nearest measured: {y:.3g} s at {x:,.0f} tokens")
+    return _Found(y * tokens / x, f"extrapolated from {x:,.0f} tokens")
+
+
+def _agent(side: Side, c: Criteria) -> _Found:
+    turns = [row for row in side.basis if row.run.cached_tokens > 0 and row.total is not None]
+    if turns:
+        total = statistics.median(known(row.total for row in turns))
+        new = statistics.median(row.run.prompt_tokens for row in turns)
+        out = statistics.median(row.run.generated_tokens for row in turns)
+        return _Found(
+            total,
+            f"median of {len(turns)} turns with a cache: {new:,.0f} new tokens, "
+            f"{out:,.0f} generated",
+        )
+    first = _first_token(side, c.agent_prompt)
+    if side.depth is None or first.value is None:
+        return _Found(
+            None, "no run took tokens from a cache, and decode was not measured at depths"
+        )
+    if not side.depth.shallow / BEYOND <= c.agent_depth <= side.depth.deep * BEYOND:
+        return _Found(None, f"decode was measured up to a depth of {side.depth.deep:,.0f} only")
+    rate = side.depth.rate(c.agent_depth)
+    if rate is None:
+        return _Found(None, "decode has no trend that reaches this depth")
+    return _Found(
+        first.value + (c.agent_answer - 1) / rate,
+        f"computed: {c.agent_prompt:,.0f} new tokens at the prefill speed of a fresh prompt, "
+        f"{c.agent_answer:,.0f} generated at a depth of {c.agent_depth:,.0f}, the rest cached",
+    )
+
+
+def _variation(side: Side) -> _Found:
+    n = len([row for row in side.basis if row.tg is not None])
+    if side.variation is None or n < FEWEST:
+        return _Found(None, f"{n} runs decode; at least {FEWEST} are needed")
+    return _Found(side.variation, f"coefficient of variation about the trend over depth, {n} runs")
+
+
+def _depth_criterion(side: Side, c: Criteria) -> Criterion:
+    """Passed or failed only where the interval shows it (`facts.Depth.stable`)."""
+    outcome, value, note = UNMEASURED, None, "decode was measured at one depth only"
+    if side.depth is not None:
+        d = side.depth
+        value = None if d.change is None else abs(d.change)
+        outcome = {True: PASSED, False: FAILED, None: UNMEASURED}[d.stable(c.max_depth_change)]
+        interval = d.change_interval
+        note = f"from {d.shallow:,.0f} to {d.deep:,.0f} tokens: "
+        if interval is None or d.change is None:
+            note += f"too few runs for an interval; at least {FEWEST} are needed"
+        else:
+            note += f"{d.change:+.1%} ({interval.low:+.1%} to {interval.high:+.1%})"
+            note += "; too wide to tell" if outcome == UNMEASURED else ""
+    return Criterion(
+        side.name,
+        "depth",
+        "Stable with context",
+        outcome,
+        value,
+        c.max_depth_change,
+        "share",
+        False,
+        note.replace("%", " %"),
+    )
+
+
+def _memory(side: Side, machine: Machine) -> _Found:
+    if side.free_memory is None:
+        return _Found(None, "free memory was not recorded")
+    total = f" of {machine.memory / 1e9:.1f} GB" if machine.memory > 0 else ""
+    return _Found(float(side.free_memory), f"least during the runs{total}")
+
+
+def _batch(side: Side) -> _Found:
+    done = [(row.run.generated_tokens, row.total) for row in side.basis if row.total]
+    seconds = sum(total for _, total in done if total)
+    tokens = sum(max(n, 0) for n, _ in done)
+    if not seconds or not tokens:
+        return _Found(None, "no run has a total time")
+    return _Found(
+        tokens * DAY / seconds,
+        "generated, one sequence at a time, with the measured mix of prompts and answers",
+    )

@@ -1,0 +1,289 @@
+"""Markdown and HTML: always rendered, always escaped, never asking for anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from deskside.bench import record as record_module
+from deskside.bench import report
+from deskside.bench.record import Ceiling, Load, OpProfile, Record, Run, Target
+from deskside.bench.verdict import REASONS
+from records import make_record
+from test_cli import deskside
+
+DOCS = Path(__file__).parents[1] / "docs"
+EVIL = "<script>alert(1)</script>\"'&|`*_[x](y)\n# h\x1b[31m"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Checked(HTMLParser):
+    """Elements, attributes that could load something, headings; fails on unbalanced elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "action", "data", "xlink")]
+        assert not [k for k, _ in attrs if k.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data.strip())
+
+
+def rendered(record: Record, folder: Path) -> tuple[str, Checked]:
+    report.write(record, folder / "r.json")
+    text = (folder / "r.html").read_text(encoding="utf-8")
+    return (folder / "r.md").read_text(encoding="utf-8"), Checked(text)
+
+
+def full_record() -> Record:
+    record = make_record(factors={1: 0.8, 2: 0.85, 12: 0.9}, slope=0.006, noise=0.005)
+    record.runs[17].error = "the server closed the connection"
+    return record
+
+
+def test_a_report_has_all_its_parts(tmp_path: Path) -> None:
+    text, page = rendered(full_record(), tmp_path)
+    for heading in (
+        "Verdict",
+        "Daily use",
+        "Decode against depth",
+        "Prefill against prompt length",
+        "Run after run",
+        "Gaps between tokens",
+        "Where the time of decode goes",
+        "Where the time of prefill goes",
+        "Runs",
+        "Statistics",
+        "Target",
+        "Machine",
+        "Repeat it",
+        "Raw runs",
+    ):
+        assert heading in page.headings, heading
+    assert page.links == ["data:,"]
+    assert "script" not in page.tags and page.tags.count("h1") == 1
+    assert page.tags.count("svg") > 6 and page.tags.count("desc") == 6
+    assert (tmp_path / "r.html").stat().st_size < 500_000
+    assert "deskside bench --replay r.json" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "r.md"]
+
+
+def test_markdown_has_the_articles_tables(tmp_path: Path) -> None:
+    record = full_record()
+    text, _ = rendered(record, tmp_path)
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ p\d+ \|", line)]
+    assert len(rows) == 28
+    run = record.runs[4]
+    cells = [cell.strip() for cell in rows[4].strip("|").split("|")]
+    assert cells[2] == f"{run.prompt_tokens:,}" and cells[4] == "133"
+    assert cells[5] == f"{run.prefill_rate:,.0f}" and cells[7] == f"{run.decode_rate:.1f}"
+    assert "| PP tok/s | 27 |" in text and "| TG tok/s | 27 |" in text
+    assert "first 2 runs after the cold one were warm-up" in text
+    assert "Run 12: TG" in text and "Run 17 failed: the server closed" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_two_sides_are_compared(tmp_path: Path) -> None:
+    text, page = rendered(make_record(sides=("A", "B"), side_factors={"B": 0.8}), tmp_path)
+    assert "Comparison" in page.headings and "### Comparison" in text
+    assert sum(h.startswith(("A: ", "B: ")) for h in page.headings) == 2
+    assert (tmp_path / "r.html").stat().st_size < 500_000
+
+
+def test_no_text_of_a_record_acts_on_the_page(tmp_path: Path) -> None:
+    record = full_record()
+    harmless = rendered(record, tmp_path)[1].tags
+    target = Target(
+        *(EVIL,) * 3, url=EVIL, options={EVIL: EVIL}, architecture=EVIL, types={EVIL: 1}
+    )
+    record.targets = {"A": target}
+    record.workload = {"name": EVIL}
+    record.machine.cpu = record.machine.kernel = record.created = record.deskside = EVIL
+    record.command = [EVIL]
+    for run in record.runs:
+        run.name = run.started = run.clock = run.stop_reason = EVIL
+        run.ceiling.decode_limit = EVIL
+    record.runs[3].error = EVIL
+    record.profile = [dataclasses.replace(op, name=EVIL) for op in record.profile]
+    text, page = rendered(record, tmp_path)
+    assert "script" not in page.tags
+    assert set(page.tags) == set(harmless)
+    assert page.links == ["data:,"]
+    assert "\x1b" not in text and "\n# h" not in text
+    body, code = text.split("### Repeat it\n\n")
+    assert "<" not in body and not re.search(r"(?<!\\)\[x", body)
+    assert all(line.startswith("    ") for line in code.splitlines())
+
+
+def test_older_reports_are_replaced_whole_or_not(tmp_path: Path) -> None:
+    (tmp_path / "r.html").mkdir()
+    (tmp_path / "r.md").write_text("old")
+    with pytest.raises(OSError):
+        report.write(full_record(), tmp_path / "r.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "r.md"]
+
+
+number = st.none() | st.floats(-1e9, 1e18) | st.sampled_from([0.0, 1e-300, 5e-324, 1e308])
+count = st.integers(-5, 300_000)
+loads = st.builds(
+    Load, number, number, number, number, st.none() | count, st.none() | st.integers(-1, 10**13)
+)
+limits = st.none() | st.sampled_from(["bandwidth", "compute", ""])
+ceilings = st.builds(Ceiling, number, number, number, number, number, number, limits, limits)
+runs = st.builds(
+    Run,
+    index=count,
+    name=st.sampled_from(["a", "b", ""]),
+    side=st.sampled_from(["A", "A", "B", "C"]),
+    cold=st.booleans(),
+    warmup=st.booleans(),
+    prompt_tokens=count,
+    cached_tokens=count,
+    generated_tokens=count,
+    prefill_seconds=number,
+    first_seconds=number,
+    decode_seconds=number,
+    total_seconds=number,
+    gaps=st.lists(st.floats(-1, 1e6) | st.just(0.0), max_size=4),
+    clock=st.sampled_from(["engine", "stream"]),
+    load=loads,
+    ceiling=ceilings,
+    error=st.none() | st.just("gone"),
+)
+profiles = st.builds(
+    OpProfile,
+    st.text(max_size=5),
+    st.sampled_from(["decode", "prefill"]),
+    number.map(lambda x: x or 0.0),
+    number,
+    number,
+)
+records = st.builds(
+    Record,
+    workload=st.just({}) | st.just({"name": 3}),
+    targets=st.sampled_from([{}, {"A": Target("deskside", "")}]),
+    runs=st.lists(runs, max_size=9),
+    profile=st.lists(profiles, max_size=3),
+)
+
+
+@given(records)
+@settings(
+    max_examples=40,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@pytest.mark.filterwarnings("error")
+def test_any_record_renders(tmp_path: Path, record: Record) -> None:
+    record.save(tmp_path / "r.json")
+    text, page = rendered(Record.load(tmp_path / "r.json"), tmp_path)
+    assert text.startswith("# ") and page.tags.count("h1") == 1
+    for word in ("nan", "inf"):
+        assert not re.search(rf"\b{word}\b", text), text
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(workload={}, targets={}),
+        make_record(prompts=(1000,), cold=False),
+        make_record(prompts=(1000,)),
+        make_record(prompts=(1000,) * 8, generated=1, ceilings=False),
+        make_record(ceilings=False, sides=("A", "B")),
+    ],
+    ids=["no runs", "one run", "one cold run", "one depth, no decode, no ceilings", "endpoints"],
+)
+def test_sparse_records_render(tmp_path: Path, record: Record) -> None:
+    text, page = rendered(record, tmp_path)
+    assert "Repeat it" in page.headings and "### Repeat it" in text
+
+
+def test_report_command(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    full_record().save(path)
+    (tmp_path / "mine.toml").write_text("chat_first_token = 0.001")
+    (tmp_path / "bad.toml").write_text("x = 1")
+    done = deskside("report", path, "--criteria", tmp_path / "mine.toml")
+    assert done.returncode == 0, done.stderr
+    assert "at most 0.001 s" in (tmp_path / "run.md").read_text()
+    assert (tmp_path / "run.html").exists()
+    done = deskside("report", path, "--criteria", tmp_path / "bad.toml")
+    assert done.returncode == 2 and b"unknown key 'x'" in done.stderr
+    done = deskside("report", tmp_path / "mine.toml")
+    assert done.returncode == 2 and b"not a record" in done.stderr
+
+
+def test_the_schema_and_the_criteria_are_documented() -> None:
+    text = (DOCS / "BENCH.md").read_text(encoding="utf-8")
+    for kind in vars(record_module).values():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            section = text.split(f"### {kind.__name__}\n", 1)
+            assert len(section) == 2, kind.__name__
+            table = section[1].split("\n#", 1)[0]
+            for field in dataclasses.fields(kind):
+                assert f"| `{field.name}` |" in table, f"{kind.__name__}.{field.name}"
+    for key in REASONS:
+        assert f"| `{key}` |" in text, key
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_shows_it_without_errors_or_requests(tmp_path: Path) -> None:
+    rendered(full_record(), tmp_path)
+    log = tmp_path / "net.json"
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--v=0",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--log-net-log={log}",
+            "--dump-dom",
+            (tmp_path / "r.html").as_uri(),
+        ],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    page = Checked(done.stdout.decode())
+    assert "Decode against depth" in page.headings and "Raw runs" in page.headings
+    assert b"CONSOLE" not in done.stderr
+    events = json.loads(log.read_text())["events"]
+    asked = {e["params"]["url"] for e in events if "url" in e.get("params", {})}
+    # the browser itself asks its maker for updates; the page must not add to that
+    ours = {u for u in asked if not re.search(r"//[^/]*(google|gstatic|gvt1)[^/]*/", u)}
+    assert all(u.startswith(("file:", "data:")) for u in ours), ours
