@@ -54,6 +54,9 @@ class TargetRunner(Protocol):
     def roof(self) -> Roof | None:
         """What decides its ceiling; None where that is not known."""
 
+    def learn(self, sample: str) -> None:
+        """Take note of some of the text that prompts are cut from, before any is."""
+
     def encode(self, text: str, first: bool) -> list[Token]:
         """Plain text as tokens; `first` at the beginning of a prompt."""
 
@@ -68,7 +71,7 @@ class TargetRunner(Protocol):
         """Generate `params.max_tokens` tokens: a run with its clocks, and the answer.
 
         reuse: whether a cache may hold what the prompt begins with; else all is computed.
-        on_token is called as tokens arrive and must return at once. DesksideError if the run failed.
+        on_token is called as tokens arrive and must return at once. DesksideError: the run failed.
         """
 
     def check(self) -> None:
@@ -150,6 +153,9 @@ class InProcess:
         isa = llm.backend.isa
         work = Work.of(llm.tape)
         return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
+
+    def learn(self, sample: str) -> None:
+        """Its tokenizer is here."""
 
     def encode(self, text: str, first: bool) -> list[Token]:
         ids = self.llm.tokenize(text, special=False, add_bos=None if first else False)

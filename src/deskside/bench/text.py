@@ -63,6 +63,15 @@ class Corpus:
         random.Random(key).shuffle(files)
         return map(self._read, itertools.cycle(files))
 
+    def sample(self, n: int, key: str) -> str:
+        """n characters of `shuffled`."""
+        text = ""
+        for piece in self.shuffled(key):
+            text += piece
+            if len(text) >= n:
+                break
+        return text[:n]
+
     def in_order(self) -> Iterator[str]:
         """Every file once, under its name."""
         return map(self._read, self.files)
