@@ -349,11 +349,11 @@ def _list() -> None:
 
 def show(record: Record) -> None:
     """The runs, and the profile where there is one."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", no_wrap=True)
     for title in ("prompt", "cached", "made", "TTFT s", "PP tok/s", "TG tok/s", "% of limit"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     sides = len(record.targets) > 1
     for run in record.runs:
         name = f"{run.side} {run.name}" if sides else run.name
@@ -393,7 +393,7 @@ def _profile_table(record: Record) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("step of the model")
     for title in ("phase", "µs/token", "%", "MB/token", "M products/token"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     for row in record.profile:
         total = sum(r.seconds for r in record.profile if r.phase == row.phase)
         table.add_row(

@@ -54,18 +54,16 @@ def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) ->
 
     Two sides take turns, and which one is first changes with every pair and every round.
     """
-    entries: list[tuple[int, Item, bool, int | None]] = []
-    for _ in range(workload.warmup):
-        item = workload.items[0]
-        entries.append((0, item, True, 0 if item.tree else None))
+    listed: list[tuple[Item, int | None]] = []
+    for item in workload.items:
+        listed += [(item, number) for number in (range(parts) if item.tree else [None])]
+    entries = [(listed[0], True, i) for i in range(workload.warmup)]
     for r in range(workload.repeats):
-        for item in workload.items:
-            numbers = range(parts) if item.tree else [None]
-            entries += [(r, item, False, number) for number in numbers]
+        entries += [(entry, False, r + place) for place, entry in enumerate(listed)]
     steps: list[Step] = []
     last: dict[str, Step] = {}
-    for index, (r, item, warmup, number) in enumerate(entries):
-        swapped = (index + r) % 2 == 1
+    for index, ((item, number), warmup, turn) in enumerate(entries):
+        swapped = turn % 2 == 1
         for side in reversed(sides) if swapped else sides:
             before = last[side] if item.continues else None
             key = f"{seed} {index}"

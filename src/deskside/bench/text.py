@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -39,8 +40,7 @@ class Corpus:
         """A workload's `text`: "stdlib" or a directory. DesksideError if nothing is there."""
         if text == STDLIB:
             root = Path(sysconfig.get_path("stdlib"))
-            files = [p for p in _walk(root) if p.suffix == ".py"]
-            files = [p for p in files if not _LEFT_OUT & set(p.relative_to(root).parts)]
+            files = [p for p in _walk(root, _LEFT_OUT) if p.suffix == ".py"]
             advice = "this Python has no sources; name a directory with --text"
         else:
             root = Path(text)
@@ -85,16 +85,19 @@ class Corpus:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _walk(root: Path) -> list[Path]:
-    found = (p for p in root.rglob("*") if p.is_file())
-    visible = (p for p in found if not any(n[0] == "." for n in p.relative_to(root).parts))
-    return sorted(visible)
+def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
+    """All files that are not hidden, nor below a hidden folder or one of `left_out`."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f[0] != "." and f not in left_out]
+        found += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def _is_text(path: Path) -> bool:
     """Whether the file is neither empty nor data. One that cannot be read is left out."""
     try:
-        if not 0 < path.stat().st_size <= LARGEST_FILE:
+        if not path.is_file() or not 0 < path.stat().st_size <= LARGEST_FILE:
             return False
         with path.open("rb") as file:
             beginning = file.read(4096)

@@ -225,10 +225,10 @@ def fit_context(
     kept, skipped, gone = [], [], False
     for item, depth in workload.depths():
         why = ""
-        if n_ctx is not None and depth > n_ctx:
-            why = f"needs a context of {depth} tokens; {reason}"
-        elif workload.too_long == "skip" and item.prompt > (workload.max_prompt or item.prompt):
+        if workload.too_long == "skip" and item.prompt > (workload.max_prompt or item.prompt):
             why = f"is beyond --max-prompt {workload.max_prompt}"
+        elif n_ctx is not None and depth > n_ctx:
+            why = f"needs a context of {depth} tokens; {reason}"
         if why and workload.too_long == "refuse":
             raise DesksideError(
                 f"workload {workload.name}: item {item.name!r} {why}; "
