@@ -35,6 +35,9 @@ class Server(ThreadingHTTPServer):
         assert not options
         self.cached: list[int] = []
 
+    def handle_error(self, *_: Any) -> None:
+        """Clients may go away."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

@@ -409,7 +409,7 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
 def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
     workload, out = files
     arguments = ["bench", "-m", str(tiny()), "-t", "1", "--no-report", "-w", str(workload)]
-    arguments += ["--runs", "40", "--out", str(out)]
+    arguments += ["--runs", "15", "--out", str(out)]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL)
     while not (out.exists() and len(Record.load(out).runs) >= 5):
         assert process.poll() is None
@@ -417,12 +417,12 @@ def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = Record.load(out)
-    assert 5 <= len(before.runs) < 240
+    assert 5 <= len(before.runs) < 90
     done = deskside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0, done.stderr
     after = Record.load(out)
     assert after.runs[: len(before.runs)] == before.runs
-    assert [r.index for r in after.runs] == list(range(240))
+    assert [r.index for r in after.runs] == list(range(90))
 
 
 def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:

@@ -21,8 +21,7 @@ from deskside.bench.hashes import hashed
 from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run, Target
 from deskside.bench.workload import Workload, shipped
-from deskside.cli_run import demo_model
-from deskside.config import EngineConfig
+from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF

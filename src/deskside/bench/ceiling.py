@@ -9,8 +9,10 @@ from deskside.bench import machine
 from deskside.bench.record import Ceiling, Run
 from deskside.cost import Work
 
-# Seconds for which a sample holds: sampling takes a moment itself, and short runs are many.
+# A sample holds for so many seconds, and for so many times as long as it took: short runs are many,
+# and most of the time should go to them.
 HOLDS = 5.0
+SHARE = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,15 @@ class Limits:
 
     def __init__(self, threads: int, isa: str = "") -> None:
         self._threads, self._isa = threads, isa
-        self._at = -HOLDS
+        self._until = 0.0
         self.bandwidth = self.compute = 0.0
 
     def refresh(self) -> None:
         """Sample again, unless that has been done just now."""
-        if time.monotonic() - self._at < HOLDS:
+        began = time.monotonic()
+        if began < self._until:
             return
         self.bandwidth = machine.bandwidth(self._threads)
         self.compute = machine.compute(self._threads, self._isa)
-        self._at = time.monotonic()
+        ended = time.monotonic()
+        self._until = ended + max(HOLDS, SHARE * (ended - began))

@@ -35,7 +35,7 @@ EXTENSIONS = ("top_k", "min_p", "repeat_penalty", "repetition_penalty", "ignore_
 # Events of an answer that may bring no token: its role, its reason to end, its usage.
 ENDS = 4
 # Characters of the two prompts that tell how many tokens a text has.
-SAMPLES = (400, 4000)
+SAMPLES = (300, 2100)
 
 
 class Endpoint:

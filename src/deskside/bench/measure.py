@@ -20,7 +20,7 @@ from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
 from deskside.progress import Progress, silent
 
-SAMPLE = 8000  # characters that a target is shown beforehand
+SAMPLE = 4000  # characters that a target is shown beforehand
 MOST_FAILURES = 3  # in a row, until it makes no sense to go on
 # Seconds between two looks at the progress bar: drawing it takes time from a decoding thread.
 BETWEEN = 1.0
@@ -92,6 +92,8 @@ def characterise(
     least = min(targets.values(), key=lambda t: t.n_ctx or float("inf"))
     fitted, skipped = fit_context(workload, least.n_ctx, least.limit)
     corpus = Corpus.of(fitted.text)
+    for target in targets.values():
+        target.learn(corpus.sample(SAMPLE, str(seed)))
     described = {side: target.describe() for side, target in targets.items()}
     run_as = {**fitted.to_dict(), "skipped": skipped, "text_digest": corpus.digest()}
     if resume is None:
@@ -131,8 +133,6 @@ class _Session:
         self.limits = {
             side: Limits(roof.threads, roof.isa) for side, roof in self.roofs.items() if roof
         }
-        for target in targets.values():
-            target.learn(corpus.sample(SAMPLE, str(record.seed)))
         # A cache that cannot be switched off may know the prompts of another sitting.
         self.salt = record.created if any(t.caches for t in targets.values()) else ""
         self.trees: dict[str, list[Token]] = {}
@@ -230,6 +230,8 @@ class _Session:
             self.targets[step.side].check()
         except DesksideError:
             raise DesksideError(f"{step.name}: {error}; {hint}") from None
+        if step.before is not None and step.before not in self.said:
+            return  # it was not even tried
         self.failures += 1
         if self.failures == MOST_FAILURES:
             raise DesksideError(
