@@ -62,8 +62,9 @@ def openai() -> Iterator[Server]:
 
 
 def test_llama_server_is_asked_in_its_own_way(llama: Server, out: Path) -> None:
-    record = bench(llama, out)
+    record = bench(llama, out, seed=70)
     target = record.targets["A"]
+    assert [body["seed"] for body in llama.requests] == [70, 71, 72, 73]
     assert (target.kind, target.name, target.n_ctx) == ("endpoint", "fake.gguf", N_CTX)
     assert target.engine == "llama-server b1-fake" and target.url == llama.url
     for run, item, body in zip(record.runs, WORKLOAD.items, llama.requests, strict=True):

@@ -97,6 +97,22 @@ def test_only_the_first_run_after_loading_is_cold(tmp_path: Path) -> None:
     assert len({r.output for r in runs[:3]}) == 3
 
 
+@pytest.mark.parametrize("preset", ["tiny-moe", "tiny-llama"])
+def test_a_cache_answers_only_where_it_may(preset: str) -> None:
+    fresh = InProcess(tiny(preset), sha=False, ctx=256, threads=1)
+    prompt = fresh.encode("The same words again and again and again.", True)
+    params = SMALL.params(3, seed=1)
+
+    def run(prompt: list[Any], reuse: bool) -> tuple[Run, list[Any]]:
+        return fresh.run(prompt, params, reuse=reuse, on_token=lambda: None)
+
+    first, answer = run(prompt, False)
+    again, _ = run(prompt, False)
+    assert first.cached_tokens == again.cached_tokens == 0 and first.output == again.output
+    longer, _ = run(prompt + answer + prompt, True)
+    assert longer.cached_tokens == len(prompt) + 2
+
+
 def test_ceilings_are_those_of_the_cost_model(target: InProcess, tmp_path: Path) -> None:
     record = characterise(SMALL, {"A": target}, tmp_path / "r.json")
     work = Work.of(target.llm.tape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,8 @@ def test_hashes_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     seen.clear()
     assert hashed([path], progress=lambda label, done, total: seen.append(label)) == [file]
     assert not seen
-    path.write_bytes(b"abd!")
+    path.write_bytes(b"abd")  # as long as before, but later
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
     assert hashed([path])[0].sha256 != file.sha256
     assert hashed([path], sha=False)[0].sha256 is None
     cache_file().write_text("[broken")

@@ -123,8 +123,8 @@ def main(request: Request) -> None:
             opened = _open(task, request, progress, stack)
         out = out or _out(request, _name(task, opened))
         assert out is not None
-        with progress_bar(DRAWN_PER_SECOND) as progress:
-            try:
+        try:
+            with progress_bar(DRAWN_PER_SECOND) as progress:
                 record = measure.characterise(
                     task.workload,
                     opened,
@@ -134,12 +134,12 @@ def main(request: Request) -> None:
                     command=_command(sys.argv[1:]),
                     progress=progress,
                 )
-            except KeyboardInterrupt:
-                n = len(Record.load(out).runs) if out.exists() else 0
-                note(f"stopped; {n} runs are in {out}; deskside bench --resume {out} goes on")
-                raise typer.Exit(130) from None
-            if request.profile:
-                _profile(record, opened, out, progress)
+                if request.profile:
+                    _profile(record, opened, out, progress)
+        except KeyboardInterrupt:
+            n = len(Record.load(out).runs) if out.exists() else 0
+            note(f"stopped; {n} runs are in {out}; deskside bench --resume {out} goes on")
+            raise typer.Exit(130) from None
     show(record)
     err.print(f"wrote {out}", markup=False)
     if not request.no_report:
