@@ -12,14 +12,30 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deskside import _native
-from deskside.system import available_memory, cpu_name
+# Figures of the machine that the package's own records have too.
+from deskside.bench.machine import bandwidth, bandwidth_bytes, compute, last_level_cache, rss
+from deskside.system import cpu_name
 
 CHUNK = 16 << 20
 # Activations, logits and states of one engine: 0.2 to 0.4 GB with a vocabulary of 248,320.
 WORK_BYTES = 400_000_000
 # What must stay free for the system and for measuring bandwidth.
 RESERVE = 2_000_000_000
+
+
+__all__ = [
+    "BenchError",
+    "Copier",
+    "bandwidth",
+    "bandwidth_bytes",
+    "compute",
+    "cpu_seconds",
+    "describe",
+    "last_level_cache",
+    "loading",
+    "memory_needed",
+    "rss",
+]
 
 
 class BenchError(Exception):
@@ -44,44 +60,10 @@ def loading(file_bytes: int, copies: Sequence[float], available: int) -> str | N
     return "one" if file_bytes + WORK_BYTES <= room else None
 
 
-def rss(pid: int) -> dict[str, int]:
-    """Bytes that a process holds: anonymous, and mapped from files."""
-    found = {}
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        for key, name in (("RssAnon:", "anonymous"), ("RssFile:", "file")):
-            if line.startswith(key):
-                found[name] = int(line.split()[1]) * 1024
-    return found
-
-
 def cpu_seconds(pid: int) -> float:
     """CPU time that a process has used, in steps of 10 ms (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache; 0 where Linux does not tell."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
-    return max(sizes)
-
-
-def bandwidth_bytes(available: int) -> int:
-    """How much to read to measure memory: beyond three times the last cache, if it fits."""
-    return max(1 << 27, min(max(1 << 30, 3 * last_level_cache()), available // 4))
-
-
-def bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` read from memory now."""
-    return float(_native.read_bandwidth(threads, bandwidth_bytes(available_memory()), 3))
-
-
-def compute(threads: int, isa: str = "") -> float:
-    """int8 multiply-adds per second of `threads`."""
-    return float(_native.compute_limit(threads, isa))
 
 
 class Copier:

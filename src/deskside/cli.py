@@ -192,6 +192,105 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
+    ] = None,
+    endpoint: Annotated[
+        str | None, Option("--endpoint", metavar="URL", help="measure a server instead")
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, Option("--endpoint-model", help="which of the server's models")
+    ] = None,
+    api_key: Annotated[str | None, Option("--api-key", help="of the server; not recorded")] = None,
+    timeout: Annotated[
+        float, Option("--timeout", help="seconds that a server may be silent, prefill included")
+    ] = 600.0,
+    vs: Annotated[
+        str | None,
+        Option("--vs", metavar="URL_OR_FILE", help="measure this as well, in turns: A B, B A, …"),
+    ] = None,
+    workload: Annotated[
+        str | None,
+        Option("-w", "--workload", metavar="NAME_OR_FILE", show_default="article"),
+    ] = None,
+    list_: Annotated[bool, Option("--list", help="show the workloads that come along")] = False,
+    runs: Annotated[
+        int | None, Option("--runs", help="times that the whole workload is run")
+    ] = None,
+    warmup: Annotated[
+        str | None,
+        Option(
+            "--warmup",
+            metavar="auto|N",
+            help="runs that only warm up; auto = none, the report finds what was warm-up",
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None, Option("--scale", help="shrink prompts and answers to this share")
+    ] = None,
+    max_prompt: Annotated[
+        int | None, Option("--max-prompt", help="cut prompts to so many tokens")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, Option("--max-tokens", help="cut answers to so many tokens")
+    ] = None,
+    text: Annotated[
+        Path | None, Option("--text", help="folder to cut prompts from", show_default="stdlib")
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        Option("-c", "--ctx-size", show_default="what the workload needs"),
+    ] = None,
+    threads: Annotated[
+        int | None, Option("-t", "--threads", help="threads; 0 = one per usable core")
+    ] = None,
+    ubatch: Annotated[
+        int | None, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
+    ] = None,
+    ctk: Annotated[str | None, Option("-ctk", "--cache-type-k", help="f16, q8_0 or f32")] = None,
+    ctv: Annotated[str | None, Option("-ctv", "--cache-type-v", help="f16, q8_0 or f32")] = None,
+    isa: Annotated[str | None, Option("--isa", help="force an instruction set")] = None,
+    temp: Annotated[float | None, Option("--temp", help="instead of the workload's")] = None,
+    top_k: Annotated[int | None, Option("--top-k")] = None,
+    top_p: Annotated[float | None, Option("--top-p")] = None,
+    min_p: Annotated[float | None, Option("--min-p")] = None,
+    repeat_penalty: Annotated[float | None, Option("--repeat-penalty")] = None,
+    seed: Annotated[
+        int | None, Option("-s", "--seed", help="of prompts and sampling", show_default="0")
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None,
+        Option("--ignore-eos/--no-ignore-eos", help="whether answers have their full length"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option("--out", help="JSON to write", show_default="MODEL-WORKLOAD-DATE.json"),
+    ] = None,
+    force: Annotated[bool, Option("--force", help="overwrite it")] = False,
+    resume: Annotated[
+        Path | None, Option("--resume", metavar="JSON", help="go on with a record")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        Option("--replay", metavar="JSON", help="repeat a record; -m or --endpoint: on another"),
+    ] = None,
+    no_hash: Annotated[
+        bool, Option("--no-hash", help="leave out the model files' SHA-256")
+    ] = False,
+    profile: Annotated[
+        bool, Option("--profile", help="also time every sort of step of the model")
+    ] = False,
+    no_report: Annotated[bool, Option("--no-report", help="write the JSON alone")] = False,
+) -> None:
+    """Measure a model or a server on a workload, and write a report."""
+    given = {name.rstrip("_"): value for name, value in locals().items()}
+    from deskside import cli_bench
+
+    cli_bench.main(cli_bench.Request(**given))
+
+
+@app.command()
 def synth(
     preset: Annotated[str, typer.Argument(help="such as qwen3.5-35b-a3b or tiny-moe")],
     out: Annotated[Path, typer.Argument(help="GGUF file to write")],
@@ -356,7 +455,7 @@ def main() -> None:
         sys.exit(2)  # closed: nobody could read a result or a reason
     arguments = sys.argv[1:]
     notes: list[str] = []
-    if arguments[:1] == ["run"]:
+    if arguments[:1] in (["run"], ["bench"]):
         arguments, notes = _strip_ignored(arguments)
     for line in notes:
         console.note(line)

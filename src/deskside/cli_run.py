@@ -5,24 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from deskside.config import demo_model
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.errors import DesksideError
 from deskside.sampler import SamplingParams
 
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-
-
-def demo_model() -> Path:
-    """The model that comes with the package."""
-    path = Path(str(resources.files("deskside") / "data" / "demo.gguf"))
-    if not path.exists():
-        raise DesksideError("the bundled demo model is not installed; name a model with -m FILE")
-    return path
 
 
 def main(

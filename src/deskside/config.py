@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 
 from deskside.cache import kv_type
 from deskside.errors import DesksideError
@@ -52,3 +54,11 @@ class EngineConfig:
     def n_threads(self) -> int:
         """Threads to run: at most one a core, for more would only wait for each other."""
         return min(self.threads or usable_cores(), usable_cores())
+
+
+def demo_model() -> Path:
+    """The model that comes with the package."""
+    path = Path(str(resources.files("deskside") / "data" / "demo.gguf"))
+    if not path.exists():
+        raise DesksideError("the bundled demo model is not installed; name a model with -m FILE")
+    return path

@@ -25,15 +25,24 @@ def error(text: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
-    """A bar with percentage and time left for a callback of (label, done, total)."""
+def progress_bar(per_second: float = 10) -> Iterator[Report]:
+    """A bar with percentage and time left for a callback of (label, done, total).
+
+    per_second: how often it is drawn; that takes a moment from what is measured meanwhile.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        refresh_per_second=per_second,
+    ) as progress:
         task = progress.add_task("", total=None)
 
         def report(label: str, done: int, total: int) -> None:

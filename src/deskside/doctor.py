@@ -9,6 +9,7 @@ from rich.table import Table
 
 from deskside import _native
 from deskside.system import (
+    FLAGS,
     available_memory,
     cpu_flags,
     cpu_name,
@@ -16,8 +17,6 @@ from deskside.system import (
     usable_cores,
 )
 
-# What the kernels could use, as the Linux kernel spells it.
-FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
 # Beyond any last-level cache of a workstation, so that memory is measured.
 BANDWIDTH_BYTES = 1 << 30
 PASSES = 5

@@ -6,6 +6,9 @@ import os
 import platform
 from pathlib import Path
 
+# What the kernels could use, as the Linux kernel spells it.
+FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
+
 
 def usable_cores() -> int:
     """Logical CPUs that this process may keep busy: its affinity, within a container's quota."""

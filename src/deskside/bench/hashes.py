@@ -1,0 +1,83 @@
+"""SHA-256 of model files, remembered: 200 GB are not read again for every record."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deskside.bench.record import ModelFile
+from deskside.progress import Progress, silent
+
+CHUNK = 16 << 20
+
+
+def cache_file() -> Path:
+    """Where hashes are remembered, under the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "deskside" / "hashes.json"
+
+
+def hashed(paths: Sequence[Path], sha: bool = True, progress: Progress = silent) -> list[ModelFile]:
+    """The files with their sizes and, with `sha`, their SHA-256.
+
+    A file of the same path, size and time of change as one that was hashed before is not read.
+    """
+    known = _read() if sha else {}
+    sizes = [path.stat().st_size for path in paths]
+    keys = [_key(path) for path in paths]
+    done, new = 0, False
+    for path, size, key in zip(paths, sizes, keys, strict=True):
+        if sha and key not in known:
+            known[key] = _hash(path, done, sum(sizes), progress)
+            new = True
+        done += size
+    if new:
+        _write(known)
+    return [
+        ModelFile(path.name, size, known.get(key))
+        for path, size, key in zip(paths, sizes, keys, strict=True)
+    ]
+
+
+def _key(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _hash(path: Path, done: int, total: int, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            done += len(data)
+            progress(f"hashing {path.name}", done, total)
+    return digest.hexdigest()
+
+
+def _read() -> dict[str, str]:
+    """What is remembered; nothing where the file is not there or not as it was written."""
+    try:
+        data: Any = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {key: value for key, value in data.items() if isinstance(value, str)}
+
+
+def _write(known: dict[str, str]) -> None:
+    """Remember; a cache that cannot be written is no failure of what was asked."""
+    path = cache_file()
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

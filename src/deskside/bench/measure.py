@@ -1,0 +1,336 @@
+"""The loop: every item of a workload on every target, in turn, and a record saved after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deskside import __version__
+from deskside.bench import machine
+from deskside.bench.ceiling import Limits
+from deskside.bench.record import Machine, Record, Run, Target
+from deskside.bench.targets import TargetRunner
+from deskside.bench.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
+from deskside.bench.workload import Item, Workload, fit_context
+from deskside.errors import DesksideError
+from deskside.progress import Progress, silent
+
+SAMPLE = 4000  # characters that a target is shown beforehand
+MOST_FAILURES = 3  # in a row, until it makes no sense to go on
+# Seconds between two looks at the progress bar: drawing it takes time from a decoding thread.
+BETWEEN = 1.0
+# How many tokens of a prompt take as long as a generated one, until a run has told.
+USUAL_RATIO = 12.0
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A run to make. `index` counts the plan's entries: the sides of a pair have the same one.
+
+    key: decides the text. part: of the tree, for an item that stands for all of it. before: the
+    step whose prompt and answer this one continues.
+    """
+
+    index: int
+    side: str
+    item: Item
+    key: str
+    warmup: bool = False
+    part: int | None = None
+    before: Step | None = None
+
+    @property
+    def name(self) -> str:
+        return self.item.name if self.part is None else f"{self.item.name} {self.part + 1}"
+
+
+def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) -> list[Step]:
+    """The runs in their order. parts: prompts that the tree is read in.
+
+    Two sides take turns, and which one is first changes with every pair and every round.
+    """
+    listed: list[tuple[Item, int | None]] = []
+    for item in workload.items:
+        listed += [(item, number) for number in (range(parts) if item.tree else [None])]
+    entries = [(listed[0], True, i) for i in range(workload.warmup)]
+    for r in range(workload.repeats):
+        entries += [(entry, False, r + place) for place, entry in enumerate(listed)]
+    steps: list[Step] = []
+    last: dict[str, Step] = {}
+    for index, ((item, number), warmup, turn) in enumerate(entries):
+        swapped = turn % 2 == 1
+        for side in reversed(sides) if swapped else sides:
+            before = last[side] if item.continues else None
+            key = f"{seed} {index}"
+            last[side] = Step(index, side, item, key, warmup, number, before)
+            steps.append(last[side])
+    return steps
+
+
+def characterise(
+    workload: Workload,
+    targets: Mapping[str, TargetRunner],
+    out: Path,
+    *,
+    seed: int = 0,
+    resume: Record | None = None,
+    command: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Record:
+    """Run a workload on the targets, by side; the record is in `out` after every run.
+
+    resume: a record of the same workload and targets: only what it lacks, or what failed in it, is
+    run. DesksideError before anything runs if an item is too long for a target, or if the record to
+    resume is of something else; and if the runs cannot go on, as when an endpoint is gone.
+    Interrupted (KeyboardInterrupt), the run at hand is lost and those before it are in `out`.
+    """
+    least = min(targets.values(), key=lambda t: t.n_ctx or float("inf"))
+    fitted, skipped = fit_context(workload, least.n_ctx, least.limit)
+    corpus = Corpus.of(fitted.text)
+    for target in targets.values():
+        target.learn(corpus.sample(SAMPLE, str(seed)))
+    described = {side: target.describe() for side, target in targets.items()}
+    run_as = {**fitted.to_dict(), "skipped": skipped, "text_digest": corpus.digest()}
+    if resume is None:
+        record = Record(
+            workload=run_as,
+            targets=described,
+            machine=_machine(targets),
+            command=list(command),
+            seed=seed,
+            created=_now(),
+            deskside=__version__,
+        )
+    else:
+        record = resume
+        _expect_same(record, run_as, described, seed, out)
+    session = _Session(fitted, targets, corpus, record, out, progress)
+    session.save()
+    session.go()
+    return record
+
+
+class _Session:
+    """One sitting: what the targets hold, and the record as it grows."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        targets: Mapping[str, TargetRunner],
+        corpus: Corpus,
+        record: Record,
+        out: Path,
+        progress: Progress,
+    ) -> None:
+        self.workload, self.targets, self.corpus = workload, targets, corpus
+        self.record, self.out = record, out
+        self.roofs = {side: target.roof() for side, target in targets.items()}
+        self.limits = {
+            side: Limits(roof.threads, roof.isa) for side, roof in self.roofs.items() if roof
+        }
+        # A cache that cannot be switched off may know the prompts of another sitting.
+        self.salt = record.created if any(t.caches for t in targets.values()) else ""
+        self.trees: dict[str, list[Token]] = {}
+        steps = plan(workload, list(targets), f"{record.seed}{self.salt}", self._parts())
+        done = {(run.index, run.side) for run in record.runs if run.ok}
+        self.steps = [step for step in steps if (step.index, step.side) not in done]
+        self.said: dict[Step, list[Token]] = {}  # prompt and answer of a side's last step
+        self.bar = _Bar(progress, steps, self.steps)
+        self.failures = 0
+
+    def _parts(self) -> int:
+        """Prompts that the tree takes on the side whose tokens are most; 0 where none is read."""
+        items = [item for item in self.workload.items if item.tree]
+        if not items:
+            return 0
+        for side, target in self.targets.items():
+            self.trees[side] = tokens_of(self.corpus, target.encode)
+        most = max(len(tokens) for tokens in self.trees.values()) * self.workload.scale
+        return max(1, -int(-most // text_of_part(items[0].prompt)))
+
+    def go(self) -> None:
+        for step in self.steps:
+            self.bar.begin(step)
+            run = self._run(step)
+            run.index, run.name, run.side, run.warmup = (
+                step.index,
+                step.name,
+                step.side,
+                step.warmup,
+            )
+            place = (run.index, run.side)
+            self.record.runs = [r for r in self.record.runs if (r.index, r.side) != place]
+            self.record.runs.append(run)
+            self.save()
+            self.bar.end(step, run)
+            if run.error is not None:
+                self._stop_if_hopeless(step, run.error)
+            else:
+                self.failures = 0
+
+    def _run(self, step: Step) -> Run:
+        """The step's run; a failure is a run, too."""
+        target = self.targets[step.side]
+        limits = self.limits.get(step.side)
+        if limits is not None:
+            limits.refresh()
+        started = _now()
+        watch = machine.Watch(own=target.own, local=target.local)
+        try:
+            prompt = self._prompt(step)
+            with watch:
+                run = self._generate(step, prompt)
+        except DesksideError as failure:
+            run = Run(index=step.index, name=step.name, error=str(failure))
+        run.started, run.load = started, watch.load
+        roof = self.roofs[step.side]
+        if run.ok and roof is not None and limits is not None:
+            run.ceiling = roof.over(run, limits.bandwidth, limits.compute)
+        return run
+
+    def _generate(self, step: Step, prompt: list[Token]) -> Run:
+        params = self.workload.params(step.item.generate, self.record.seed + step.index)
+        run, answer = self.targets[step.side].run(
+            prompt, params, reuse=step.item.continues, on_token=self.bar.token
+        )
+        self.said = {s: tokens for s, tokens in self.said.items() if s.side != step.side}
+        self.said[step] = prompt + answer
+        return run
+
+    def _prompt(self, step: Step) -> list[Token]:
+        encode, item = self.targets[step.side].encode, step.item
+        if step.part is not None:
+            return part(item.prompt, step.part, step.key, self.trees[step.side], encode)
+        if step.before is None:
+            return fresh(item.prompt, step.key, self.corpus, encode)
+        said = self._said(step.before)
+        return said + exactly(item.prompt, self.corpus.shuffled(step.key), encode)
+
+    def _said(self, step: Step) -> list[Token]:
+        """Prompt and answer of the step that is continued.
+
+        In a record that is resumed it may have been run before: then it runs again, unrecorded, so
+        that the conversation, and what a cache holds, is there.
+        """
+        if step not in self.said:
+            if step in self.steps:
+                raise DesksideError(f"{step.name}, which it continues, failed")
+            self._generate(step, self._prompt(step))
+        return self.said[step]
+
+    def _stop_if_hopeless(self, step: Step, error: str) -> None:
+        kept = sum(run.ok for run in self.record.runs)
+        hint = f"{kept} runs are in {self.out}; --resume {self.out} goes on"
+        try:
+            self.targets[step.side].check()
+        except DesksideError:
+            raise DesksideError(f"{step.name}: {error}; {hint}") from None
+        if step.before is not None and step.before not in self.said:
+            return  # it was not even tried
+        self.failures += 1
+        if self.failures == MOST_FAILURES:
+            raise DesksideError(
+                f"{MOST_FAILURES} runs in a row failed, the last one, {step.name}: {error}; {hint}"
+            )
+
+    def save(self) -> None:
+        try:
+            self.record.save(self.out)
+        except OSError as failure:
+            reason = failure.strerror or str(failure)
+            there = self.out.exists() and sum(run.ok for run in Record.load(self.out).runs)
+            kept = f"; {there} runs are in it, --resume goes on with it" if there else ""
+            raise DesksideError(f"{self.out}: cannot be written: {reason}{kept}") from None
+
+
+class _Bar:
+    """Progress in units of a prompt's token, so that a bar can tell the time left."""
+
+    def __init__(self, progress: Progress, steps: Sequence[Step], left: Sequence[Step]) -> None:
+        self._progress = progress
+        self._all = steps
+        self._left = list(left)
+        self._ratio = USUAL_RATIO
+        self._known = False
+        self._label = ""
+        self._tokens = 0
+        self._shown = 0.0
+
+    def begin(self, step: Step) -> None:
+        side = f" {step.side}" if len({s.side for s in self._all}) > 1 else ""
+        n = len(self._all) - len(self._left) + 1
+        self._label = f"{n}/{len(self._all)} {step.name}{side}"
+        self._tokens = 0
+        self._show()
+
+    def token(self) -> None:
+        self._tokens += 1
+        if time.monotonic() - self._shown > BETWEEN:
+            self._show()
+
+    def end(self, step: Step, run: Run) -> None:
+        self._left.remove(step)
+        if run.prefill_rate and run.decode_rate and not self._known:
+            self._ratio, self._known = run.prefill_rate / run.decode_rate, True
+        self._tokens = 0
+        self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        total = sum(map(self._cost, self._all))
+        done = total - sum(map(self._cost, self._left))
+        if self._tokens:
+            done += self._left[0].item.prompt + self._ratio * self._tokens
+        self._progress(self._label, round(done), round(total))
+
+    def _cost(self, step: Step) -> float:
+        return step.item.prompt + self._ratio * step.item.generate
+
+
+def _machine(targets: Mapping[str, TargetRunner]) -> Machine:
+    """This machine, if anything is measured on it; of another one nothing is known."""
+    return machine.describe() if any(t.local for t in targets.values()) else Machine()
+
+
+def _expect_same(
+    record: Record, workload: Mapping[str, Any], targets: Mapping[str, Target], seed: int, out: Path
+) -> None:
+    """DesksideError names what is not as it was when the record was begun."""
+
+    def check(what: str, was: Any, now: Any) -> None:
+        if was != now:
+            raise DesksideError(
+                f"{out}: was measured with {what} {was!r:.80}, now it is {now!r:.80}; "
+                "begin a new record instead (--out)"
+            )
+
+    check("seed", record.seed, seed)
+    for key in sorted((record.workload.keys() | workload.keys()) - {"skipped"}):
+        check(f"workload.{key}", record.workload.get(key), workload.get(key))
+    check("sides", sorted(record.targets), sorted(targets))
+    for side, target in targets.items():
+        old, new = dataclasses.asdict(record.targets[side]), dataclasses.asdict(target)
+        for key in ("kind", "name", "engine", "url", "n_ctx"):
+            check(key, old[key], new[key])
+        for name in sorted(old["options"].keys() | new["options"].keys()):
+            check(f"option {name}", old["options"].get(name), new["options"].get(name))
+        check_files(record.targets[side], target, str(out))
+
+
+def check_files(old: Target, new: Target, source: str) -> None:
+    """DesksideError if a model's files are not those that were measured, by hash where known."""
+    for was, now in zip(old.files, new.files, strict=False):
+        hashes = (was.sha256, now.sha256)
+        if was.nbytes != now.nbytes or (all(hashes) and len(set(hashes)) > 1):
+            raise DesksideError(f"{source}: {now.name} is not the file that was measured")
+    if len(old.files) != len(new.files):
+        raise DesksideError(f"{source}: the model had {len(old.files)} files, now {len(new.files)}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
