@@ -60,7 +60,7 @@ def perplexity(
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__, quality
-    from deskside.cli_run import demo_model
+    from deskside.config import demo_model
     from deskside.console import note, progress_bar
     from deskside.engine import LLM
     from deskside.logprobs import LogProbs, LogProbWriter
