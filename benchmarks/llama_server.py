@@ -1,0 +1,42 @@
+"""llama.cpp's server from the wheel xllamacpp, for `deskside bench --vs`.
+
+    python -m benchmarks.llama_server model.gguf --port 8080 -c 8192 &
+    deskside bench -m model.gguf --vs http://127.0.0.1:8080
+
+Serves until it is stopped. pip install xllamacpp, or `make test`, which installs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from deskside.system import usable_cores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("-c", "--ctx-size", type=int, default=8192)
+    parser.add_argument("-t", "--threads", type=int, default=usable_cores())
+    args = parser.parse_args()
+    if not args.model.is_file():
+        parser.error(f"{args.model} is not there")
+    try:
+        import xllamacpp
+    except ImportError:
+        parser.error("the wheel is missing: pip install xllamacpp==2026.10.11549")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(args.model)
+    params.n_ctx, params.n_parallel, params.port = args.ctx_size, 1, args.port
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
+    server = xllamacpp.Server(params)
+    print(f"serving {args.model} at {server.listening_address}", file=sys.stderr, flush=True)
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    main()
