@@ -509,7 +509,7 @@ def test_the_shipped_workloads_are_listed() -> None:
 
 
 def test_a_key_is_not_recorded() -> None:
-    from deskside.cli_bench import _command
+    from deskside.bench.command import _command
 
     assert _command(["bench", "--api-key", "s3", "-c", "1"]) == [
         "bench",
