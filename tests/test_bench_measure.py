@@ -23,7 +23,7 @@ from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
-from deskside.config import EngineConfig
+from deskside.config import EngineConfig, demo_model
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -456,6 +456,19 @@ def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:
     assert process.returncode == 130 and b"Traceback" not in stderr
     assert f"--resume {out} goes on".encode() in stderr
     assert len(Record.load(out).runs) >= 2
+
+
+def test_the_bundled_model_gets_what_it_holds(tmp_path: Path) -> None:
+    items = [f'{{ name = "i{i}", prompt = {n}, generate = 8 }}' for i, n in enumerate((30, 12_000))]
+    path, out = tmp_path / "long.toml", tmp_path / "out.json"
+    path.write_text(f'name = "long"\nitems = [{", ".join(items)}]\n')
+    done = deskside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
+    assert done.returncode == 0 and b"workload long runs at --scale 0.04" in done.stderr
+    record = Record.load(out)
+    assert record.workload["scale"] == 0.04 and record.runs[1].prompt_tokens == 480
+    said = "the model's context is 8192; shrink the workload with --scale 0.68"
+    refused("bench", "-m", demo_model(), "-w", path, part=said)
+    refused("bench", "-w", path, "--scale", "0.9", part="with --scale 0.675 or --max-prompt")
 
 
 def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) -> None:

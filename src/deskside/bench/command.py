@@ -15,9 +15,11 @@ from deskside.bench.profile import profile
 from deskside.bench.record import Record
 from deskside.bench.request import Request, Task, task_of
 from deskside.bench.shown import show, show_workloads
+from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.models import build_tape
 from deskside.progress import Progress
 
 DRAWN_PER_SECOND = 1.0
@@ -31,7 +33,7 @@ def main(request: Request) -> int:
     if request.resume is not None and request.replay is not None:
         raise DesksideError("--resume goes on with a record, --replay repeats one: use one of them")
     record = None if request.resume is None else Record.load(request.resume)
-    task = task_of(request, record)
+    task = _fitted(task_of(request, record), request)
     out = _out(request, request.out)
     with ExitStack() as stack:
         with progress_bar() as progress:
@@ -62,6 +64,24 @@ def main(request: Request) -> int:
 
         report.write(record, out)
     return 0
+
+
+def _fitted(task: Task, request: Request) -> Task:
+    """Where neither a model nor a size was asked for, the workload shrunk to what the bundled model
+    holds; of a named model whatever is too long for it is refused or left out."""
+    side = task.sides["A"]
+    asked = request.given(("model", "endpoint", "replay", "scale", "max_prompt"))
+    if asked or side.where != str(demo_model()) or task.workload.too_long == "skip":
+        return task
+    tape = build_tape(GGUF.open(side.where))
+    room, limit = targets.context_room(tape, EngineConfig(**side.options))
+    workload = task.workload.within(room)
+    if workload.scale != task.workload.scale:
+        note(
+            f"{limit}: workload {workload.name} runs at --scale {workload.scale:g}; "
+            "-m names a model that holds more"
+        )
+    return dataclasses.replace(task, workload=workload)
 
 
 def _open(
