@@ -17,7 +17,7 @@ from typing import Any
 
 from deskside import LLM, __version__, quality
 from deskside.cli_quality import WINDOW
-from deskside.cli_run import demo_model
+from deskside.config import demo_model
 from deskside.gguf import GGUF
 from deskside.logprobs import LogProbs, LogProbWriter
 from deskside.quality import Perplexity

@@ -24,8 +24,8 @@ LAYERS = [
     {"engine"},
     {"console", "quality"},
     {"bench"},
-    {"doctor", "cli_run", "cli_bench", "cli_report"},
-    {"cli_quality"},
+    {"cli_flags"},
+    {"cli_run", "cli_bench", "cli_report", "cli_files", "cli_quality", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -23,7 +23,7 @@ from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
-from deskside.config import EngineConfig
+from deskside.config import EngineConfig, demo_model
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -73,7 +73,9 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
         assert run.generated_tokens == item.generate and len(run.gaps) == item.generate - 1
         assert run.decode_seconds is not None and run.prefill_seconds is not None
         assert run.first_seconds is not None and run.total_seconds is not None
-        assert sum(run.gaps) == pytest.approx(run.decode_seconds) and min(run.gaps) > 0
+        rounding = 5e-7 * len(run.gaps)
+        assert sum(run.gaps) == pytest.approx(run.decode_seconds, abs=rounding + 1e-9)
+        assert min(run.gaps) > 0 and all(gap == round(gap, 6) for gap in run.gaps)
         assert 0 < run.prefill_seconds <= run.first_seconds < run.total_seconds
         assert run.first_seconds + run.decode_seconds <= run.total_seconds
         assert len(run.output) == 64 and run.started.endswith("+00:00")
@@ -456,6 +458,19 @@ def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:
     assert len(Record.load(out).runs) >= 2
 
 
+def test_the_bundled_model_gets_what_it_holds(tmp_path: Path) -> None:
+    items = [f'{{ name = "i{i}", prompt = {n}, generate = 8 }}' for i, n in enumerate((30, 12_000))]
+    path, out = tmp_path / "long.toml", tmp_path / "out.json"
+    path.write_text(f'name = "long"\nitems = [{", ".join(items)}]\n')
+    done = deskside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
+    assert done.returncode == 0 and b"workload long runs at --scale 0.04" in done.stderr
+    record = Record.load(out)
+    assert record.workload["scale"] == 0.04 and record.runs[1].prompt_tokens == 480
+    said = "the model's context is 8192; shrink the workload with --scale 0.68"
+    refused("bench", "-m", demo_model(), "-w", path, part=said)
+    refused("bench", "-w", path, "--scale", "0.9", part="with --scale 0.675 or --max-prompt")
+
+
 def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
     workload, out = files
     bench("-w", workload, "--out", out, "--seed", "9", "-c", "100", "--scale", "0.9")
@@ -507,7 +522,7 @@ def test_the_shipped_workloads_are_listed() -> None:
 
 
 def test_a_key_is_not_recorded() -> None:
-    from deskside.cli_bench import _command
+    from deskside.bench.command import _command
 
     assert _command(["bench", "--api-key", "s3", "-c", "1"]) == [
         "bench",

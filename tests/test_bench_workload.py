@@ -180,3 +180,18 @@ def test_a_conversation_ends_where_a_turn_is_left_out(tmp_path: Path) -> None:
         fit_context(w, 200, "why")
     kept, skipped = fit_context(more, 120, "why")
     assert [i.name for i in kept.items] == ["a", "c"] and [s["name"] for s in skipped] == ["b"]
+
+
+@pytest.mark.parametrize("name", ["article", "agent", "chat"])
+def test_a_workload_is_shrunk_as_far_as_a_context_takes(name: str) -> None:
+    whole = Workload.read(name)
+
+    def longest(workload: Workload) -> int:
+        return max(depth for _, depth in workload.depths())
+
+    assert whole.within(longest(whole)) == whole
+    for n_ctx in (longest(whole) - 1, 2000):
+        shrunk = whole.within(n_ctx)
+        assert longest(shrunk) <= n_ctx and shrunk.scale < 1
+        assert longest(whole.shrunk(shrunk.scale + 0.01)) > n_ctx
+    assert whole.within(10) == whole  # nothing that could run: refused later, with its reason

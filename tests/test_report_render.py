@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from deskside.bench import record as record_module
-from deskside.bench import report
+from deskside.bench import report, tables
 from deskside.bench.record import Ceiling, Load, OpProfile, Record, Run, Target
 from deskside.bench.verdict import REASONS
 from records import make_record
@@ -109,6 +109,20 @@ def test_markdown_has_the_articles_tables(tmp_path: Path) -> None:
     assert "Run 12: TG" in text and "Run 17 failed: the server closed" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-140.3, "-140"), (12345.6, "+12,346"), (0.0, "+0"), (-12.34, "-12.3"), (0.01234, "+0.0123")],
+)
+def test_numbers_are_read_without_exponents(value: float, text: str) -> None:
+    assert tables.number(value, "+") == text
+    assert tables.number(abs(value)) == text.lstrip("+-")
+
+
+def test_a_steep_slope_is_read_without_exponents(tmp_path: Path) -> None:
+    record = make_record(prompts=(20, 40, 80, 160, 320, 640, 1000), rate=2000, slope=0.1)
+    assert re.search(r"TG changes by -1\d\d tok/s \(-\d+ to -\d+\)", rendered(record, tmp_path)[0])
 
 
 def test_two_sides_are_compared(tmp_path: Path) -> None:

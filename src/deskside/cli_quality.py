@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 
@@ -21,22 +22,10 @@ if TYPE_CHECKING:
 DEFAULTS = EngineConfig()
 WINDOW = 512  # tokens, as in llama.cpp's tool
 
-Threads = Annotated[int, Option("-t", "--threads", help="threads; 0 = one per usable core")]
-Isa = Annotated[str | None, Option("--isa", help="force an instruction set")]
-CacheK = Annotated[
-    str, Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32")
-]
-CacheV = Annotated[
-    str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
-]
-Json = Annotated[bool, Option("--json", help="print the result as JSON")]
-
 
 def perplexity(
     file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
-    model: Annotated[
-        Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
-    ] = None,
+    model: Model = None,
     ctx: Annotated[
         int, Option("-c", "--ctx-size", help="tokens of a window; 0 = the model's context")
     ] = WINDOW,
@@ -50,13 +39,11 @@ def perplexity(
         Option("--kl", metavar="REF", help="compare with a reference that --save-logits wrote"),
     ] = None,
     threads: Threads = DEFAULTS.threads,
-    ubatch: Annotated[
-        int, Option("-ub", "--ubatch-size", help="most tokens computed at once")
-    ] = DEFAULTS.ubatch,
+    ubatch: Ubatch = DEFAULTS.ubatch,
     ctk: CacheK = DEFAULTS.ctk,
     ctv: CacheV = DEFAULTS.ctv,
     isa: Isa = DEFAULTS.isa,
-    as_json: Json = False,
+    as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__, quality
@@ -141,9 +128,7 @@ def predict(
         bool, Option("--keep/--no-keep", help="leave the slices in the cache folder")
     ] = True,
     threads: Threads = DEFAULTS.threads,
-    ubatch: Annotated[
-        int, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
-    ] = DEFAULTS.ubatch,
+    ubatch: Ubatch = DEFAULTS.ubatch,
     kv: Annotated[str, Option("--kv", help="type of the cache: f16, q8_0, f32")] = DEFAULTS.ctk,
     isa: Isa = DEFAULTS.isa,
     out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,

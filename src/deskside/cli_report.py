@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
-from deskside.bench import report, tables
-from deskside.bench.compare import Comparison, compare
-from deskside.bench.record import Record
-from deskside.bench.verdict import DEFAULTS, Criteria
 from deskside.console import err, note
 from deskside.errors import DesksideError
+
+if TYPE_CHECKING:
+    from deskside.bench.compare import Comparison
 
 REGRESSION = 1  # exit code
 
 
-def compare_records(a: Path, b: Path | None, threshold: float, *, as_json: bool) -> int:
-    """Shows the comparison and returns the exit code; `threshold` in per cent."""
+def compare(
+    a: Annotated[Path, Argument(metavar="A.json", help="baseline; or one record with both sides")],
+    b: Annotated[Path | None, Argument(metavar="B.json", help="candidate")] = None,
+    threshold: Annotated[
+        float, Option("--threshold", metavar="PCT", help="slower by more is a regression")
+    ] = 5.0,
+    as_json: Annotated[bool, Option("--json", help="print the comparison as JSON")] = False,
+) -> int:
+    """Compare two records of `bench`, or both sides of one made with --vs.
+
+    In one record A is the candidate. Exit code 1 if the candidate is slower beyond the threshold, 2
+    for bad input."""
+    from deskside.bench import compare as comparing
+    from deskside.bench.record import Record
+
     if not 0 <= threshold < 100:
         raise DesksideError(f"--threshold {threshold:g}: expected per cent from 0 to below 100")
     baseline = Record.load(a)
     candidate = Record.load(b) if b is not None else None
     try:
-        found = compare(baseline, candidate, threshold / 100)
+        found = comparing.compare(baseline, candidate, threshold / 100)
     except DesksideError as failure:
         named = " and ".join(str(path) for path in (a, b) if path is not None)
         raise DesksideError(f"{named}: {failure}") from None
@@ -38,7 +52,9 @@ def compare_records(a: Path, b: Path | None, threshold: float, *, as_json: bool)
 
 
 def _show(found: Comparison) -> None:
-    # a pipe has no width of its own, and a narrow table cuts figures
+    from deskside.bench import tables
+
+    # A pipe has no width of its own, and a narrow table cuts figures
     out = Console(highlight=False)
     if not out.is_terminal:
         out = Console(highlight=False, width=120)
@@ -60,8 +76,18 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def rerender(path: Path, criteria: Path | None) -> None:
-    """Markdown and HTML beside the record, anew."""
+def report(
+    record: Annotated[Path, Argument(metavar="RECORD.json", help="made by bench")],
+    criteria: Annotated[
+        Path | None,
+        Option("--criteria", metavar="FILE.toml", help="other limits for the daily-use verdict"),
+    ] = None,
+) -> None:
+    """Write RECORD.md and RECORD.html again from a record; nothing is measured."""
+    from deskside.bench import report as reporting
+    from deskside.bench.record import Record
+    from deskside.bench.verdict import DEFAULTS, Criteria
+
     limits = Criteria.load(criteria) if criteria is not None else DEFAULTS
-    for written in report.write(Record.load(path), path, limits):
+    for written in reporting.write(Record.load(record), record, limits):
         err.print(str(written), markup=False)

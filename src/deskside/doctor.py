@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deskside import _native
+from deskside.cli_flags import Threads
+from deskside.config import EngineConfig
 from deskside.system import (
     FLAGS,
     available_memory,
@@ -22,9 +24,10 @@ BANDWIDTH_BYTES = 1 << 30
 PASSES = 5
 
 
-def report(n_threads: int) -> None:
+def doctor(threads: Threads = 0) -> None:
+    """Show what this machine has and how fast it reads memory: the ceiling of decode speed."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts(n_threads):
+    for name, value in facts(EngineConfig(threads=threads).n_threads):
         table.add_row(name, value)
     Console(highlight=False).print(table)
 
@@ -45,13 +48,13 @@ def facts(n_threads: int) -> list[tuple[str, str]]:
     size = min(BANDWIDTH_BYTES, available_memory() // 4)
     for n in sorted({1, n_threads}):
         rate = _native.read_bandwidth(n, size, PASSES)
-        rows.append((f"read bandwidth, {threads(n)}", f"{rate / 1e9:.1f} GB/s"))
+        rows.append((f"read bandwidth, {_count(n)}", f"{rate / 1e9:.1f} GB/s"))
     rows.append(("decode ceiling", f"{rate / 1e9:.1f} tok/s for each GB that a token reads"))
     products = _native.compute_limit(n_threads)
     limit = f"{products / 1e9:.0f} G 8-bit products/s ({_native.choose()})"
-    rows.append((f"prefill ceiling, {threads(n_threads)}", limit))
+    rows.append((f"prefill ceiling, {_count(n_threads)}", limit))
     return rows
 
 
-def threads(n: int) -> str:
+def _count(n: int) -> str:
     return "1 thread" if n == 1 else f"{n} threads"

@@ -188,6 +188,7 @@ class _Session:
         except DesksideError as failure:
             run = Run(index=step.index, name=step.name, error=str(failure))
         run.started, run.load = started, watch.load
+        run.gaps = [round(gap, 6) for gap in run.gaps]  # no clock here tells more; files stay small
         roof = self.roofs[step.side]
         if run.ok and roof is not None and limits is not None:
             run.ceiling = roof.over(run, limits.bandwidth, limits.compute)

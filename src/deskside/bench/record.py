@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Run:
     first_seconds     from the request to the first token
     decode_seconds    from the first to the last token: generated_tokens - 1 steps
     total_seconds     from the request to the end
-    gaps              between consecutive tokens, generated_tokens - 1 of them
+    gaps              between consecutive tokens, generated_tokens - 1 of them, to a microsecond
     clock             "engine", "server" (llama-server's timings) or "stream" (arrival here)
     output            SHA-256 of the generated text
     error             one line; the clocks of a failed run are not to be used
@@ -191,7 +192,7 @@ class Record:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             partial.unlink(missing_ok=True)
             raise
 
@@ -199,16 +200,37 @@ class Record:
     def load(cls, path: Path) -> Self:
         """Read a record; DesksideError names the file and what is wrong with it."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as failure:
+            data = json.loads(
+                path.read_text(encoding="utf-8"),
+                parse_constant=_finite,
+                parse_float=_finite,
+                parse_int=_whole,
+            )
+        except (ValueError, RecursionError) as failure:
             raise DesksideError(f"{path}: not a record of deskside bench: {failure}") from None
         if not isinstance(data, dict) or "schema" not in data:
             raise DesksideError(f"{path}: not a record of deskside bench")
         if data["schema"] != SCHEMA:
             raise DesksideError(
-                f"{path}: schema {data['schema']!r}; this deskside reads schema {SCHEMA}"
+                f"{path}: schema {data['schema']!r:.40}; this deskside reads schema {SCHEMA}"
             )
         return _build(cls, data, str(path))  # type: ignore[no-any-return]
+
+
+def _finite(text: str) -> float:
+    """A number of JSON; ValueError for NaN, Infinity and what is too large for a float."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
+def _whole(text: str) -> int:
+    """A whole number of JSON; ValueError beyond 64 bits, where no count or size is."""
+    value = int(text)
+    if abs(value) >= 1 << 64:
+        raise ValueError(f"{text[:20]}… is too large")
+    return value
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

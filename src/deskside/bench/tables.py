@@ -31,13 +31,14 @@ class Table:
 # numbers
 
 
-def number(x: float | None) -> str:
-    """Three significant digits, or all digits before the point."""
+def number(x: float | None, sign: str = "") -> str:
+    """Three significant digits, or all digits before the point; `sign` as in a format."""
     if x is None or not math.isfinite(x):
         return NONE
     if abs(x) >= 100 or x == 0:
-        return f"{x:,.0f}"
-    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}" if abs(x) >= 1 else f"{x:.3g}"
+        return f"{x:{sign},.0f}"
+    digits = 1 if abs(x) >= 10 else 2 if abs(x) >= 1 else 3
+    return f"{x:{sign}.{digits}{'f' if digits < 3 else 'g'}}"
 
 
 def percent(x: float | None, sign: str = "") -> str:
@@ -240,9 +241,10 @@ def _depth(side: Side) -> str:
     }[d.stable()]
     slope, ends = "unknown", ""
     if d.per_1k is not None:
-        slope = f"{d.per_1k:+.2g} tok/s"
+        slope = f"{number(d.per_1k, '+')} tok/s"
     if d.per_1k_interval is not None:
-        ends = f" ({d.per_1k_interval.low:+.2g} to {d.per_1k_interval.high:+.2g})"
+        low, high = d.per_1k_interval.low, d.per_1k_interval.high
+        ends = f" ({number(low, '+')} to {number(high, '+')})"
     change = percent(d.change, "+")
     if d.change_interval is not None:
         low, high = d.change_interval.low, d.change_interval.high

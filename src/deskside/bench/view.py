@@ -70,12 +70,11 @@ def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
         compared = compare(record)
     except DesksideError:
         compared = None  # one side, or no pairs: nothing to compare
-    title = record.workload.get("name")
     first = pages[0].target.name if pages else "nothing"
     return View(
         record=record,
         summary=summary,
-        title=f"{first or 'unnamed model'}, workload {title if isinstance(title, str) else '?'}",
+        title=f"{first or 'unnamed model'}, workload {_workload(record)}",
         headline=" ".join(
             f"{page.side.name}: {page.headline}" if len(pages) > 1 else page.headline
             for page in pages
@@ -88,6 +87,12 @@ def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
             *([f"# made by: {shlex.join(record.command)}"] if record.command else []),
         ],
     )
+
+
+def _workload(record: Record) -> str:
+    name, scale = (record.workload.get(key) for key in ("name", "scale"))
+    shrunk = isinstance(scale, float) and scale < 1
+    return (name if isinstance(name, str) else "?") + (f" at scale {scale:g}" if shrunk else "")
 
 
 def _page(record: Record, side: Side, criteria: list[Criterion]) -> Page:

@@ -152,6 +152,15 @@ class Workload:
             max_tokens=_least(self.max_tokens, max_tokens),
         )
 
+    def within(self, n_ctx: int) -> Workload:
+        """At the largest scale, in hundredths, with which no item needs more than `n_ctx` tokens of
+        context; as it is where none does."""
+        for hundredths in range(100, 0, -1):
+            shrunk = self.shrunk(hundredths / 100)
+            if max(depth for _, depth in shrunk.depths()) <= n_ctx:
+                return shrunk
+        return self
+
     def params(self, max_tokens: int, seed: int) -> SamplingParams:
         """How a run of this workload samples."""
         return dataclasses.replace(
@@ -230,9 +239,11 @@ def fit_context(
         elif n_ctx is not None and depth > n_ctx:
             why = f"needs a context of {depth} tokens; {reason}"
         if why and workload.too_long == "refuse":
+            fitting = workload.within(n_ctx) if n_ctx is not None else workload
+            scale = "" if fitting == workload else f" {fitting.scale:g}"
             raise DesksideError(
                 f"workload {workload.name}: item {item.name!r} {why}; "
-                "shrink the workload with --scale or --max-prompt"
+                f"shrink the workload with --scale{scale} or --max-prompt"
             )
         gone = bool(why) or (gone and item.continues)
         if gone:

@@ -1,0 +1,181 @@
+"""`deskside bench`: opens the targets, has them measured, writes record and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+
+from deskside.bench import endpoint, measure, targets
+from deskside.bench.hashes import hashed
+from deskside.bench.profile import profile
+from deskside.bench.record import Record
+from deskside.bench.request import Request, Task, task_of
+from deskside.bench.shown import show, show_workloads
+from deskside.config import EngineConfig, demo_model
+from deskside.console import err, note, progress_bar
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF
+from deskside.models import build_tape
+from deskside.progress import Progress
+
+DRAWN_PER_SECOND = 1.0
+
+
+def main(request: Request) -> int:
+    """Returns the exit code."""
+    if request.list:
+        show_workloads()
+        return 0
+    if request.resume is not None and request.replay is not None:
+        raise DesksideError("--resume goes on with a record, --replay repeats one: use one of them")
+    record = None if request.resume is None else Record.load(request.resume)
+    task = _fitted(task_of(request, record), request)
+    out = _out(request, request.out)
+    with ExitStack() as stack:
+        with progress_bar() as progress:
+            opened = _open(task, request, progress, stack)
+        out = out or _out(request, _name(task, opened))
+        assert out is not None
+        try:
+            with progress_bar(DRAWN_PER_SECOND) as progress:
+                record = measure.characterise(
+                    task.workload,
+                    opened,
+                    out,
+                    seed=task.seed,
+                    resume=record,
+                    command=_command(sys.argv[1:]),
+                    progress=progress,
+                )
+                if request.profile:
+                    _profile(record, opened, out, progress)
+        except KeyboardInterrupt:
+            n = len(Record.load(out).runs) if out.exists() else 0
+            note(f"stopped; {n} runs are in {out}; deskside bench --resume {out} goes on")
+            return 130
+    show(record)
+    err.print(f"wrote {out}", markup=False)
+    if not request.no_report:
+        from deskside.bench import report
+
+        report.write(record, out)
+    return 0
+
+
+def _fitted(task: Task, request: Request) -> Task:
+    """Where neither a model nor a size was asked for, the workload shrunk to what the bundled model
+    holds; of a named model whatever is too long for it is refused or left out."""
+    side = task.sides["A"]
+    asked = request.given(("model", "endpoint", "replay", "scale", "max_prompt"))
+    if asked or side.where != str(demo_model()) or task.workload.too_long == "skip":
+        return task
+    tape = build_tape(GGUF.open(side.where))
+    room, limit = targets.context_room(tape, EngineConfig(**side.options))
+    workload = task.workload.within(room)
+    if workload.scale != task.workload.scale:
+        note(
+            f"{limit}: workload {workload.name} runs at --scale {workload.scale:g}; "
+            "-m names a model that holds more"
+        )
+    return dataclasses.replace(task, workload=workload)
+
+
+def _open(
+    task: Task, request: Request, progress: Progress, stack: ExitStack
+) -> dict[str, targets.TargetRunner]:
+    """The targets, ready to run. The files of a replay are compared before any is loaded."""
+    if request.replay is not None:
+        _expect_files(task, request, progress)
+    local = {name: side for name, side in task.sides.items() if not side.is_server}
+    opened: dict[str, targets.TargetRunner] = {}
+    for name, side in task.sides.items():
+        target: targets.TargetRunner
+        if side.is_server:
+            target = endpoint.connect(
+                side.where,
+                model=side.model,
+                api_key=request.api_key,
+                seconds=request.timeout,
+                sha=not request.no_hash,
+                progress=progress,
+            )
+        else:
+            # The second one is loaded when the first one already has its share of the memory.
+            others = [s.where for s in local.values() if s is not side]
+            target = targets.load(
+                side.where,
+                task.workload,
+                beside=others[0] if others and not opened else None,
+                sha=not request.no_hash,
+                progress=progress,
+                **side.options,
+            )
+        stack.callback(target.close)
+        opened[name] = target
+    return opened
+
+
+def _expect_files(task: Task, request: Request, progress: Progress) -> None:
+    assert request.replay is not None
+    record = Record.load(request.replay)
+    for name, side in task.sides.items():
+        named = name == "A" and (request.model or request.endpoint)
+        old = record.targets[name]
+        if side.is_server or named or not old.files:
+            continue
+        files = hashed(GGUF.open(side.where).paths, not request.no_hash, progress)
+        measure.check_files(old, dataclasses.replace(old, files=files), str(request.replay))
+
+
+def _out(request: Request, out: Path | None) -> Path | None:
+    """Where the record goes, if that is known: the record that is resumed, or a new file."""
+    if request.resume is not None:
+        if request.out is not None and request.out != request.resume:
+            raise DesksideError("--resume goes on in its own file; leave out --out")
+        return request.resume
+    if out is None:
+        return None
+    if out.exists() and not request.force:
+        raise DesksideError(f"{out}: exists; --force overwrites it, --resume {out} goes on with it")
+    if out.is_dir() or not out.parent.is_dir():
+        raise DesksideError(f"--out {out}: expected a file in a folder that exists")
+    return out
+
+
+def _name(task: Task, opened: Mapping[str, targets.TargetRunner]) -> Path:
+    names = []
+    for name, side in task.sides.items():
+        label = opened[name].describe().name if side.is_server else Path(side.where).stem
+        names.append("".join(c if c.isalnum() or c in "-._" else "-" for c in label)[:60])
+    stamp = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    return Path(f"{'-vs-'.join(names)}-{task.workload.name}-{stamp}.json".lstrip("."))
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """The command line without what must not be recorded."""
+    kept: list[str] = []
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if kept and kept[-1] == "--api-key":
+            argument = "…"
+        elif flag == "--api-key" and equals:
+            argument = "--api-key=…"
+        kept.append(argument)
+    return kept
+
+
+def _profile(
+    record: Record, opened: Mapping[str, targets.TargetRunner], out: Path, progress: Progress
+) -> None:
+    """At the middle of the depths that were run, of side A or of the one that is in process."""
+    target = next((t for t in opened.values() if isinstance(t, targets.InProcess)), None)
+    if target is None:
+        raise DesksideError("--profile: a server does not tell the time of its steps")
+    depths = sorted(run.depth for run in record.runs if run.ok) or [1]
+    depth = min(depths[len(depths) // 2], target.llm.ctx - 1)
+    record.profile = profile(target.llm, depth, progress)
+    record.save(out)

@@ -1,0 +1,96 @@
+"""`deskside synth`, `convert` and `quantize`: commands that write a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from deskside.cli_flags import TensorTypes, Threads
+from deskside.config import EngineConfig
+from deskside.console import err, note, progress_bar
+
+
+def synth(
+    preset: Annotated[str, Argument(help="such as qwen3.5-35b-a3b or tiny-moe")],
+    out: Annotated[Path, Argument(help="GGUF file to write")],
+    layers: Annotated[int | None, Option("--layers", help="fewer or more layers")] = None,
+    experts: Annotated[int | None, Option("--experts", help="fewer experts")] = None,
+    type_: Annotated[
+        str | None, Option("--type", help="type of every matrix that no rule names")
+    ] = None,
+    tensor_type: TensorTypes = None,
+    seed: Annotated[int, Option("-s", "--seed")] = 0,
+    mtp: Annotated[bool, Option("--mtp", help="add multi-token-prediction tensors")] = False,
+) -> None:
+    """Write a model with random weights at true shapes: for measuring, before any download."""
+    from deskside.quantize import parse_rule
+    from deskside.quants import quant_type
+    from deskside.synth import synth_file
+
+    rules = [parse_rule(entry) for entry in tensor_type or ()]
+    if type_ is not None:
+        rules.append((r"\.weight$", quant_type(type_)))
+    with progress_bar() as progress:
+        synth_file(
+            preset,
+            out,
+            layers=layers,
+            experts=experts,
+            types=rules,
+            seed=seed,
+            mtp=mtp,
+            progress=progress,
+        )
+    err.print(f"{out}: {out.stat().st_size / 1e9:.2f} GB", markup=False)
+
+
+def convert(
+    hf_dir: Annotated[Path, Argument(help="folder with config.json and safetensors")],
+    out: Annotated[Path, Argument(help="GGUF file to write")],
+    outtype: Annotated[
+        Literal["auto", "f32", "f16", "bf16"],
+        Option("--outtype", help="auto = as in the checkpoint"),
+    ] = "auto",
+    pre: Annotated[
+        str | None, Option("--pre", help="name of the pre-tokenizer, if it is not recognised")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face checkpoint (qwen3_5_moe, qwen3_5, qwen3_moe, llama) to GGUF."""
+    from deskside.convert import convert_hf
+
+    with progress_bar() as progress:
+        convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
+    err.print(f"{out}: {out.stat().st_size / 1e9:.2f} GB", markup=False)
+
+
+def quantize(
+    src: Annotated[Path, Argument(metavar="IN", help="GGUF file, or a shard of a split")],
+    out: Annotated[Path, Argument(help="GGUF file to write")],
+    type_: Annotated[str, Option("--type", help="type of every matrix that no rule names")],
+    tensor_type: TensorTypes = None,
+    threads: Threads = 0,
+) -> None:
+    """Change the types of a model's weights: F16 BF16 Q8_0 Q6_K IQ4_NL IQ4_XS IQ4_KSS and more."""
+    from deskside.quantize import parse_rule, quantize_file
+    from deskside.quants import quant_type
+
+    config = EngineConfig(threads=threads)
+    rules = [parse_rule(entry) for entry in tensor_type or ()]
+    with progress_bar() as progress:
+        fallbacks = quantize_file(
+            src, out, quant_type(type_), rules, threads=config.n_threads, progress=progress
+        )
+    for f in fallbacks[:5]:
+        note(f"{f.name}: {f.asked} became {f.got} ({f.reason})")
+    if len(fallbacks) > 5:
+        note(f"and {len(fallbacks) - 5} more tensors likewise")
+    before, after = (_size(p) for p in (src, out))
+    err.print(f"{out}: {after / 1e9:.3f} GB, from {before / 1e9:.3f} GB", markup=False)
+
+
+def _size(path: Path) -> int:
+    from deskside.gguf import GGUF
+
+    return sum(p.stat().st_size for p in GGUF.open(path).paths)
