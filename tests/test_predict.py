@@ -266,6 +266,17 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not (tmp_path / "cache").exists()
 
 
+def test_bench_with_a_preset_predicts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DESKSIDE_BENCH_DIR", str(folder))
+    arguments = ["bench", "--preset", "tiny-llama", "--layers", "1,2", "--runs", "2", "-t", "1"]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0 and "predicted" in done.stdout, done.output
+    refused("bench", "--preset", "no-such-preset", part="no-such-preset")
+    refused("bench", "--layers", "1,2", part="--preset")
+    refused("bench", "--preset", "tiny-llama", "--vs", "http://x", part="--vs")
+    refused("bench", "--preset", "tiny-llama", "-ctk", "f16", "-ctv", "q8_0", part="one type")
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
+from deskside import cli_quality
 from deskside.cli_flags import Model
+from deskside.errors import DesksideError
+
+TIMEOUT = 600.0
 
 
 def bench(
@@ -21,10 +25,19 @@ def bench(
     api_key: Annotated[str | None, Option("--api-key", help="of the server; not recorded")] = None,
     timeout: Annotated[
         float, Option("--timeout", help="seconds that a server may be silent, prefill included")
-    ] = 600.0,
+    ] = TIMEOUT,
     vs: Annotated[
         str | None,
         Option("--vs", metavar="URL_OR_FILE", help="measure this as well, in turns: A B, B A, …"),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        Option(
+            "--preset", help="predict this model's speed from slices, as `deskside predict` does"
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, Option("--layers", help="of the slices of --preset: auto, or such as 4,8,12")
     ] = None,
     workload: Annotated[
         str | None,
@@ -101,7 +114,27 @@ def bench(
 ) -> int:
     """Measure a model or a server on a workload, and write a report."""
     given = {name.rstrip("_"): value for name, value in locals().items()}
+    if given.pop("preset") is not None or layers is not None:
+        return _predict(preset, given)
+    del given["layers"]
     from deskside.bench import command
     from deskside.bench.request import Request
 
     return command.main(Request(**given))
+
+
+def _predict(preset: str | None, given: dict[str, Any]) -> int:
+    """`bench --preset`: a workload needs a whole model, so only some flags have a meaning."""
+    if preset is None:
+        raise DesksideError("--layers belongs to --preset NAME, such as qwen3.5-397b-a17b")
+    taken = {name: given.pop(name) for name in ("layers", "threads", "ubatch", "isa", "out")}
+    repeats, kv, v = given.pop("runs"), given.pop("ctk"), given.pop("ctv")
+    if kv != v and None not in (kv, v):
+        raise DesksideError(f"--preset takes one type for keys and values, not {kv} and {v}")
+    for name, value in given.items():
+        if value not in (None, False) and (name, value) != ("timeout", TIMEOUT):
+            flag = name.replace("_", "-")
+            raise DesksideError(f"--{flag} has no meaning with --preset, which runs no workload")
+    taken |= {"repeats": repeats, "kv": kv or v}
+    cli_quality.predict(preset, **{k: value for k, value in taken.items() if value is not None})
+    return 0
