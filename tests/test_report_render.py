@@ -125,6 +125,23 @@ def test_a_steep_slope_is_read_without_exponents(tmp_path: Path) -> None:
     assert re.search(r"TG changes by -1\d\d tok/s \(-\d+ to -\d+\)", rendered(record, tmp_path)[0])
 
 
+def test_labels_of_a_profile_lie_between_its_bars(tmp_path: Path) -> None:
+    record = full_record()
+    record.profile = [
+        OpProfile(f"step {i} " + "of a long name " * i, "decode", 1e-3 / (i + 1), 1e6, 1e6)
+        for i in range(20)
+    ]
+    rendered(record, tmp_path)
+    text = (tmp_path / "r.html").read_text()
+    bars = re.findall(r'"bar".* y="([\d.]+)".*height="([\d.]+)"', text.replace("<", "\n<"))
+    labels = re.findall(r'y="([\d.]+)" text-anchor="start">([^<]*)', text)
+    assert len(bars) == len(labels) == 12
+    for (y, name), (top, thick), (after, _) in zip(labels, bars, labels[1:], strict=False):
+        assert float(y) < float(top) and float(top) + float(thick) < float(after) - 10  # letters
+        assert len(name) < 65
+    assert "…:" in labels[11][1]
+
+
 def test_two_sides_are_compared(tmp_path: Path) -> None:
     text, page = rendered(make_record(sides=("A", "B"), side_factors={"B": 0.8}), tmp_path)
     assert "Comparison" in page.headings and "### Comparison" in text

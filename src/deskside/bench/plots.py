@@ -16,6 +16,9 @@ WIDE = 8.0  # values that span this factor are shown on a logarithmic axis
 SHAPES = {"cold": "cross", "warm-up": "ring", "steady": "dot"}
 STYLES = ("a", "b")  # of sides
 LIMIT = "limit"
+# The bars of a profile: how many at most, the height of one with its label above it, from the top
+# of that to the foot of the label, of the bar alone; characters of a name.
+BARS, ROW, LABEL, THICK, LONGEST = 12, 34, 14, 9, 44
 
 
 def draw(record: Record, summary: Summary) -> list[Plot]:
@@ -147,7 +150,7 @@ def profile(record: Record, phase: str) -> Plot | None:
     ops = [op for op in record.profile if op.phase == phase and positive(op.seconds)]
     if not ops:
         return None
-    ops = sorted(ops, key=lambda op: -op.seconds)[:10]
+    ops = sorted(ops, key=lambda op: -op.seconds)[:BARS]
     unit, per = ("ms", 1e3) if ops[0].seconds > 1e-3 else ("µs", 1e6)
     bandwidth, compute = measured_limits(record, next(iter(record.targets), "A"))
     plot = Plot(
@@ -155,33 +158,25 @@ def profile(record: Record, phase: str) -> Plot | None:
         f"Time a token of each op in {phase}, with the least that the machine allows.",
         axis(f"{unit} a token", [op.seconds * per for op in ops], zero=True),
         Axis("", 0, len(ops)),
+        height=svg.TOP + svg.BOTTOM + ROW * len(ops),
     )
-    for found in [e for e in plot.root if e.tag in ("line", "text") and _is_y(e)]:
-        plot.root.remove(found)
-    height = (svg.HEIGHT - svg.TOP - svg.BOTTOM) / len(ops)
+    start = plot.at_x(0)
     for i, op in enumerate(ops):
-        top, thick = svg.TOP + i * height, min(height * 0.55, 26)
-        start, end = plot.at_x(0), plot.at_x(op.seconds * per)
-        bar = plot.element(
-            "rect", "bar", x=start, y=top + height - thick - 1, width=end - start, height=thick
-        )
+        text = svg.TOP + ROW * i + LABEL
+        top = text + 6
+        end = plot.at_x(op.seconds * per)
+        bar = plot.element("rect", "bar", x=start, y=top, width=end - start, height=THICK)
+        figures = f"{number(op.seconds * per)} {unit}"
         least = roofline(op, bandwidth, compute)
-        text = f"{op.name}: {number(op.seconds * per)} {unit}"
         if least is not None:
-            text += f", {percent(least / op.seconds)} of its roofline"
+            figures += f", {percent(least / op.seconds)}"
             x = plot.at_x(least * per)
-            y = top + height - thick - 3
-            plot.element("line", "least", x1=x, x2=x, y1=y, y2=y + thick + 4)
-            plot.note = "line: the least time that the machine allows"
-        ET.SubElement(bar, "title").text = text
-        plot.write(start + 2, top + height - thick - 5, text)
+            plot.element("line", "least", x1=x, x2=x, y1=top - 2, y2=top + THICK + 2)
+            plot.note = "line: the least that the machine allows; %: its share of the time taken"
+        ET.SubElement(bar, "title").text = f"{op.name}: {figures}"
+        name = op.name if len(op.name) <= LONGEST else f"{op.name[: LONGEST - 1]}…"
+        plot.write(start + 2, text, f"{name}: {figures}")
     return plot
-
-
-def _is_y(element: ET.Element) -> bool:
-    """Whether a part of the frame belongs to the y axis."""
-    horizontal = element.tag == "line" and element.get("y1") == element.get("y2")
-    return horizontal or (element.tag == "text" and element.get("text-anchor") == "end")
 
 
 def _tokens(label: str, values: Sequence[float]) -> Axis:

@@ -71,19 +71,21 @@ def tick_text(value: float) -> str:
 @dataclass
 class Plot:
     """`name` and `text` are what a screen reader says; `key` is the legend: (class, shape, label)
-    of what was drawn, `note` what else is to be said below."""
+    of what was drawn, `note` what else is to be said below. A `y` without a label is not
+    drawn."""
 
     name: str
     text: str
     x: Axis
     y: Axis
+    height: float = HEIGHT
     key: list[tuple[str, str, str]] = field(default_factory=list)
     note: str = ""
 
     def __post_init__(self) -> None:
-        self.root = ET.Element(
-            "svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": self.name}
-        )
+        self.left = LEFT if self.y.label else RIGHT
+        box = f"0 0 {WIDTH} {self.height:g}"
+        self.root = ET.Element("svg", {"viewBox": box, "role": "img", "aria-label": self.name})
         ET.SubElement(self.root, "title").text = self.name
         ET.SubElement(self.root, "desc").text = self.text
         self._frame()
@@ -91,21 +93,24 @@ class Plot:
     def _frame(self) -> None:
         for value in self.x.ticks():
             x = self.at_x(value)
-            self.element("line", "grid", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM)
-            self.write(x, HEIGHT - BOTTOM + 16, tick_text(value), "middle")
+            self.element("line", "grid", x1=x, x2=x, y1=TOP, y2=self.height - BOTTOM)
+            self.write(x, self.height - BOTTOM + 16, tick_text(value), "middle")
+        self.write((self.left + WIDTH - RIGHT) / 2, self.height - 8, self.x.label, "middle")
+        if not self.y.label:
+            return
         for value in self.y.ticks():
             y = self.at_y(value)
-            self.element("line", "grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
-            self.write(LEFT - 6, y + 4, tick_text(value), "end")
-        self.write((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, self.x.label, "middle")
+            self.element("line", "grid", x1=self.left, x2=WIDTH - RIGHT, y1=y, y2=y)
+            self.write(self.left - 6, y + 4, tick_text(value), "end")
         label = self.write(0, 0, self.y.label, "middle")
-        label.set("transform", f"translate(13 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)")
+        middle = (TOP + self.height - BOTTOM) / 2
+        label.set("transform", f"translate(13 {middle:.1f}) rotate(-90)")
 
     def at_x(self, value: float) -> float:
-        return LEFT + self.x.place(value) * (WIDTH - LEFT - RIGHT)
+        return self.left + self.x.place(value) * (WIDTH - self.left - RIGHT)
 
     def at_y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - self.y.place(value) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - self.y.place(value) * (self.height - TOP - BOTTOM)
 
     def element(self, tag: str, style: str, **numbers: float) -> ET.Element:
         places = {name: f"{value:.1f}" for name, value in numbers.items()}
