@@ -25,7 +25,8 @@ LAYERS = [
     {"console", "quality"},
     {"bench"},
     {"cli_flags"},
-    {"cli_run", "cli_bench", "cli_report", "cli_files", "cli_quality", "doctor"},
+    {"cli_quality"},
+    {"cli_run", "cli_bench", "cli_report", "cli_files", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
