@@ -218,7 +218,7 @@ def test_a_server_that_dies_ends_it_and_can_be_resumed(out: Path) -> None:
             handler.connection.close()
 
         server.misbehave = lambda h, i: len(server.requests) == 2 and on_token(2, die)(h, i)
-        with pytest.raises(DesksideError, match=r"talk: .*; 1 runs are in .*--resume"):
+        with pytest.raises(DesksideError, match=r"talk: .*; 1 run is in .*--resume"):
             characterise(WORKLOAD, {"A": target}, out)
         port = server.server_address[1]
     record = Record.load(out)
@@ -385,13 +385,7 @@ def test_the_command(llama: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert made.name.startswith("tiny-moe--vs-fake.gguf-chat-"), made.name
     assert len(Record.load(made).runs) == 22
     refused("bench", "--endpoint", llama.url, "-w", "article", part="has a context of 4096")
-    refused(
-        "bench",
-        "--endpoint",
-        llama.url,
-        "--profile",
-        *small,
-        "--out",
-        tmp_path / "z.json",
-        part="--profile",
-    )
+    where = ("--out", tmp_path / "z.json")
+    asked = len(llama.requests)
+    refused("bench", "--endpoint", llama.url, "--profile", *small, *where, part="--profile")
+    assert len(llama.requests) == asked and not where[1].exists()

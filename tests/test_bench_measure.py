@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from deskside.bench import machine, measure
+from deskside.bench import command, machine, measure
 from deskside.bench.measure import characterise, plan
 from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run
+from deskside.bench.request import Request
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
 from deskside.config import EngineConfig, demo_model
@@ -262,7 +263,7 @@ def test_a_full_disk_keeps_what_was_there(
         real(record, to)
 
     monkeypatch.setattr(Record, "save", save)
-    with pytest.raises(DesksideError, match=r"No space left on device; 2 runs are in it"):
+    with pytest.raises(DesksideError, match=r"No space left on device; 2 runs are in .*--resume"):
         characterise(SMALL, {"A": target}, path)
     assert len(Record.load(path).runs) == 2
     with pytest.raises(DesksideError, match="cannot be written: No such file"):
@@ -302,7 +303,7 @@ def test_a_failed_run_is_recorded_and_made_again_on_resume(
 
 
 def test_three_failures_in_a_row_end_it(target: InProcess, tmp_path: Path) -> None:
-    with pytest.raises(DesksideError, match=r"3 runs in a row failed.*it broke.*--resume"):
+    with pytest.raises(DesksideError, match=r"3 runs in a row failed.*it broke; nothing was"):
         failing: Any = Failing(target, {0, 1, 2})
         characterise(SMALL, {"A": failing}, tmp_path / "r.json")
     assert len(Record.load(tmp_path / "r.json").runs) == 3
@@ -443,6 +444,26 @@ def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
     assert [r.index for r in after.runs] == list(range(90))
 
 
+def test_failed_runs_are_an_exit_code(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload, out = files
+    generate, calls = InProcess.run, itertools.count()
+
+    def breaks_once(self: InProcess, *args: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise DesksideError("it broke")
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(InProcess, "run", breaks_once)
+    asked = Request(model=tiny(), threads=1, workload=str(workload), no_hash=True, no_report=True)
+    assert command.main(dataclasses.replace(asked, out=out)) == 1
+    said = capsys.readouterr()
+    assert "i2 failed: it broke" in said.out and "1 of 6 runs failed; --resume" in said.err
+    assert command.main(Request(resume=out, no_hash=True, no_report=True)) == 0
+    assert sorted(r.index for r in Record.load(out).runs) == list(range(6))
+
+
 def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:
     workload, out = files
     arguments = ["bench", "-m", str(tiny()), "-t", "1", "--no-report", "-w", str(workload)]
@@ -511,6 +532,11 @@ def test_bad_command_lines(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused("bench", "--resume", "a", "--replay", "b", part="--resume")
     where = tmp_path / "none" / "x.json"
     refused("bench", "-m", model, "-w", workload, "--out", where, part=str(where))
+    refused("bench", "-m", model, "--out", tmp_path / "x.md", part="expected NAME.json")
+    refused("bench", "-m", model, "--timeout", "nan", part="--timeout nan")
+    refused("bench", "-m", model, "-s", "-1", part="-s -1")
+    (tmp_path / "bad.json").write_text('{"schema": 1, "workload": {"name": "x", "items": []}}')
+    refused("bench", "--replay", tmp_path / "bad.json", part="bad.json: field 'targets' is missing")
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".json") == ["bad.json"]
 
 

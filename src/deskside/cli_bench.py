@@ -99,7 +99,10 @@ def bench(
     ] = False,
     no_report: Annotated[bool, Option("--no-report", help="write the JSON alone")] = False,
 ) -> int:
-    """Measure a model or a server on a workload, and write a report."""
+    """Measure a model or a server on a workload, and write a report.
+
+    Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C; what was measured is kept.
+    """
     given = {name.rstrip("_"): value for name, value in locals().items()}
     from deskside.bench import command
     from deskside.bench.request import Request
