@@ -18,7 +18,10 @@ def bench(
     endpoint_model: Annotated[
         str | None, Option("--endpoint-model", help="which of the server's models")
     ] = None,
-    api_key: Annotated[str | None, Option("--api-key", help="of the server; not recorded")] = None,
+    api_key: Annotated[
+        str | None,
+        Option("--api-key", envvar="DESKSIDE_API_KEY", help="of the server; not recorded"),
+    ] = None,
     timeout: Annotated[
         float, Option("--timeout", help="seconds that a server may be silent, prefill included")
     ] = 600.0,
