@@ -20,7 +20,7 @@ from deskside.bench.targets import InProcess
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
 from models import tiny
-from test_cli import deskside, refused
+from test_cli import inside, refused
 
 WORKLOAD = Workload(
     "w",
@@ -371,20 +371,22 @@ def test_a_file_that_the_server_serves_gives_its_hash_and_ceiling(
 
 
 def test_the_command(llama: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
     out = tmp_path / "x.json"
     small = ("-w", "chat", "--scale", "0.1", "--no-report")
-    done = deskside("bench", "--endpoint", llama.url, *small, "--out", out, "--api-key=secret")
+    done = inside("bench", "--endpoint", llama.url, *small, "--out", out, "--api-key=secret")
     assert done.returncode == 0, done.stderr
     record = Record.load(out)
     assert len(record.runs) == 11 and all(r.ok for r in record.runs)
     assert "secret" not in out.read_text()
     replayed = tmp_path / "y.json"
-    done = deskside("bench", "--replay", out, "--out", replayed, "--no-report")
+    done = inside("bench", "--replay", out, "--out", replayed, "--no-report")
     assert done.returncode == 0, done.stderr
     prompts = [body["prompt"] for body in llama.requests]
     assert prompts[:11] == prompts[11:]
     monkeypatch.chdir(tmp_path)
-    done = deskside("bench", "-m", tiny(), "--vs", llama.url, *small)
+    done = inside("bench", "-m", tiny(), "--vs", llama.url, *small)
     (made,) = (p for p in tmp_path.glob("*.json") if p not in (out, replayed))
     assert made.name.startswith("tiny-moe--vs-fake.gguf-chat-"), made.name
     assert len(Record.load(made).runs) == 22

@@ -30,7 +30,7 @@ from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from models import tiny
-from test_cli import COMMAND, deskside, refused
+from test_cli import COMMAND, inside, refused
 
 SMALL = Workload(
     "small",
@@ -405,7 +405,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
-    return deskside("bench", "-m", tiny(), "-t", "1", "--no-report", *arguments)
+    return inside("bench", "-m", tiny(), "-t", "1", "--no-report", *arguments)
 
 
 def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
@@ -421,7 +421,7 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     again = bench("-w", workload, "--out", out)
     assert again.returncode == 2 and b"--force" in again.stderr
     assert Record.load(out) == record
-    done = deskside("bench", "--resume", out, "--no-report")
+    done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0 and Record.load(out) == record
 
 
@@ -437,7 +437,7 @@ def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
     process.wait()
     before = Record.load(out)
     assert 5 <= len(before.runs) < 90
-    done = deskside("bench", "--resume", out, "--no-report")
+    done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0, done.stderr
     after = Record.load(out)
     assert after.runs[: len(before.runs)] == before.runs
@@ -483,7 +483,7 @@ def test_the_bundled_model_gets_what_it_holds(tmp_path: Path) -> None:
     items = [f'{{ name = "i{i}", prompt = {n}, generate = 8 }}' for i, n in enumerate((30, 12_000))]
     path, out = tmp_path / "long.toml", tmp_path / "out.json"
     path.write_text(f'name = "long"\nitems = [{", ".join(items)}]\n')
-    done = deskside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
+    done = inside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
     assert done.returncode == 0 and b"workload long runs at --scale 0.04" in done.stderr
     record = Record.load(out)
     assert record.workload["scale"] == 0.04 and record.runs[1].prompt_tokens == 480
@@ -496,7 +496,7 @@ def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) 
     workload, out = files
     bench("-w", workload, "--out", out, "--seed", "9", "-c", "100", "--scale", "0.9")
     again = tmp_path / "again.json"
-    done = deskside("bench", "--replay", out, "--out", again, "--no-report")
+    done = inside("bench", "--replay", out, "--out", again, "--no-report")
     assert done.returncode == 0, done.stderr
     first, second = Record.load(out), Record.load(again)
     assert [r.output for r in first.runs] == [r.output for r in second.runs]
@@ -508,7 +508,7 @@ def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) 
     out.write_text(json.dumps(record))
     refused("bench", "--replay", out, part="is not the file that was measured")
     named = tmp_path / "named.json"
-    done = deskside("bench", "--replay", out, "-m", tiny(), "--out", named, "--no-report")
+    done = inside("bench", "--replay", out, "-m", tiny(), "--out", named, "--no-report")
     assert done.returncode == 0, done.stderr
 
 
@@ -541,7 +541,7 @@ def test_bad_command_lines(files: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_the_shipped_workloads_are_listed() -> None:
-    done = deskside("bench", "--list")
+    done = inside("bench", "--list")
     assert done.returncode == 0
     for name in ("article", "sweep", "chat", "agent", "code-ingest"):
         assert name in done.stdout.decode()

@@ -20,7 +20,7 @@ from deskside.bench.compare import (
 from deskside.bench.record import Record
 from deskside.errors import DesksideError
 from records import make_record
-from test_cli import deskside
+from test_cli import inside
 
 
 def quantity(c: Comparison, key: str) -> Quantity:
@@ -132,11 +132,11 @@ def test_exit_codes(tmp_path: Path) -> None:
     make_record(generated=9).save(old)
     faster_by(0.8, generated=9).save(new)
     bad.write_text("{}")
-    assert deskside("compare", old, old).returncode == 0
-    assert deskside("compare", new, old).returncode == 0
-    done = deskside("compare", old, new)
+    assert inside("compare", old, old).returncode == 0
+    assert inside("compare", new, old).returncode == 0
+    done = inside("compare", old, new)
     assert done.returncode == 1 and b"a regression" in done.stdout
-    done = deskside("compare", old, new, "--json", "--threshold", "50")
+    done = inside("compare", old, new, "--json", "--threshold", "50")
     shown = json.loads(done.stdout)
     assert done.returncode == 0 and shown["regression"] is False
     assert shown["quantities"][1]["verdict"] == SLOWER
@@ -146,5 +146,5 @@ def test_exit_codes(tmp_path: Path) -> None:
         ((old,), "one side only"),
         ((old, new, "--threshold", "-1"), "--threshold"),
     ):
-        done = deskside("compare", *arguments)
+        done = inside("compare", *arguments)
         assert done.returncode == 2 and part.encode() in done.stderr
