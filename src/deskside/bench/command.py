@@ -16,7 +16,7 @@ from deskside.bench.record import Record
 from deskside.bench.request import Request, Task, task_of
 from deskside.bench.shown import show, show_workloads
 from deskside.config import EngineConfig, demo_model
-from deskside.console import err, note, progress_bar
+from deskside.console import err, note, printable, progress_bar
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
@@ -62,7 +62,8 @@ def main(request: Request) -> int:
     if not request.no_report:
         from deskside.bench import report
 
-        written += report.write(record, out)
+        err.print(printable(report.write(record, out).headline), markup=False)
+        written += report.paths(out)
     err.print(f"wrote {', '.join(map(str, written))}", markup=False)
     failed = sum(not run.ok for run in record.runs)
     if failed:
