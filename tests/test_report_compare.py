@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deskside.bench.analysis import summarise
 from deskside.bench.compare import (
     FASTER,
     SAME,
@@ -84,6 +85,24 @@ def test_sides_of_one_record_pair_within_it_and_a_is_the_candidate() -> None:
     assert found.paired_in_time and tg.verdict == FASTER
     assert tg.ratio is not None and tg.ratio.n == 26
     assert tg.ratio.median == pytest.approx(1.25, abs=0.01)
+
+
+def test_no_start_is_cut_off_interleaved_pairs() -> None:
+    slow = {1: 0.7, 2: 0.7, 3: 0.7}
+    record = make_record(sides=("A", "B"), factors=slow, side_factors={"B": 0.8})
+    assert [row.phase for row in summarise(record).sides["A"].rows[1:4]] == ["warm-up"] * 3
+    tg = quantity(compare(record), "tg")
+    assert tg.ratio is not None and tg.ratio.n == 27  # all but the cold pair
+    assert tg.ratio.median == pytest.approx(1.25, abs=0.01)
+    alone = quantity(compare(make_record(factors=slow), make_record()), "tg")
+    assert alone.ratio is not None and alone.ratio.n == 24
+
+
+def test_what_spoilt_the_runs_is_warned_of() -> None:
+    old, new = make_record(), make_record()
+    new.runs[4].load.other_cpu = 1.5
+    said = [line for line in compare(old, new).warnings if "other programs" in line]
+    assert said == ["candidate: run 4: other programs used up to 1.5 cores"]
 
 
 def test_repeats_of_an_item_pair_by_their_order() -> None:
