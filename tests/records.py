@@ -18,7 +18,7 @@ from deskside.bench.record import (
 )
 
 BANDWIDTH, COMPUTE = 33.7e9, 900e9  # bytes and multiply-adds per second
-WEIGHTS, MACS, KV = 0.9e9, 1.0e9, 20e3  # bytes and multiply-adds of a token, bytes of a position
+WEIGHTS, MACS, KV = 0.9e9, 1.0e9, 10e3  # bytes and multiply-adds of a token, bytes of a position
 PROMPTS = tuple(int(n) for n in np.geomspace(500, 16_000, 28))
 
 

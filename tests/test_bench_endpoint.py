@@ -20,7 +20,7 @@ from deskside.bench.targets import InProcess
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
 from models import tiny
-from test_cli import deskside, refused
+from test_cli import inside, refused
 
 WORKLOAD = Workload(
     "w",
@@ -218,7 +218,7 @@ def test_a_server_that_dies_ends_it_and_can_be_resumed(out: Path) -> None:
             handler.connection.close()
 
         server.misbehave = lambda h, i: len(server.requests) == 2 and on_token(2, die)(h, i)
-        with pytest.raises(DesksideError, match=r"talk: .*; 1 runs are in .*--resume"):
+        with pytest.raises(DesksideError, match=r"talk: .*; 1 run is in .*--resume"):
             characterise(WORKLOAD, {"A": target}, out)
         port = server.server_address[1]
     record = Record.load(out)
@@ -337,6 +337,10 @@ def test_which_servers_and_models_there_are(
     assert connect(openai.url, model="b").n_ctx == 77
     with pytest.raises(DesksideError, match="--endpoint http://"):
         connect("http://")
+    for url in ("http://me:secret@127.0.0.1:1", "http://127.0.0.1:1/?key=secret"):
+        with pytest.raises(DesksideError, match="would be recorded; use --api-key") as failure:
+            connect(url)
+        assert "secret" not in str(failure.value)
     assert is_local("localhost") and is_local("127.0.0.1") and not is_local("example.org")
 
 
@@ -367,31 +371,27 @@ def test_a_file_that_the_server_serves_gives_its_hash_and_ceiling(
 
 
 def test_the_command(llama: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
     out = tmp_path / "x.json"
     small = ("-w", "chat", "--scale", "0.1", "--no-report")
-    done = deskside("bench", "--endpoint", llama.url, *small, "--out", out, "--api-key=secret")
+    done = inside("bench", "--endpoint", llama.url, *small, "--out", out, "--api-key=secret")
     assert done.returncode == 0, done.stderr
     record = Record.load(out)
     assert len(record.runs) == 11 and all(r.ok for r in record.runs)
     assert "secret" not in out.read_text()
     replayed = tmp_path / "y.json"
-    done = deskside("bench", "--replay", out, "--out", replayed, "--no-report")
+    done = inside("bench", "--replay", out, "--out", replayed, "--no-report")
     assert done.returncode == 0, done.stderr
     prompts = [body["prompt"] for body in llama.requests]
     assert prompts[:11] == prompts[11:]
     monkeypatch.chdir(tmp_path)
-    done = deskside("bench", "-m", tiny(), "--vs", llama.url, *small)
+    done = inside("bench", "-m", tiny(), "--vs", llama.url, *small)
     (made,) = (p for p in tmp_path.glob("*.json") if p not in (out, replayed))
     assert made.name.startswith("tiny-moe--vs-fake.gguf-chat-"), made.name
     assert len(Record.load(made).runs) == 22
     refused("bench", "--endpoint", llama.url, "-w", "article", part="has a context of 4096")
-    refused(
-        "bench",
-        "--endpoint",
-        llama.url,
-        "--profile",
-        *small,
-        "--out",
-        tmp_path / "z.json",
-        part="--profile",
-    )
+    where = ("--out", tmp_path / "z.json")
+    asked = len(llama.requests)
+    refused("bench", "--endpoint", llama.url, "--profile", *small, *where, part="--profile")
+    assert len(llama.requests) == asked and not where[1].exists()

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from deskside.bench import machine, measure
+from deskside.bench import command, machine, measure
 from deskside.bench.measure import characterise, plan
 from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run
+from deskside.bench.request import Request
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
 from deskside.config import EngineConfig, demo_model
@@ -29,7 +30,7 @@ from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from models import tiny
-from test_cli import COMMAND, deskside, refused
+from test_cli import COMMAND, inside, refused
 
 SMALL = Workload(
     "small",
@@ -132,9 +133,9 @@ def test_prefill_reads_the_weights_once_a_batch(target: InProcess) -> None:
     roof = target.roof()
     assert roof is not None
     work, n = roof.work, roof.ubatch
-    assert roof.prefill_bytes(n) == pytest.approx(work.prefill(n)["bytes"])
+    assert work.prefill(n, n) == work.prefill(n)
     two = work.weight_bytes(n) + work.weight_bytes(10)
-    assert roof.prefill_bytes(n + 10) == pytest.approx(two / (n + 10))
+    assert work.prefill(n + 10, n)["bytes"] == pytest.approx(two / (n + 10))
     run = Run(0, "x", prompt_tokens=10, generated_tokens=4)
     assert roof.over(run, 1e15, 1e6).decode_limit == "compute"
     mixed = dataclasses.replace(roof, ctv="q8_0").decode_bytes(100)
@@ -262,7 +263,7 @@ def test_a_full_disk_keeps_what_was_there(
         real(record, to)
 
     monkeypatch.setattr(Record, "save", save)
-    with pytest.raises(DesksideError, match=r"No space left on device; 2 runs are in it"):
+    with pytest.raises(DesksideError, match=r"No space left on device; 2 runs are in .*--resume"):
         characterise(SMALL, {"A": target}, path)
     assert len(Record.load(path).runs) == 2
     with pytest.raises(DesksideError, match="cannot be written: No such file"):
@@ -302,7 +303,7 @@ def test_a_failed_run_is_recorded_and_made_again_on_resume(
 
 
 def test_three_failures_in_a_row_end_it(target: InProcess, tmp_path: Path) -> None:
-    with pytest.raises(DesksideError, match=r"3 runs in a row failed.*it broke.*--resume"):
+    with pytest.raises(DesksideError, match=r"3 runs in a row failed.*it broke; nothing was"):
         failing: Any = Failing(target, {0, 1, 2})
         characterise(SMALL, {"A": failing}, tmp_path / "r.json")
     assert len(Record.load(tmp_path / "r.json").runs) == 3
@@ -404,7 +405,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pat
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
-    return deskside("bench", "-m", tiny(), "-t", "1", "--no-report", *arguments)
+    return inside("bench", "-m", tiny(), "-t", "1", "--no-report", *arguments)
 
 
 def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
@@ -420,7 +421,7 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     again = bench("-w", workload, "--out", out)
     assert again.returncode == 2 and b"--force" in again.stderr
     assert Record.load(out) == record
-    done = deskside("bench", "--resume", out, "--no-report")
+    done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0 and Record.load(out) == record
 
 
@@ -436,11 +437,31 @@ def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
     process.wait()
     before = Record.load(out)
     assert 5 <= len(before.runs) < 90
-    done = deskside("bench", "--resume", out, "--no-report")
+    done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0, done.stderr
     after = Record.load(out)
     assert after.runs[: len(before.runs)] == before.runs
     assert [r.index for r in after.runs] == list(range(90))
+
+
+def test_failed_runs_are_an_exit_code(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload, out = files
+    generate, calls = InProcess.run, itertools.count()
+
+    def breaks_once(self: InProcess, *args: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise DesksideError("it broke")
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(InProcess, "run", breaks_once)
+    asked = Request(model=tiny(), threads=1, workload=str(workload), no_hash=True, no_report=True)
+    assert command.main(dataclasses.replace(asked, out=out)) == 1
+    said = capsys.readouterr()
+    assert "i2 failed: it broke" in said.out and "1 of 6 runs failed; --resume" in said.err
+    assert command.main(Request(resume=out, no_hash=True, no_report=True)) == 0
+    assert sorted(r.index for r in Record.load(out).runs) == list(range(6))
 
 
 def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:
@@ -462,7 +483,7 @@ def test_the_bundled_model_gets_what_it_holds(tmp_path: Path) -> None:
     items = [f'{{ name = "i{i}", prompt = {n}, generate = 8 }}' for i, n in enumerate((30, 12_000))]
     path, out = tmp_path / "long.toml", tmp_path / "out.json"
     path.write_text(f'name = "long"\nitems = [{", ".join(items)}]\n')
-    done = deskside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
+    done = inside("bench", "-w", path, "-c", "600", "--out", out, "--no-report")
     assert done.returncode == 0 and b"workload long runs at --scale 0.04" in done.stderr
     record = Record.load(out)
     assert record.workload["scale"] == 0.04 and record.runs[1].prompt_tokens == 480
@@ -475,7 +496,7 @@ def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) 
     workload, out = files
     bench("-w", workload, "--out", out, "--seed", "9", "-c", "100", "--scale", "0.9")
     again = tmp_path / "again.json"
-    done = deskside("bench", "--replay", out, "--out", again, "--no-report")
+    done = inside("bench", "--replay", out, "--out", again, "--no-report")
     assert done.returncode == 0, done.stderr
     first, second = Record.load(out), Record.load(again)
     assert [r.output for r in first.runs] == [r.output for r in second.runs]
@@ -487,7 +508,7 @@ def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) 
     out.write_text(json.dumps(record))
     refused("bench", "--replay", out, part="is not the file that was measured")
     named = tmp_path / "named.json"
-    done = deskside("bench", "--replay", out, "-m", tiny(), "--out", named, "--no-report")
+    done = inside("bench", "--replay", out, "-m", tiny(), "--out", named, "--no-report")
     assert done.returncode == 0, done.stderr
 
 
@@ -511,11 +532,16 @@ def test_bad_command_lines(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused("bench", "--resume", "a", "--replay", "b", part="--resume")
     where = tmp_path / "none" / "x.json"
     refused("bench", "-m", model, "-w", workload, "--out", where, part=str(where))
+    refused("bench", "-m", model, "--out", tmp_path / "x.md", part="expected NAME.json")
+    refused("bench", "-m", model, "--timeout", "nan", part="--timeout nan")
+    refused("bench", "-m", model, "-s", "-1", part="-s -1")
+    (tmp_path / "bad.json").write_text('{"schema": 1, "workload": {"name": "x", "items": []}}')
+    refused("bench", "--replay", tmp_path / "bad.json", part="bad.json: field 'targets' is missing")
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".json") == ["bad.json"]
 
 
 def test_the_shipped_workloads_are_listed() -> None:
-    done = deskside("bench", "--list")
+    done = inside("bench", "--list")
     assert done.returncode == 0
     for name in ("article", "sweep", "chat", "agent", "code-ingest"):
         assert name in done.stdout.decode()

@@ -197,7 +197,8 @@ QUICK = Options(depths=(16, 40), generate=6, repeats=2, threads=1)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(predicting, "BANDWIDTH_BYTES", 1 << 24)
+    monkeypatch.setattr(predicting.machine, "bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(predicting.machine, "compute", lambda threads, isa: 1e11)
     yield tmp_path / "cache"
 
 
@@ -263,6 +264,8 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused("predict", "no-such-preset", part="no-such-preset")
     refused("predict", "tiny-moe", "--layers", "four", part="--layers four")
     refused("predict", "tiny-moe", "--layers", "4", part="--layers 4")
+    refused("predict", "tiny-moe", "--depths", "9000", part="tiny-moe has a context of 8192")
+    refused("predict", "tiny-moe", "--out", tmp_path / "no" / "x", part="--out")
     assert not (tmp_path / "cache").exists()
 
 
@@ -285,6 +288,9 @@ def test_bench_with_a_preset_predicts(folder: Path, monkeypatch: pytest.MonkeyPa
         ({"depths": ()}, "--depths 0"),
         ({"repeats": 1}, "--repeats 1"),
         ({"generate": 1}, "--generate 1"),
+        ({"kv": "q3"}, "--kv q3"),
+        ({"isa": "z80"}, "--isa z80"),
+        ({"threads": -1}, "-t/threads is -1"),
     ],
 )
 def test_options_are_checked(values: dict[str, Any], said: str) -> None:

@@ -287,6 +287,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     refused("perplexity", "-", *run[2:], "--kl", ref, "--chunks", "2",
             stdin=b"other " * 99, part="window 1 has other tokens")  # fmt: skip
     refused(*run, "--save-logits", tmp_path / "no" / "ref", part="cannot be written")
+    refused(*run, "--save-logits", tmp_path, part="Is a directory")
+    refused(*run, "--save-logits", text, part="--save-logits did not write it")
+    assert text.read_text() == TEXT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ref", "t.txt"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -198,3 +200,14 @@ def test_sides_do_not_touch_each_other(seed: int, warm: int) -> None:
     for name, side in both.items():
         assert {row.run.side for row in side.rows} == {name}
         assert len(side.rows) == 28
+
+
+def test_more_than_memory_allows_is_warned_of() -> None:
+    record = make_record()
+    assert not any("ceiling" in said for said in summarise(record).sides["A"].warnings)
+    limit = record.runs[5].ceiling
+    rate = record.runs[5].decode_rate
+    assert rate is not None
+    record.runs[5].ceiling = dataclasses.replace(limit, decode_rate=rate / 1.5)
+    (said,) = (w for w in summarise(record).sides["A"].warnings if "ceiling" in w)
+    assert said.startswith("run 5: up to 150 % of the ceiling")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deskside.bench.analysis import summarise
 from deskside.bench.compare import (
     FASTER,
     SAME,
@@ -20,7 +21,7 @@ from deskside.bench.compare import (
 from deskside.bench.record import Record
 from deskside.errors import DesksideError
 from records import make_record
-from test_cli import deskside
+from test_cli import inside
 
 
 def quantity(c: Comparison, key: str) -> Quantity:
@@ -86,6 +87,24 @@ def test_sides_of_one_record_pair_within_it_and_a_is_the_candidate() -> None:
     assert tg.ratio.median == pytest.approx(1.25, abs=0.01)
 
 
+def test_no_start_is_cut_off_interleaved_pairs() -> None:
+    slow = {1: 0.7, 2: 0.7, 3: 0.7}
+    record = make_record(sides=("A", "B"), factors=slow, side_factors={"B": 0.8})
+    assert [row.phase for row in summarise(record).sides["A"].rows[1:4]] == ["warm-up"] * 3
+    tg = quantity(compare(record), "tg")
+    assert tg.ratio is not None and tg.ratio.n == 27  # all but the cold pair
+    assert tg.ratio.median == pytest.approx(1.25, abs=0.01)
+    alone = quantity(compare(make_record(factors=slow), make_record()), "tg")
+    assert alone.ratio is not None and alone.ratio.n == 24
+
+
+def test_what_spoilt_the_runs_is_warned_of() -> None:
+    old, new = make_record(), make_record()
+    new.runs[4].load.other_cpu = 1.5
+    said = [line for line in compare(old, new).warnings if "other programs" in line]
+    assert said == ["candidate: run 4: other programs used up to 1.5 cores"]
+
+
 def test_repeats_of_an_item_pair_by_their_order() -> None:
     old, new = make_record(), faster_by(0.9)
     for record in (old, new):
@@ -132,11 +151,11 @@ def test_exit_codes(tmp_path: Path) -> None:
     make_record(generated=9).save(old)
     faster_by(0.8, generated=9).save(new)
     bad.write_text("{}")
-    assert deskside("compare", old, old).returncode == 0
-    assert deskside("compare", new, old).returncode == 0
-    done = deskside("compare", old, new)
+    assert inside("compare", old, old).returncode == 0
+    assert inside("compare", new, old).returncode == 0
+    done = inside("compare", old, new)
     assert done.returncode == 1 and b"a regression" in done.stdout
-    done = deskside("compare", old, new, "--json", "--threshold", "50")
+    done = inside("compare", old, new, "--json", "--threshold", "50")
     shown = json.loads(done.stdout)
     assert done.returncode == 0 and shown["regression"] is False
     assert shown["quantities"][1]["verdict"] == SLOWER
@@ -146,5 +165,5 @@ def test_exit_codes(tmp_path: Path) -> None:
         ((old,), "one side only"),
         ((old, new, "--threshold", "-1"), "--threshold"),
     ):
-        done = deskside("compare", *arguments)
+        done = inside("compare", *arguments)
         assert done.returncode == 2 and part.encode() in done.stderr

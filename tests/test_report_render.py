@@ -19,7 +19,7 @@ from deskside.bench import report, tables
 from deskside.bench.record import Ceiling, Load, OpProfile, Record, Run, Target
 from deskside.bench.verdict import REASONS
 from records import make_record
-from test_cli import deskside
+from test_cli import inside, refused
 
 DOCS = Path(__file__).parents[1] / "docs"
 EVIL = "<script>alert(1)</script>\"'&|`*_[x](y)\n# h\x1b[31m"
@@ -263,13 +263,17 @@ def test_report_command(tmp_path: Path) -> None:
     full_record().save(path)
     (tmp_path / "mine.toml").write_text("chat_first_token = 0.001")
     (tmp_path / "bad.toml").write_text("x = 1")
-    done = deskside("report", path, "--criteria", tmp_path / "mine.toml")
+    done = inside("report", path, "--criteria", tmp_path / "mine.toml")
     assert done.returncode == 0, done.stderr
     assert "at most 0.001 s" in (tmp_path / "run.md").read_text()
     assert (tmp_path / "run.html").exists()
-    done = deskside("report", path, "--criteria", tmp_path / "bad.toml")
+    done = inside("report", path, "--criteria", tmp_path / "bad.toml")
     assert done.returncode == 2 and b"unknown key 'x'" in done.stderr
-    done = deskside("report", tmp_path / "mine.toml")
+    for name in ("run.md", "run.html"):  # a record under the name of its own report
+        (tmp_path / name).write_bytes(path.read_bytes())
+        refused("report", tmp_path / name, part="its report would replace it")
+        assert (tmp_path / name).read_bytes() == path.read_bytes()
+    done = inside("report", tmp_path / "mine.toml")
     assert done.returncode == 2 and b"not a record" in done.stderr
 
 

@@ -22,7 +22,10 @@ def bench(
     endpoint_model: Annotated[
         str | None, Option("--endpoint-model", help="which of the server's models")
     ] = None,
-    api_key: Annotated[str | None, Option("--api-key", help="of the server; not recorded")] = None,
+    api_key: Annotated[
+        str | None,
+        Option("--api-key", envvar="DESKSIDE_API_KEY", help="of the server; not recorded"),
+    ] = None,
     timeout: Annotated[
         float, Option("--timeout", help="seconds that a server may be silent, prefill included")
     ] = TIMEOUT,
@@ -112,7 +115,10 @@ def bench(
     ] = False,
     no_report: Annotated[bool, Option("--no-report", help="write the JSON alone")] = False,
 ) -> int:
-    """Measure a model or a server on a workload, and write a report."""
+    """Measure a model or a server on a workload, and write a report.
+
+    Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C; what was measured is kept.
+    """
     given = {name.rstrip("_"): value for name, value in locals().items()}
     if given.pop("preset") is not None or layers is not None:
         return _predict(preset, given)

@@ -138,6 +138,8 @@ def predict(
     from deskside.bench.predict_table import show
     from deskside.console import note, progress_bar
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise DesksideError(f"--out {out}: expected a file in a folder that exists")
     wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
     options = Options(
         depths=_numbers("--depths", depths), generate=generate, repeats=repeats,

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from deskside.console import err, note
+from deskside.console import err, note, printable, wide
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
@@ -54,26 +53,18 @@ def compare(
 def _show(found: Comparison) -> None:
     from deskside.bench import tables
 
-    # A pipe has no width of its own, and a narrow table cuts figures
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, width=120)
+    out = wide()
     for shown in (tables.comparison(found), tables.comparison_items(found)):
         table = Table(title=escape(shown.title))
         for i, heading in enumerate(shown.header):
             table.add_column(escape(heading), justify="left" if i < shown.text else "right")
         for row in shown.rows:
-            table.add_row(*(escape(_plain(cell)) for cell in row))
+            table.add_row(*(escape(printable(cell)) for cell in row))
         out.print(table)
         if shown.note:
-            out.print(escape(_plain(shown.note)))
+            out.print(escape(printable(shown.note)))
     for line in found.warnings:
-        note(_plain(line))
-
-
-def _plain(text: str) -> str:
-    """Control characters from a record cannot act on the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+        note(printable(line))
 
 
 def report(
@@ -89,5 +80,6 @@ def report(
     from deskside.bench.verdict import DEFAULTS, Criteria
 
     limits = Criteria.load(criteria) if criteria is not None else DEFAULTS
-    for written in reporting.write(Record.load(record), record, limits):
-        err.print(str(written), markup=False)
+    seen = reporting.write(Record.load(record), record, limits)
+    err.print(printable(seen.headline), markup=False)
+    err.print(f"wrote {', '.join(map(str, reporting.paths(record)))}", markup=False)

@@ -10,7 +10,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from deskside.progress import Progress as Report
 
+WIDTH = 120  # columns of a table in a pipe
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def wide() -> Console:
+    """Where tables go: stdout, and where that is no terminal, as wide as they need."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def printable(text: str) -> str:
+    """With nothing in it that acts on the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def note(text: str) -> None:

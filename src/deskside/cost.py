@@ -86,12 +86,13 @@ class Work:
         total = self.weight_bytes(n_seq) + n_seq * self.state_bytes(depth, kv)
         return {"bytes": total / n_seq, "macs": self.macs + self.head_macs}
 
-    def prefill(self, n_tokens: int) -> dict[str, float]:
-        """Bytes and MACs a token, for n tokens in one step and the logits of the last."""
-        return {
-            "bytes": self.weight_bytes(n_tokens) / n_tokens,
-            "macs": self.macs + self.head_macs / n_tokens,
-        }
+    def prefill(self, n_tokens: int, batch: int | None = None) -> dict[str, float]:
+        """Bytes and MACs a token, for n tokens in steps of `batch` (in one step without) and the
+        logits of the last."""
+        full, rest = divmod(n_tokens, batch or n_tokens)
+        nbytes = full * self.weight_bytes(batch or n_tokens)
+        nbytes += self.weight_bytes(rest) if rest else 0
+        return {"bytes": nbytes / n_tokens, "macs": self.macs + self.head_macs / n_tokens}
 
 
 def limit(

@@ -96,7 +96,8 @@ class Header:
 class LogProbWriter:
     """Writes a file under a temporary name, and under its own once it is complete.
 
-    A context manager; DesksideError if the disk lacks the room, before anything is written.
+    A context manager; DesksideError, before anything is written, if the disk lacks the room or the
+    name is that of a file which is something else.
     """
 
     def __init__(self, path: Path, header: Header, tokens: NDArray[np.int32]) -> None:
@@ -104,8 +105,13 @@ class LogProbWriter:
         self.header = header
         try:
             free = shutil.disk_usage(path.absolute().parent).free
+            other = path.exists() and _beginning(path) != MAGIC
         except OSError as error:
             raise self._failure(error) from None
+        if other:
+            raise DesksideError(
+                f"{path}: exists, and --save-logits did not write it; name another file"
+            )
         if header.nbytes > free:
             raise DesksideError(
                 f"{path}: needs {header.nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB "
@@ -175,6 +181,11 @@ class LogProbWriter:
                 self._file.close()
             self._file = None
         self._temporary.unlink(missing_ok=True)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC))
 
 
 @dataclass(frozen=True)

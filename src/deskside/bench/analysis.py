@@ -35,6 +35,7 @@ SPAN = 1.5  # depths from d to at least SPAN * d have a trend
 NEAR = 1.1  # prompts of up to this times the shortest are of one length
 DRIFT = 0.02  # relative; a smaller one is not warned of
 OTHER_CPU = 0.1  # cores that other programs may keep busy
+ABOVE = 1.05  # of the ceiling: samples of memory scatter by some per cent
 SLOWER_CLOCK = 0.95  # of the highest mean frequency of a run
 HUGE = 1e12  # seconds, tokens per second; beyond it and below its inverse a clock is broken
 
@@ -278,11 +279,18 @@ def _warnings(side: Side) -> list[str]:
         said.append(f"{_runs(slow)}: the clock fell to {lowest:.0f} MHz from {fastest:.0f}")
     if hot := {i: n for i, load in loads.items() if (n := load.throttled or 0) > 0}:
         said.append(f"{_runs(hot)}: {sum(hot.values())} thermal throttle events")
+    shares = {row.run.index: max(row.pp_share or 0.0, row.tg_share or 0.0) for row in rows}
+    if over := {i: share for i, share in shares.items() if share > ABOVE}:
+        most = 100 * max(over.values())
+        said.append(
+            f"{_runs(over)}: up to {most:.0f} % of the ceiling: a small model stays in the CPU's "
+            "caches, or other programs slowed the sample of memory"
+        )
     if side.drift and not side.drift.low <= 0 <= side.drift.high:
         nearest = min(abs(side.drift.low), abs(side.drift.high))
         if nearest > DRIFT:
             way = "faster" if side.drift.low > 0 else "slower"
-            said.append(f"decode became {way} by at least {nearest:.0%} over the runs")
+            said.append(f"decode became {way} by at least {100 * nearest:.0f} % over the runs")
     if any(row.run.clock == "stream" for row in rows):
         said.append("times are those of arrival here: network and buffering are part of them")
     return said

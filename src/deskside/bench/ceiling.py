@@ -32,12 +32,6 @@ class Roof:
         kinds = (self.ctk, self.ctv)
         return sum(self.work.decode(round(depth), kind)["bytes"] for kind in kinds) / len(kinds)
 
-    def prefill_bytes(self, n: int) -> float:
-        """Bytes that a token of a prompt of n reads: weights, once a batch."""
-        full, rest = divmod(n, self.ubatch)
-        total = full * self.work.weight_bytes(self.ubatch)
-        return (total + (self.work.weight_bytes(rest) if rest else 0)) / n
-
     def over(self, run: Run, bandwidth: float, compute: float) -> Ceiling:
         """bandwidth in bytes, compute in int8 multiply-adds per second, both sampled beside it."""
         found = Ceiling(bandwidth=bandwidth, compute=compute)
@@ -49,9 +43,10 @@ class Roof:
                 bandwidth / found.decode_bytes, compute / macs
             )
         if run.prompt_tokens:
-            found.prefill_macs = self.work.prefill(run.prompt_tokens)["macs"]
+            needed = self.work.prefill(run.prompt_tokens, self.ubatch)
+            found.prefill_macs = needed["macs"]
             found.prefill_rate, found.prefill_limit = _least(
-                bandwidth / self.prefill_bytes(run.prompt_tokens), compute / found.prefill_macs
+                bandwidth / needed["bytes"], compute / needed["macs"]
             )
         return found
 

@@ -16,13 +16,14 @@ from deskside.bench.record import Record
 from deskside.bench.request import Request, Task, task_of
 from deskside.bench.shown import show, show_workloads
 from deskside.config import EngineConfig, demo_model
-from deskside.console import err, note, progress_bar
+from deskside.console import err, note, printable, progress_bar
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.progress import Progress
 
 DRAWN_PER_SECOND = 1.0
+FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
 def main(request: Request) -> int:
@@ -54,16 +55,20 @@ def main(request: Request) -> int:
                 if request.profile:
                     _profile(record, opened, out, progress)
         except KeyboardInterrupt:
-            n = len(Record.load(out).runs) if out.exists() else 0
-            note(f"stopped; {n} runs are in {out}; deskside bench --resume {out} goes on")
-            return 130
+            note(f"stopped; {measure.kept(out)}")
+            return INTERRUPTED
     show(record)
-    err.print(f"wrote {out}", markup=False)
+    written = [out]
     if not request.no_report:
         from deskside.bench import report
 
-        report.write(record, out)
-    return 0
+        err.print(printable(report.write(record, out).headline), markup=False)
+        written += report.paths(out)
+    err.print(f"wrote {', '.join(map(str, written))}", markup=False)
+    failed = sum(not run.ok for run in record.runs)
+    if failed:
+        note(f"{failed} of {len(record.runs)} runs failed; --resume {out} tries them again")
+    return FAILED if failed else 0
 
 
 def _fitted(task: Task, request: Request) -> Task:
@@ -139,10 +144,10 @@ def _out(request: Request, out: Path | None) -> Path | None:
         return request.resume
     if out is None:
         return None
+    if out.suffix != ".json" or out.is_dir() or not out.parent.is_dir():
+        raise DesksideError(f"--out {out}: expected NAME.json in a folder that exists")
     if out.exists() and not request.force:
         raise DesksideError(f"{out}: exists; --force overwrites it, --resume {out} goes on with it")
-    if out.is_dir() or not out.parent.is_dir():
-        raise DesksideError(f"--out {out}: expected a file in a folder that exists")
     return out
 
 
@@ -171,10 +176,8 @@ def _command(arguments: Sequence[str]) -> list[str]:
 def _profile(
     record: Record, opened: Mapping[str, targets.TargetRunner], out: Path, progress: Progress
 ) -> None:
-    """At the middle of the depths that were run, of side A or of the one that is in process."""
-    target = next((t for t in opened.values() if isinstance(t, targets.InProcess)), None)
-    if target is None:
-        raise DesksideError("--profile: a server does not tell the time of its steps")
+    """At the middle of the depths that were run, of the first side that is in process."""
+    target = next(t for t in opened.values() if isinstance(t, targets.InProcess))
     depths = sorted(run.depth for run in record.runs if run.ok) or [1]
     depth = min(depths[len(depths) // 2], target.llm.ctx - 1)
     record.profile = profile(target.llm, depth, progress)

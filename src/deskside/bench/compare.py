@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from deskside.bench.analysis import summarise
@@ -84,7 +84,10 @@ def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) ->
             "bench --vs interleaves"
         )
     warnings += _target_differences(*targets)
-    quantities = [_quantity(key, baseline, candidate, threshold) for key in QUANTITIES]
+    for role, side in (("baseline", baseline), ("candidate", candidate)):
+        warnings += [f"{role}: {line}" for line in side.warnings]
+    chosen = [_phases(side, paired=b is None) for side in (baseline, candidate)]
+    quantities = [_quantity(key, baseline, candidate, chosen, threshold) for key in QUANTITIES]
     if all(q.ratio is None for q in quantities):
         raise DesksideError("no run of one side has a counterpart of the same name on the other")
     return Comparison(
@@ -101,9 +104,23 @@ def _label(target: Target) -> str:
     return ", ".join(part for part in (target.name, target.engine) if part) or "unnamed"
 
 
-def _quantity(key: str, baseline: Side, candidate: Side, threshold: float) -> Quantity:
+def _phases(side: Side, *, paired: bool) -> set[str]:
+    """Of the runs that count. What warms the machine up warms both runs of an interleaved pair, so
+    there no start is cut off, which would leave to chance which pairs remain."""
+    warm = {"warm-up", "steady"}
+    if paired and any(row.phase in warm for row in side.rows):
+        return warm
+    return {row.phase for row in side.basis}
+
+
+def _quantity(
+    key: str, baseline: Side, candidate: Side, phases: Sequence[set[str]], threshold: float
+) -> Quantity:
     name, more, get = QUANTITIES[key]
-    theirs, ours = (_values(s, get) for s in (baseline, candidate))
+    theirs, ours = (
+        _values(side, counted, get)
+        for side, counted in zip((baseline, candidate), phases, strict=True)
+    )
     ratio = median_ratio(_flat(ours), _flat(theirs))
     items = {}
     for item in dict.fromkeys(item for item, _ in theirs):
@@ -114,17 +131,18 @@ def _quantity(key: str, baseline: Side, candidate: Side, threshold: float) -> Qu
     return Quantity(key, name, more, ratio, items, verdict, regression)
 
 
-def _values(side: Side, get: Callable[[Row], float | None]) -> dict[tuple[str, int], float]:
+def _values(
+    side: Side, phases: set[str], get: Callable[[Row], float | None]
+) -> dict[tuple[str, int], float]:
     """By item and how often it ran before. A run's number counts those that failed, too, so that
     a failure on one side does not shift the pairs."""
     seen: Counter[str] = Counter()
-    basis = {row.phase for row in side.basis}
     found = {}
     for row in side.rows:
         if row.phase == "extra":
             continue
         value = get(row)
-        if value is not None and row.phase in basis:
+        if value is not None and row.phase in phases:
             found[row.run.name, seen[row.run.name]] = value
         seen[row.run.name] += 1
     return found
@@ -171,7 +189,7 @@ def _target_differences(a: Target, b: Target) -> list[str]:
     elif not all(hashes):
         said.append("the model files cannot be compared: a hash is missing")
     if a.kind == b.kind == "deskside":
-        for key in sorted(a.options.keys() | b.options.keys()):
+        for key in sorted((a.options.keys() | b.options.keys()) - {"model"}):  # the hashes tell
             was, now = a.options.get(key), b.options.get(key)
             if was != now:
                 said.append(f"option {key} differs: {was} and {now}")

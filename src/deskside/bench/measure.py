@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def characterise(
     else:
         record = resume
         _expect_same(record, run_as, described, seed, out)
+        record.workload = run_as
     session = _Session(fitted, targets, corpus, record, out, progress)
     session.save()
     session.go()
@@ -225,8 +227,7 @@ class _Session:
         return self.said[step]
 
     def _stop_if_hopeless(self, step: Step, error: str) -> None:
-        kept = sum(run.ok for run in self.record.runs)
-        hint = f"{kept} runs are in {self.out}; --resume {self.out} goes on"
+        hint = kept(self.out)
         try:
             self.targets[step.side].check()
         except DesksideError:
@@ -244,9 +245,20 @@ class _Session:
             self.record.save(self.out)
         except OSError as failure:
             reason = failure.strerror or str(failure)
-            there = self.out.exists() and sum(run.ok for run in Record.load(self.out).runs)
-            kept = f"; {there} runs are in it, --resume goes on with it" if there else ""
-            raise DesksideError(f"{self.out}: cannot be written: {reason}{kept}") from None
+            raise DesksideError(
+                f"{self.out}: cannot be written: {reason}; {kept(self.out)}"
+            ) from None
+
+
+def kept(out: Path) -> str:
+    """How many runs are safe, and how to go on, for people."""
+    try:
+        runs = Record.load(out).runs
+    except (OSError, DesksideError):
+        runs = []
+    n = sum(run.ok for run in runs)
+    count = f"{n} run{'s are' if n != 1 else ' is'} in {out}"
+    return f"{count}; deskside bench --resume {out} goes on" if n else "nothing was measured yet"
 
 
 class _Bar:
@@ -311,8 +323,13 @@ def _expect_same(
             )
 
     check("seed", record.seed, seed)
-    for key in sorted((record.workload.keys() | workload.keys()) - {"skipped"}):
+    keys = record.workload.keys() | workload.keys()
+    for key in sorted(keys - {"skipped", "items"}):
         check(f"workload.{key}", record.workload.get(key), workload.get(key))
+    items = record.workload.get("items")
+    both = itertools.zip_longest(items if isinstance(items, list) else [], workload["items"])
+    for i, (was, now) in enumerate(both):
+        check(f"workload.items[{i}]", was, now)
     check("sides", sorted(record.targets), sorted(targets))
     for side, target in targets.items():
         old, new = dataclasses.asdict(record.targets[side]), dataclasses.asdict(target)

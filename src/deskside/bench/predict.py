@@ -25,18 +25,22 @@ from pathlib import Path
 import numpy as np
 
 from deskside import _native
+from deskside.bench import machine
 from deskside.bench.choose import WORK_BYTES, Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
+from deskside.bench.record import write_whole
 from deskside.bench.slices import Slice, cache_folder, full, period, write
+from deskside.cache import kv_type
+from deskside.config import EngineConfig
 from deskside.cost import Work, limit
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
-from deskside.system import available_memory, cpu_name, total_memory
+from deskside.synth import PRESETS
+from deskside.system import cpu_name, total_memory
 from deskside.tokenizer import CONTROL, UNUSED
 
-BANDWIDTH_BYTES = 1 << 30
 # A slice so far off the others' line, as a share, is worth a note.
 MISFIT = 0.05
 
@@ -55,6 +59,12 @@ class Options:
     isa: str | None = None
 
     def __post_init__(self) -> None:
+        kv_type(self.kv, "--kv")
+        EngineConfig(threads=self.threads, ubatch=self.ubatch)
+        try:
+            _native.choose(self.isa or "")
+        except ValueError as error:
+            raise DesksideError(f"--isa {self.isa}: {error}") from None
         for flag, value, least in (
             ("--repeats", self.repeats, 2),
             ("--generate", self.generate, 2),
@@ -68,6 +78,11 @@ class Options:
                     f"--depths {a},{b}: must ascend by more than the {self.generate} tokens that "
                     "are generated at each"
                 )
+
+    @property
+    def ctx(self) -> int:
+        """Tokens of context that are needed."""
+        return self.depths[-1] + self.generate + 2
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -137,7 +152,7 @@ class Prediction:
         return limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(asdict(self), indent=1))
 
 
 def predict(
@@ -160,6 +175,10 @@ def predict(
     """
     options = options or Options()
     folder = folder or cache_folder()
+    full(preset)  # is it known?
+    most = PRESETS[preset]["max_position_embeddings"]
+    if options.ctx > most:
+        raise DesksideError(f"--depths {options.depths[-1]}: {preset} has a context of {most}")
     choice = choose(preset, layers, experts=experts, check=check, folder=folder)
     missing = [s for s in choice.every if not s.file(folder).exists()]
     for s in choice.every:
@@ -222,7 +241,7 @@ class _Runner:
         for i in group:
             llm = LLM(
                 self.choice.every[i].file(self.folder), progress=self._progress,
-                ctx=o.depths[-1] + o.generate + 2, threads=o.threads, ubatch=o.ubatch,
+                ctx=o.ctx, threads=o.threads, ubatch=o.ubatch,
                 ctk=o.kv, ctv=o.kv, isa=o.isa,
             )  # fmt: skip
             self._loaded[i] = llm
@@ -231,9 +250,8 @@ class _Runner:
             _times(llm, o, np.random.default_rng(0))  # warms up: pages, caches, clocks
 
     def _limits(self) -> None:
-        size = min(BANDWIDTH_BYTES, available_memory() // 4)
-        self.bandwidth.append(float(_native.read_bandwidth(self.threads, size, 3)))
-        self.compute.append(float(_native.compute_limit(self.threads)))
+        self.bandwidth.append(machine.bandwidth(self.threads))
+        self.compute.append(machine.compute(self.threads, self.isa))
 
     def _sample(self, i: int, r: int) -> None:
         rng = np.random.default_rng([1, r])  # the same prompts for all slices
@@ -306,7 +324,7 @@ def _result(preset: str, choice: Choice, options: Options, runner: _Runner) -> P
 def _work(work: Work, options: Options, depth: int) -> dict[str, float]:
     """Bytes and MACs a token; depth 0 stands for the prefill."""
     if not depth:
-        return work.prefill(options.depths[0])
+        return work.prefill(options.depths[0], options.ubatch)
     return work.decode(depth + options.generate // 2, options.kv)
 
 

@@ -184,17 +184,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write the record; an older file is replaced at once or not at all."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:  # Ctrl-C, too
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -215,6 +205,20 @@ class Record:
                 f"{path}: schema {data['schema']!r:.40}; this deskside reads schema {SCHEMA}"
             )
         return _build(cls, data, str(path))  # type: ignore[no-any-return]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file, replaced at once or not at all; safe on the disk when this returns."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:  # Ctrl-C, too
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _finite(text: str) -> float:

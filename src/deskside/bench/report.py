@@ -7,22 +7,31 @@ from pathlib import Path
 from deskside.bench import html, markdown
 from deskside.bench.record import Record
 from deskside.bench.verdict import DEFAULTS, Criteria
-from deskside.bench.view import view
+from deskside.bench.view import View, view
+from deskside.errors import DesksideError
+
+SUFFIXES = (".md", ".html")
 
 
-def write(record: Record, json_path: Path, criteria: Criteria = DEFAULTS) -> list[Path]:
-    """NAME.md and NAME.html beside NAME.json; older ones are replaced at once or not at all.
-    Returns both paths."""
+def paths(json_path: Path) -> list[Path]:
+    """Where the report of a record goes: NAME.md and NAME.html beside NAME.json."""
+    return [json_path.with_suffix(suffix) for suffix in SUFFIXES]
+
+
+def write(record: Record, json_path: Path, criteria: Criteria = DEFAULTS) -> View:
+    """Write both files, at once or not at all; returns what they show. DesksideError where one of
+    them would replace the record itself."""
+    if json_path.suffix in SUFFIXES:
+        raise DesksideError(f"{json_path}: its report would replace it; rename it to NAME.json")
     seen = view(record, json_path.name, criteria)
-    texts = {".md": markdown.render(seen), ".html": html.render(seen)}
-    paths = {json_path.with_suffix(suffix): text for suffix, text in texts.items()}
-    partial = {path: path.with_name(path.name + ".partial") for path in paths}
+    texts = dict(zip(paths(json_path), (markdown.render(seen), html.render(seen)), strict=True))
+    partial = {path: path.with_name(path.name + ".partial") for path in texts}
     try:
-        for path, text in paths.items():
+        for path, text in texts.items():
             partial[path].write_text(text, encoding="utf-8", errors="replace")
-        for path in paths:
+        for path in texts:
             partial[path].replace(path)
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-    return list(paths)
+    return seen

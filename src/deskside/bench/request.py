@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,19 @@ class Task:
 
 
 def task_of(request: Request, resumed: Record | None) -> Task:
-    """From the flags, or from the record that is resumed without further flags or replayed."""
+    """From the flags, or from the record that is resumed without further flags or replayed.
+
+    DesksideError for what would fail only after everything has been measured.
+    """
+    if not 0 < request.timeout < math.inf:
+        raise DesksideError(f"--timeout {request.timeout:g}: expected seconds, more than 0")
+    task = _task(request, resumed)
+    if request.profile and all(side.is_server for side in task.sides.values()):
+        raise DesksideError("--profile: a server does not tell the time of its steps")
+    return task
+
+
+def _task(request: Request, resumed: Record | None) -> Task:
     described = request.given((*WHERE, "vs", "seed", *ENGINE, *SAMPLING, *SHAPE))
     if resumed is not None and not described:
         return _of_record(resumed, str(request.resume))
@@ -120,7 +133,10 @@ def task_of(request: Request, resumed: Record | None) -> Task:
     if options and all(side.is_server for side in sides.values()):
         flag = _flag(next(iter(options)))
         raise DesksideError(f"{flag}: a server's own affair; start the server with it")
-    return Task(_workload(request), sides, request.seed or 0)
+    seed = request.seed or 0
+    if seed < 0:
+        raise DesksideError(f"-s {seed}: expected 0 or more, so that the runs can be repeated")
+    return Task(_workload(request), sides, seed)
 
 
 def _flag(name: str) -> str:
@@ -168,6 +184,8 @@ def _of_record(record: Record, source: str) -> Task:
     data = {key: value for key, value in record.workload.items() if key not in derived}
     workload = Workload.from_dict(data, f"{source}: workload")
     sides = {side: _side(target, source) for side, target in record.targets.items()}
+    if "A" not in sides:
+        raise DesksideError(f"{source}: does not say what was measured: targets has no A")
     return Task(workload, sides, record.seed)
 
 

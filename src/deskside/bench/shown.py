@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deskside.bench.facts import share
 from deskside.bench.record import Record, Run
+from deskside.bench.tables import number, percent
 from deskside.bench.workload import Workload, shipped
+from deskside.console import printable, wide
 
 
 def show_workloads() -> None:
@@ -19,27 +21,27 @@ def show_workloads() -> None:
         runs = "the tree's" if any(i.tree for i in w.items) else str(len(w.items))
         most = max(depth for _, depth in w.depths())
         table.add_row(name, w.description, runs, f"{most:,}")
-    Console(highlight=False).print(table)
+    wide().print(table)
 
 
 def show(record: Record) -> None:
     """The runs, and the profile where there is one."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("run", no_wrap=True)
-    for title in ("prompt", "cached", "made", "TTFT s", "PP tok/s", "TG tok/s", "% of limit"):
+    table.add_column("run", overflow="fold")
+    for title in ("prompt", "cached", "made", "TTFT s", "PP tok/s", "TG tok/s", "of ceiling"):
         table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     sides = len(record.targets) > 1
     for run in record.runs:
         name = f"{run.side} {run.name}" if sides else run.name
         name += " (warm-up)" if run.warmup else " (cold)" if run.cold else ""
-        table.add_row(escape(name), *_cells(run))
+        table.add_row(escape(printable(name)), *_cells(run))
     console.print(table)
-    for run in record.runs:
-        if run.error is not None:
-            console.print(f"{run.name} failed: {run.error}", markup=False)
+    lines = [f"{run.name} failed: {run.error}" for run in record.runs if run.error is not None]
     for entry in record.workload.get("skipped", []):
-        console.print(f"{entry['name']} was left out: it {entry['reason']}", markup=False)
+        lines.append(f"{entry['name']} was left out: it {entry['reason']}")
+    for line in lines:
+        console.print(printable(line), markup=False, soft_wrap=True)
     if record.profile:
         console.print(_profile_table(record))
 
@@ -47,36 +49,30 @@ def show(record: Record) -> None:
 def _cells(run: Run) -> list[str]:
     if not run.ok:
         return ["failed"]
-    limit = run.ceiling.decode_rate
-    share = 100 * run.decode_rate / limit if run.decode_rate and limit else None
     return [
-        str(run.prompt_tokens),
-        str(run.cached_tokens or ""),
-        str(run.generated_tokens),
-        _figure(run.first_seconds, 2),
-        _figure(run.prefill_rate, 1),
-        _figure(run.decode_rate, 2),
-        _figure(share, 0),
+        f"{run.prompt_tokens:,}",
+        f"{run.cached_tokens:,}" if run.cached_tokens else "",
+        f"{run.generated_tokens:,}",
+        number(run.first_seconds),
+        number(run.prefill_rate),
+        number(run.decode_rate),
+        percent(share(run.decode_rate, run.ceiling.decode_rate)),
     ]
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _profile_table(record: Record) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("step of the model")
-    for title in ("phase", "µs/token", "%", "MB/token", "M products/token"):
+    for title in ("phase", "µs/token", "share", "MB/token", "M products/token"):
         table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     for row in record.profile:
         total = sum(r.seconds for r in record.profile if r.phase == row.phase)
         table.add_row(
-            row.name,
+            escape(printable(row.name)),
             row.phase,
-            f"{row.seconds * 1e6:.1f}",
-            _figure(100 * row.seconds / total if total else None, 1),
-            _figure((row.nbytes or 0) / 1e6, 3),
-            _figure((row.macs or 0) / 1e6, 3),
+            number(row.seconds * 1e6),
+            percent(share(row.seconds, total)),
+            number((row.nbytes or 0) / 1e6),
+            number((row.macs or 0) / 1e6),
         )
     return table

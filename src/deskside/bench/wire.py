@@ -47,6 +47,11 @@ class Wire:
         self._seconds = seconds
         try:
             parsed = httpx.URL(self.url)
+            if parsed.userinfo or parsed.query:  # a record holds its URL
+                raise DesksideError(
+                    "--endpoint: a name, a password or a key in the URL would be recorded; "
+                    "use --api-key"
+                )
             if parsed.scheme not in ("http", "https") or not parsed.host:
                 raise httpx.InvalidURL("expected http://HOST:PORT")
             self.host = parsed.host
