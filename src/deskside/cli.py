@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deskside import cli_quality
+from deskside import cli_plan, cli_quality
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.sampler import SamplingParams
@@ -384,6 +384,7 @@ def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in GGUF.open(path).paths)
 
 
+app.command()(cli_plan.plan)
 app.command()(cli_quality.perplexity)
 app.command()(cli_quality.predict)
 

@@ -287,7 +287,9 @@ def parse_machine(values: Mapping[str, Any], path: Path) -> Machine:
     """A machine from its description; DesksideError names file and key of what is wrong."""
     unknown = sorted(values.keys() - _KEYS)
     if unknown:
-        raise DesksideError(f"{path}: unknown key {unknown[0]}; there is {', '.join(sorted(_KEYS))}")
+        raise DesksideError(
+            f"{path}: unknown key {unknown[0]}; there is {', '.join(sorted(_KEYS))}"
+        )
     cpu = _table(values, "cpu", path)
     cores = cpu.get("cores", 1)
     if type(cores) is not int or not 1 <= cores <= 4096:
