@@ -182,6 +182,11 @@ def arguments(plan: Plan, kind: str, model: str) -> list[str]:
         words += ["-ot", f"{regex}={device.upper() if theirs else device}"]
     if kind == "llama-server" and plan.machine.gpus:
         words += ["--fit", "off"]  # it would undo the plan
+    if kind == "llama-server":
+        # which has one flag for what others say with two
+        mode = {(True, False): "", (False, False): "none", (False, True): "mlock"}
+        value = mode.get((o.mmap, o.mlock), "mmap+mlock")
+        return words + (["--load-mode", value] if value else [])
     words += ["--no-mmap"] if not o.mmap else []
     words += ["--mlock"] if o.mlock else []
     return words

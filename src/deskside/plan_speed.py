@@ -6,9 +6,10 @@ A step of the CPU takes, per sort of step, what it reads and what it multiplies,
 
 Both shares e are measured (`calibrate`); the sum and not the larger of the two, for prefetching
 hides only part of either. 8-bit products go by `compute`, float ones (router, attention, delta
-rule, row-wise ops) by `float_compute`. A GPU takes the larger of the two, at its assumed sustained rates.
-On top come a barrier for every step of tasks on the CPU and a hand-over, with the activations, for
-every change of device. Shared and routed experts overlap where they are on two devices.
+rule, row-wise ops) by `float_compute`. A GPU takes the larger of the two, at its assumed
+sustained rates. On top come a barrier for every step of tasks on the CPU and a hand-over, with the
+activations, for every change of device. Shared and routed experts overlap where they are on two
+devices.
 
 The roofline is the same sum over atoms of the larger of bytes and products at full rates, without
 barriers, hand-overs and row-wise ops.

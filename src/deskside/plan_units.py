@@ -3,8 +3,8 @@
 A unit is what makes sense only as a whole: a layer's mixer (attention or delta net with its state),
 its router with norms (of a dense model: its feed-forward block), its shared expert, its routed
 experts; the embedding; the head. Tensors that rules pin leave their unit. An atom is a run of ops
-of one unit on one device, as the contract with the executor has it: an op runs where its first weight
-is, one without weights where the ops before it in its unit do.
+of one unit on one device, as the contract with the executor has it: an op runs where its first
+weight is, one without weights where the ops before it in its unit do.
 """
 
 from __future__ import annotations
