@@ -79,7 +79,7 @@ def test_the_picture_is_xml_with_all_devices(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("-m", "none.gguf"), "none.gguf: No such file"),
+        (("-m", "none.gguf"), "none.gguf: cannot be read: No such file"),
         (("-m", "a", "--preset", "b"), "give one of them"),
         (("--preset", "gpt"), "choose from"),
         (("--machine", "mars"), "epyc-9175f-1x96gb"),

@@ -37,17 +37,16 @@ def flags(plan: Plan) -> Flags:
     n = 1 + max(op.layer for op in plan.tape.ops)
     gpus = [d.name for d in plan.machine.gpus]
     mixer = _mixers(plan, n)
-    start = 1 + max((i for i in range(n) if mixer[i] == CPU), default=-1)
     head = next(d for name, d in plan.placement.items() if plan.kinds[name] == "head")
+    # the fewest layers whose cache llama.cpp would put elsewhere
+    start = min(
+        range(n + 1), key=lambda s: (sum((mixer[i] != CPU) != (i >= s) for i in range(n)), s)
+    )
     count = n + 1 - start if start < n or head != CPU else 0
     start = n + 1 - count
-    on = [mixer[i] for i in range(start, n)]
-    on += [head if head != CPU else (on[-1] if on else CPU)] if count else []
+    on = _nearest_gpu([*mixer[start:], head]) if count else []
     split = tuple(sum(d == g for d in on) for g in gpus) if len(gpus) > 1 and count else ()
     dealt = [g for g, k in zip(gpus, split, strict=True) for _ in range(k)] if split else on
-    notes = []
-    if any(a != b for a, b in zip(dealt, on, strict=True) if b in gpus):
-        notes.append("layers of a GPU do not lie together: llama.cpp keeps some KV elsewhere")
     default: dict[str, str] = {}
     for name in plan.placement:
         layer = layer_of(name)
@@ -56,10 +55,21 @@ def flags(plan: Plan) -> Flags:
         if plan.kinds[name] == "embedding":
             default[name] = CPU
     moved = {name: d for name, d in plan.placement.items() if default[name] != d}
-    early = {i for i in range(start) if mixer[i] != CPU}
-    if early:
-        notes.append(f"llama.cpp keeps the KV of layers {sorted(early)} on the CPU")
+    dealt_to = [CPU] * min(start, n) + dealt[: n - start]
+    elsewhere = [i for i in range(n) if dealt_to[i] != mixer[i]]
+    notes = []
+    if elsewhere:
+        notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
     return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+
+
+def _nearest_gpu(devices: Sequence[str]) -> list[str]:
+    """Devices of layers, with the CPU's replaced by the GPU before, else behind them."""
+    found = list(devices)
+    for i, device in enumerate(found):
+        if device == CPU:
+            found[i] = found[i - 1] if i else next(d for d in devices if d != CPU)
+    return found
 
 
 def _mixers(plan: Plan, n: int) -> list[str]:
