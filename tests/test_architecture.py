@@ -13,6 +13,7 @@ ROOT = Path(deskside.__file__).parent
 # From the bottom to the top; a module imports only from layers below its own.
 LAYERS = [
     {"errors", "progress", "system", "_native"},
+    {"devices"},
     {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint", "logprobs"},
     {"gguf_header", "encoders", "hf_vocab", "hf_source"},
     {"gguf", "gguf_write", "hf_layout", "toy_vocab"},
@@ -20,13 +21,18 @@ LAYERS = [
     {"models", "cache"},
     {"cost"},
     {"config", "convert", "synth"},
-    {"backends"},
+    {"backends", "rules", "plan_units"},
+    {"plan_memory", "plan_speed"},
+    {"plan"},
+    {"plan_ways", "plan_emit"},
+    {"plan_table"},
+    {"plan_picture"},
     {"engine"},
     {"console", "quality"},
     {"bench"},
     {"cli_flags"},
     {"cli_quality"},
-    {"cli_run", "cli_bench", "cli_report", "cli_files", "doctor"},
+    {"cli_run", "cli_bench", "cli_report", "cli_files", "cli_plan", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from deskside import cli_bench, cli_files, cli_quality, cli_report, cli_run, console, doctor
+from deskside import (
+    cli_bench,
+    cli_files,
+    cli_plan,
+    cli_quality,
+    cli_report,
+    cli_run,
+    console,
+    doctor,
+)
 from deskside.cli_flags import strip_ignored
 from deskside.errors import DesksideError
 
@@ -22,6 +31,7 @@ app = typer.Typer(
 COMMANDS: list[Callable[..., int | None]] = [
     cli_run.run,
     cli_bench.bench,
+    cli_plan.plan,
     cli_files.synth,
     cli_files.convert,
     cli_files.quantize,

@@ -38,10 +38,13 @@ class GGUF:
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> GGUF:
-        """Open a file, or a whole split of which any shard is named; DesksideError if it is bad."""
+    def open(cls, path: str | Path, *, complete: bool = True) -> GGUF:
+        """Open a file, or a whole split of which any shard is named; DesksideError if it is bad.
+
+        complete=False: headers are enough, as of a file that is still being fetched.
+        """
         path = Path(path)
-        named = Header.read(path)
+        named = Header.read(path, complete=complete)
         count = named.split_count()
         model = cls(path)
         if count <= 1:
@@ -56,7 +59,7 @@ class GGUF:
             file = path.with_name(f"{shard['stem']}-{no + 1:05}-of-{count:05}.gguf")
             if not os.path.exists(file):
                 raise DesksideError(f"{file}: shard {no + 1} of {count} is missing")
-            header = named if file == path else Header.read(file)
+            header = named if file == path else Header.read(file, complete=complete)
             header.expect_shard(no, count)
             model._add(header)
         declared = model.metadata.get("split.tensors.count")

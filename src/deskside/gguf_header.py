@@ -173,7 +173,8 @@ class Header:
     tensors: list[TensorInfo]
 
     @classmethod
-    def read(cls, path: Path) -> Header:
+    def read(cls, path: Path, *, complete: bool = True) -> Header:
+        """complete: whether the data must be there as well; without, the header will do."""
         mapped = _map(path)
         at = Cursor(mapped, path)
         if at.left < 24 or at.take(4, "the magic") != MAGIC:
@@ -200,7 +201,7 @@ class Header:
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise at.fail(f"general.alignment is {alignment!r:.40}, not a power of two")
         data_start = -(-at.pos // alignment) * alignment
-        tensors = [_placed(at, info, data_start, alignment) for info in infos]
+        tensors = [_placed(at, info, data_start, alignment, complete) for info in infos]
         _check_names_and_overlap(at, tensors)
         return cls(path, mapped, metadata, types, tensors)
 
@@ -254,15 +255,17 @@ def _tensor_info(at: Cursor, i: int) -> TensorInfo:
     return TensorInfo(name, TYPES[kind], shape, at.path, offset)
 
 
-def _placed(at: Cursor, info: TensorInfo, data_start: int, alignment: int) -> TensorInfo:
-    """Turn the offset absolute and check that the tensor lies within the file."""
+def _placed(
+    at: Cursor, info: TensorInfo, data_start: int, alignment: int, complete: bool
+) -> TensorInfo:
+    """Turn the offset absolute and check that the tensor lies within a `complete` file."""
     if info.offset % alignment:
         raise at.fail(
             f"tensor {show(info.name)} has offset {info.offset}, "
             f"not a multiple of the alignment {alignment}"
         )
     start, size = data_start + info.offset, len(at.view)
-    if start + info.nbytes > size:
+    if complete and start + info.nbytes > size:
         raise at.fail(
             f"tensor {show(info.name)} ends at byte {start + info.nbytes}, but the file "
             f"has {size} bytes: it is truncated or damaged, fetch it again"

@@ -1,0 +1,230 @@
+"""`deskside plan`: where every tensor would go and how fast it would be, before a byte is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from deskside.config import EngineConfig
+from deskside.errors import DesksideError
+
+DEFAULTS = EngineConfig()
+DEFAULT_CTX = 4096
+
+Text = str | None
+
+
+def plan(
+    model: Annotated[
+        Path | None,
+        Option("-m", "--model", help="GGUF file; its header is enough, as of one being fetched"),
+    ] = None,
+    preset: Annotated[
+        Text, Option("--preset", help="a model by name instead, such as qwen3.5-397b-a17b")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        Option("--tensor-type", metavar="REGEX=TYPE", help="types of a preset's tensors"),
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        Option(
+            "-c",
+            "--ctx-size",
+            help="context of one sequence; 0 = the model's own",
+            show_default="4096, or the model's own if less",
+        ),
+    ] = None,
+    parallel: Annotated[int, Option("-np", "--parallel", help="sequences at the same time")] = 1,
+    ubatch: Annotated[
+        int, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
+    ] = DEFAULTS.ubatch,
+    threads: Annotated[
+        int, Option("-t", "--threads", help="0 = one per core of the machine")
+    ] = DEFAULTS.threads,
+    ctk: Annotated[
+        str, Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32")
+    ] = DEFAULTS.ctk,
+    ctv: Annotated[
+        str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
+    ] = DEFAULTS.ctv,
+    device: Annotated[
+        list[str] | None,
+        Option(
+            "-dev",
+            "--device",
+            metavar="NAME[:SIZE],…",
+            help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
+        ),
+    ] = None,
+    machine: Annotated[
+        Text, Option("--machine", metavar="FILE.toml", help="plan for another machine")
+    ] = None,
+    margin: Annotated[
+        Text,
+        Option(
+            "--margin",
+            help="memory to leave free on every device",
+            show_default="256MiB on the CPU, 1GiB on a GPU",
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        Option("-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"),
+    ] = None,
+    cpu_moe: Annotated[
+        bool, Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU")
+    ] = False,
+    n_cpu_moe: Annotated[
+        int | None, Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers")
+    ] = None,
+    gpu_layers: Annotated[
+        Text,
+        Option(
+            "-ngl",
+            "--gpu-layers",
+            "--n-gpu-layers",
+            metavar="N|all|auto",
+            help="the last N layers on GPUs, the head counting as one",
+        ),
+    ] = None,
+    tensor_split: Annotated[
+        Text, Option("-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs")
+    ] = None,
+    main_gpu: Annotated[
+        int | None, Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0")
+    ] = None,
+    no_mmap: Annotated[
+        bool, Option("--no-mmap", help="read the embedding, too, instead of mapping it")
+    ] = False,
+    mlock: Annotated[bool, Option("--mlock", help="keep everything in physical memory")] = False,
+    emit: Annotated[
+        Text,
+        Option(
+            "--emit",
+            metavar="llama-server|ik-llama-server|podman|systemd",
+            help="print the plan as this, and nothing else",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Option("--out", metavar="FOLDER", help="write what --emit makes here")
+    ] = None,
+    svg: Annotated[Path | None, Option("--svg", help="write a picture of the plan")] = None,
+    as_json: Annotated[bool, Option("--json", help="print the plan as JSON")] = False,
+) -> int:
+    """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
+    from deskside import plan_emit, plan_table, rules
+    from deskside.devices import choose_devices, load_machine, parse_size, this_machine
+    from deskside.models import build_tape
+    from deskside.plan import DoesNotFit, Options, make_plan
+    from deskside.plan_picture import picture
+
+    if emit is not None and emit not in plan_emit.KINDS:
+        raise DesksideError(f"--emit {emit}: there is {', '.join(plan_emit.KINDS)}")
+    if out is not None and emit is None:
+        raise DesksideError("--out says where --emit writes: give --emit as well")
+    file, name = _model(model, preset, tensor_type)
+    tape = build_tape(file)
+    ours = load_machine(machine) if machine else this_machine(
+        EngineConfig(threads=threads).n_threads
+    )  # fmt: skip
+    asked = [entry for text in device or () for entry in text.split(",") if entry]
+    ours = choose_devices(ours, asked, None if margin is None else parse_size(margin, "--margin"))
+    options = Options(
+        ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
+        ubatch=ubatch, parallel=parallel, ctk=ctk.lower(), ctv=ctv.lower(),
+        threads=min(threads or ours.cores, ours.cores), mmap=not no_mmap, mlock=mlock,
+    )  # fmt: skip
+    wishes = rules.Rules(
+        rules.parse_overrides(override or ()), cpu_moe, n_cpu_moe,
+        rules.parse_gpu_layers(gpu_layers), rules.parse_split(tensor_split), main_gpu,
+    )  # fmt: skip
+    try:
+        made = make_plan(tape, ours, wishes, options)
+    except DoesNotFit as refusal:
+        return _refuse(refusal, tape, ours, wishes, options, name, as_json)
+    known = preset or _preset_of(file)
+    if svg is not None:
+        svg.write_text(picture(made, name), encoding="utf-8")
+    if emit is not None:
+        _emit(plan_emit.emit(made, emit, str((model or Path(f"{preset}.gguf")).absolute())), out)
+    elif as_json:
+        print(json.dumps(plan_table.to_dict(made, name, known), indent=1))
+    else:
+        plan_table.show(made, name, known)
+    return 0
+
+
+def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
+    from deskside.config import demo_model
+    from deskside.gguf import GGUF
+    from deskside.quantize import parse_rule
+    from deskside.synth import make_plan
+
+    if model is not None and preset is not None:
+        raise DesksideError("-m and --preset are two models: give one of them")
+    if preset is not None:
+        rules = [parse_rule(entry) for entry in types or ()]
+        return make_plan(preset, types=rules).outline(), preset
+    if types:
+        raise DesksideError("--tensor-type is for a --preset: a file has its types")
+    path = model or demo_model()
+    return GGUF.open(path, complete=False), path.name
+
+
+def _preset_of(file: Any) -> str | None:
+    """The preset with a file's shapes, if any: what is published of it holds for the file too."""
+    from deskside.synth import PRESETS
+
+    arch = file.get("general.architecture")
+    keys = {
+        "num_hidden_layers": "block_count", "hidden_size": "embedding_length",
+        "num_experts": "expert_count",
+    }  # fmt: skip
+    extra = file.get(f"{arch}.nextn_predict_layers", 0)
+    for name, values in PRESETS.items():
+        found = {k: file.get(f"{arch}.{key}") for k, key in keys.items()}
+        if isinstance(found["num_hidden_layers"], int) and isinstance(extra, int):
+            found["num_hidden_layers"] -= extra
+        if all(values.get(k) == v for k, v in found.items()):
+            return name
+    return None
+
+
+def _refuse(
+    refusal: Any, tape: Any, machine: Any, wishes: Any, options: Any, name: str, as_json: bool
+) -> int:
+    """Says what is lacking and what would be enough; exit code 2."""
+    from deskside import console
+    from deskside.plan_table import VERSION, way_line
+    from deskside.plan_ways import ways_out
+
+    ways = ways_out(tape, machine, wishes, options)
+    if as_json:
+        print(json.dumps({
+            "version": VERSION, "fits": False, "model": name, "reason": str(refusal),
+            "shortfall": refusal.shortfall,
+            "ways_out": [{"flags": w.flags, "price": w.price} for w in ways],
+        }, indent=1))  # fmt: skip
+    console.error(str(refusal))
+    for way in ways:
+        console.err.print(f"enough would be: {way_line(way)}", markup=False)
+    if not ways:
+        console.err.print("no smaller context or cache is enough: it needs more memory, or a file "
+                          "of fewer bits", markup=False)  # fmt: skip
+    return 2
+
+
+def _emit(files: dict[str, str], folder: Path | None) -> None:
+    if folder is None:
+        for i, (name, text) in enumerate(files.items()):
+            if len(files) > 1:
+                print(f"{'' if i == 0 else chr(10)}# --- {name}")
+            print(text, end="")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / (name or "command.sh")).write_text(text, encoding="utf-8")

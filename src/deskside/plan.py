@@ -1,0 +1,374 @@
+"""Where every tensor goes: a pure function of a tape, a machine and the user's rules.
+
+The rules come first (`rules.py`). What they leave free is placed by a search over a fixed family of
+placements: the units (`plan_units.py`) in the order of the time that a byte of them saves on a GPU,
+and of that order the first k on GPUs, for every k and for every way to deal the layers out to the
+GPUs in runs. Of those that fit the memories the one with the fastest decode at half the context is
+taken; of equally fast ones the one that fills the GPUs most evenly. As the family does not depend
+on the memories, more memory can only add to the choice: it is never predicted to be slower.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.cache import cache_bytes, kv_type
+from deskside.devices import Device, Machine, show_size
+from deskside.errors import DesksideError
+from deskside.plan_memory import Memory
+from deskside.plan_speed import Rate, SpeedModel, Step, predict
+from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut
+from deskside.rules import ALL_LAYERS, Rules, apply
+from deskside.tape import Tape
+
+MAX_SPLITS = 512  # ways to deal layers out to GPUs that are looked at
+GPU = "gpu"  # pinned to some GPU, see rules.py
+Indices = NDArray[np.intp]
+Bytes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Options:
+    """ctx: tokens of one sequence; parallel: sequences; the rest as in `EngineConfig`."""
+
+    ctx: int
+    ubatch: int = 512
+    parallel: int = 1
+    ctk: str = "f16"
+    ctv: str = "f16"
+    threads: int = 1
+    mmap: bool = True
+    mlock: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("-c", self.ctx), ("-ub", self.ubatch), ("--parallel", self.parallel)):
+            if value < 1:
+                raise DesksideError(f"{flag} {value}: expected at least 1")
+        kv_type(self.ctk, "-ctk")
+        kv_type(self.ctv, "-ctv")
+
+    @property
+    def resident(self) -> bool:
+        """Whether even the embedding table must lie in memory that is taken."""
+        return self.mlock or not self.mmap
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes on one device. `mapped` lies in the mapped file and is not counted."""
+
+    device: Device
+    weights: Mapping[str, int]
+    mapped: int
+    kv: int
+    recurrent: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """With the margin."""
+        return (
+            sum(self.weights.values()) + self.kv + self.recurrent + self.buffers
+            + self.device.margin
+        )  # fmt: skip
+
+    @property
+    def free(self) -> int:
+        return self.device.memory - self.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement that fits. placement and reasons by tensor, states by their number."""
+
+    tape: Tape
+    options: Options
+    machine: Machine
+    rules: Rules
+    placement: Mapping[str, str]
+    reasons: Mapping[str, str]
+    state_devices: tuple[str, ...]
+    kinds: Mapping[str, str]
+    usage: tuple[Usage, ...]
+    rates: tuple[Rate, ...]
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Devices that hold something."""
+        holds = {*self.placement.values(), *self.state_devices}
+        return tuple(d.name for d in self.machine.devices if d.name in holds)
+
+
+class DoesNotFit(DesksideError):
+    """No placement under the rules fits. shortfall: bytes by device, of the placement that lacks
+    least; pinned: the rules that put most on those devices."""
+
+    def __init__(self, message: str, shortfall: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.shortfall = dict(shortfall)
+
+
+def make_plan(
+    tape: Tape, machine: Machine, rules: Rules, options: Options, memory: Memory | None = None
+) -> Plan:
+    """The best placement; DesksideError for rules that make no sense, DoesNotFit where none fits.
+
+    memory: of the same tape, threads and ubatch, to spare computing it again.
+    """
+    if options.ctx > tape.n_ctx_train:
+        raise DesksideError(
+            f"-c {options.ctx} is more than the model's context of {tape.n_ctx_train} tokens"
+        )
+    memory = memory or Memory(tape, threads=options.threads, ubatch=options.ubatch)
+    search = _Search(tape, machine, rules, options, memory)
+    return search.plan(*search.best())
+
+
+class _Search:
+    def __init__(
+        self, tape: Tape, machine: Machine, rules: Rules, options: Options, memory: Memory
+    ) -> None:
+        self.tape, self.machine, self.rules, self.options = tape, machine, rules, options
+        self.memory = memory
+        self.names = [d.name for d in machine.devices]
+        self.gpus = self.names[1:]
+        n_layers = 1 + max(op.layer for op in tape.ops)
+        self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
+        self.cut: Cut = cut(tape, self.pinned.devices)
+        k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
+        self.speed = SpeedModel(self.cut, machine, k, v)
+        self.states = [
+            tuple(options.parallel * n for n in cache_bytes([s], options.ctx, k, v))
+            for s in tape.states
+        ]
+        self.atom_states = [
+            [op.state for op in a.ops if op.state is not None] for a in self.cut.atoms
+        ]
+        self.step = Step(1, options.ctx // 2)
+        self.order = self._order()
+        self.room = False
+
+    def _order(self) -> list[int]:
+        """Free units, by seconds saved a byte; later layers first among equals, as -ngl counts."""
+        if not self.gpus:
+            return []
+        gpu = min(self.machine.gpus, key=lambda d: (-d.bandwidth.value, d.name))
+
+        def key(i: int) -> tuple[float, int, int]:
+            unit = self.cut.units[i]
+            size = sum(self.memory.gpu[n] for n in unit.tensors) + sum(
+                sum(self.states[s])
+                for a, states in zip(self.cut.atoms, self.atom_states, strict=True)
+                if a.unit == i and a.pin is None
+                for s in states
+            )
+            gain = self.speed.gain(i, self.step, gpu) / max(size, 1)
+            # layers of one sort differ in the last digits only
+            return (-float(f"{gain:.6e}"), -unit.layer, i)
+
+        # one row a token is read of the embedding: it is never worth a GPU's memory
+        free = [i for i, u in enumerate(self.cut.units) if u.tensors and u.role != EMBED]
+        return sorted(free, key=key)
+
+    def _splits(self) -> list[tuple[int, ...]]:
+        """Number of the GPU of each layer and of the head, for every way to deal them out."""
+        n, g = self.cut.n_layers + 1, len(self.gpus)
+        if self.pinned.layer_gpu:
+            found = [tuple(self.names.index(name) for name in self.pinned.layer_gpu)]
+        elif g == 0:
+            found = [(0,) * n]
+        else:
+            step = 1
+            while _combinations(n // step + 1, g - 1) > MAX_SPLITS:
+                step += 1
+            borders = itertools.combinations_with_replacement(range(0, n + 1, step), g - 1)
+            found = [
+                tuple(1 + sum(layer >= b for b in chosen) for layer in range(n))
+                for chosen in borders
+            ]
+        if self.pinned.head_gpu:
+            head = self.names.index(self.pinned.head_gpu)
+            found = [(*split[:-1], head) for split in found]
+        return found
+
+    def _family(self, split: tuple[int, ...]) -> Indices:
+        """(k, units): where each unit is when the first k of the order are on their GPU."""
+        n = len(self.order)
+        place = np.zeros((n + 1, len(self.cut.units)), np.intp)
+        for at, i in enumerate(self.order):
+            place[at + 1 :, i] = self._gpu(split, self.cut.units[i])
+        return place
+
+    @staticmethod
+    def _gpu(split: tuple[int, ...], unit: Unit) -> int:
+        return split[-1] if unit.role == HEAD else split[max(unit.layer, 0)]
+
+    def _atoms(self, split: tuple[int, ...], units: Indices) -> Indices:
+        """(k, atoms) from (k, units)."""
+        places = np.empty((len(units), len(self.cut.atoms)), np.intp)
+        for i, atom in enumerate(self.cut.atoms):
+            if atom.pin is None:
+                # a unit that rules took all tensors of follows what is pinned in it
+                places[:, i] = units[:, atom.unit]
+            elif atom.pin == GPU:
+                places[:, i] = self._gpu(split, self.cut.units[atom.unit])
+            else:
+                places[:, i] = self.names.index(atom.pin)
+        return places
+
+    def _bytes(self, split: tuple[int, ...], units: Indices, atoms: Indices) -> Bytes:
+        """(k, devices), margins and buffers included."""
+        total = np.zeros((len(units), len(self.names)), np.int64)
+        rows = np.arange(len(units))
+        resident = self.options.resident
+        for i, unit in enumerate(self.cut.units):
+            sizes = [
+                sum(self.memory.of(n, cpu=d == 0, resident=resident) for n in unit.tensors)
+                for d in (0, 1)
+            ]
+            where = units[:, i]
+            total[rows, where] += np.where(where == 0, sizes[0], sizes[1])
+            for name in unit.pinned:
+                d = self._pinned_device(split, unit, name)
+                total[:, d] += self.memory.of(name, cpu=d == 0, resident=resident)
+        for i, states in enumerate(self.atom_states):
+            total[rows, atoms[:, i]] += sum(sum(self.states[s]) for s in states)
+        total[:, 0] += self.memory.cpu_buffers
+        for d in range(1, len(self.names)):
+            used = (total[:, d] > 0) | (atoms == d).any(axis=1)
+            total[:, d] += used * self.memory.gpu_buffers
+        need: Bytes = total + np.array([d.margin for d in self.machine.devices])
+        return need
+
+    def _pinned_device(self, split: tuple[int, ...], unit: Unit, name: str) -> int:
+        device = self.pinned.devices[name]
+        return self._gpu(split, unit) if device == GPU else self.names.index(device)
+
+    def best(self) -> tuple[tuple[int, ...], Indices]:
+        """Split and units of the fastest placement that fits; DoesNotFit."""
+        memories = np.array([d.memory for d in self.machine.devices])
+        best: tuple[float, float, tuple[int, ...], Indices] | None = None
+        least: tuple[int, Bytes] | None = None
+        for split in self._splits():
+            units = self._family(split)
+            atoms = self._atoms(split, units)
+            need = self._bytes(split, units, atoms)
+            over = np.maximum(need - memories, 0)
+            fits = ~over.any(axis=1)
+            if not fits.any():
+                k = int(over.sum(axis=1).argmin())
+                if least is None or over[k].sum() < least[0]:
+                    least = int(over[k].sum()), over[k]
+                continue
+            room = np.append(fits[1:], False)[fits]  # for the next one in the order as well
+            units, need = units[fits], need[fits]
+            seconds = self.speed.seconds(self.step, atoms[fits])
+            k = int(seconds.argmin())
+            fill = (need[k, 1:] / memories[1:]).max(initial=0.0)
+            if (
+                best is None
+                or (seconds[k], fill) < (best[0] * (1 - 1e-9), best[1])
+                or (abs(seconds[k] - best[0]) <= 1e-9 * best[0] and fill < best[1])
+            ):
+                best = min(seconds[k], best[0] if best else np.inf), fill, split, units[k]
+                self.room = bool(room[k])
+        if best is None:
+            assert least is not None
+            raise self._does_not_fit(least[1])
+        return best[2], best[3]
+
+    def _does_not_fit(self, over: Bytes) -> DoesNotFit:
+        short = {n: int(o) for n, o in zip(self.names, over, strict=True) if o}
+        said = []
+        for name, missing in short.items():
+            by_rule: dict[str, int] = {}
+            for tensor, device in self.pinned.devices.items():
+                if device == name or (device == GPU and name in self.gpus):
+                    size = self.memory.of(tensor, cpu=name == "cpu", resident=False)
+                    reason = self.pinned.reasons[tensor]
+                    by_rule[reason] = by_rule.get(reason, 0) + size
+            memory = self.machine.device(name).memory
+            text = f"{name} lacks {missing:,} bytes ({show_size(missing)} of {show_size(memory)})"
+            if by_rule:
+                rule = max(by_rule, key=lambda r: by_rule[r])
+                text += f", where {rule} puts {show_size(by_rule[rule])}"
+            said.append(text)
+        return DoesNotFit(f"the model does not fit: {'; '.join(said)}", short)
+
+    def plan(self, split: tuple[int, ...], units: Indices) -> Plan:
+        atoms = self._atoms(split, units[None])[0]
+        placement: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        for i, unit in enumerate(self.cut.units):
+            for name in unit.tensors:
+                placement[name] = self.names[units[i]]
+                reasons[name] = self._reason(i, int(units[i]))
+            for name in unit.pinned:
+                placement[name] = self.names[self._pinned_device(split, unit, name)]
+                reasons[name] = self.pinned.reasons[name]
+        in_order = self.tape.weights()
+        states = [""] * len(self.states)
+        for i, numbers in enumerate(self.atom_states):
+            for s in numbers:
+                states[s] = self.names[atoms[i]]
+        o = self.options
+        rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
+        return Plan(
+            self.tape, o, self.machine, self.rules,
+            {name: placement[name] for name in in_order},
+            {name: reasons[name] for name in in_order},
+            tuple(states), self.cut.kinds,
+            self._usage(placement, states, atoms), tuple(rates),
+        )  # fmt: skip
+
+    def _reason(self, i: int, device: int) -> str:
+        if not self.gpus:
+            return "there is no other device"
+        if device:
+            return "saves most time per byte"
+        if self.cut.units[i].role == EMBED:
+            return "a token reads one row"
+        if self.speed.gain(i, self.step, self.machine.gpus[0]) <= 0:
+            return "no faster on a GPU"
+        if self.room:
+            return "handing over would cost more than it saves"
+        return "does not fit, saves least time per byte"
+
+    def _usage(
+        self, placement: Mapping[str, str], states: Sequence[str], atoms: Indices
+    ) -> tuple[Usage, ...]:
+        found = []
+        resident = self.options.resident
+        for d, device in enumerate(self.machine.devices):
+            weights = dict.fromkeys(KINDS, 0)
+            mapped = 0
+            for name, where in placement.items():
+                if where == device.name:
+                    size = self.memory.of(name, cpu=d == 0, resident=resident)
+                    weights[self.cut.kinds[name]] += size
+                    mapped += self.memory.mapped.get(name, 0) if d == 0 and not resident else 0
+            kv, recurrent = (
+                sum(s[i] for s, w in zip(self.states, states, strict=True) if w == device.name)
+                for i in (0, 1)
+            )
+            used = sum(weights.values()) + kv + recurrent > 0 or bool((atoms == d).any())
+            buffers = self.memory.cpu_buffers if d == 0 else used * self.memory.gpu_buffers
+            weights = {kind: n for kind, n in weights.items() if n}
+            found.append(Usage(device, weights, mapped, kv, recurrent, buffers))
+        return tuple(found)
+
+
+def _combinations(n: int, k: int) -> int:
+    """Of k out of n with repetition."""
+    total = 1
+    for i in range(k):
+        total = total * (n + i) // (i + 1)
+    return total
+
+
+__all__ = ["ALL_LAYERS", "DoesNotFit", "Options", "Plan", "Usage", "make_plan"]

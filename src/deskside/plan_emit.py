@@ -1,0 +1,354 @@
+"""A plan as the command line of llama.cpp's or ik_llama.cpp's server, as a Podman quadlet with its
+Containerfile, or as a systemd unit for deskside.
+
+llama.cpp gives a layer's tensors and cache to the device that `-ngl` and `--tensor-split` deal it;
+`-ot` then moves single tensors. So the layers' mixers decide the split, and what lies elsewhere
+becomes rules: as few as there are pairs of a device and a set of layers, without commas, at which
+llama.cpp would cut them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from deskside.devices import CPU
+from deskside.errors import DesksideError
+from deskside.plan import Plan
+from deskside.rules import layer_of
+
+KINDS = ("llama-server", "ik-llama-server", "podman", "systemd")
+PORT = 8080
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A placement in llama.cpp's terms. notes: what they cannot say."""
+
+    gpu_layers: int
+    tensor_split: tuple[int, ...]
+    overrides: tuple[tuple[str, str], ...]  # regex, our name of the device
+    notes: tuple[str, ...] = ()
+
+
+def flags(plan: Plan) -> Flags:
+    """The flags that reproduce the plan's placement."""
+    n = 1 + max(op.layer for op in plan.tape.ops)
+    gpus = [d.name for d in plan.machine.gpus]
+    mixer = _mixers(plan, n)
+    head = next(d for name, d in plan.placement.items() if plan.kinds[name] == "head")
+    # the fewest layers whose cache llama.cpp would put elsewhere
+    start = min(
+        range(n + 1), key=lambda s: (sum((mixer[i] != CPU) != (i >= s) for i in range(n)), s)
+    )
+    count = n + 1 - start if start < n or head != CPU else 0
+    start = n + 1 - count
+    on = _nearest_gpu([*mixer[start:], head]) if count else []
+    split = tuple(sum(d == g for d in on) for g in gpus) if len(gpus) > 1 and count else ()
+    dealt = [g for g, k in zip(gpus, split, strict=True) for _ in range(k)] if split else on
+    default: dict[str, str] = {}
+    for name in plan.placement:
+        layer = layer_of(name)
+        layer = n if layer is None else layer
+        default[name] = dealt[layer - start] if layer >= start else CPU
+        if plan.kinds[name] == "embedding":
+            default[name] = CPU
+    moved = {name: d for name, d in plan.placement.items() if default[name] != d}
+    dealt_to = [CPU] * min(start, n) + dealt[: n - start]
+    elsewhere = [i for i in range(n) if dealt_to[i] != mixer[i]]
+    notes = []
+    if elsewhere:
+        notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
+    return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+
+
+def _nearest_gpu(devices: Sequence[str]) -> list[str]:
+    """Devices of layers, with the CPU's replaced by the GPU before, else behind them."""
+    found = list(devices)
+    for i, device in enumerate(found):
+        if device == CPU:
+            found[i] = found[i - 1] if i else next(d for d in devices if d != CPU)
+    return found
+
+
+def _mixers(plan: Plan, n: int) -> list[str]:
+    """The device of each layer's first tensor: its attention or delta net with the state."""
+    found = [CPU] * n
+    for op in plan.tape.ops:
+        if op.state is not None:
+            found[op.layer] = plan.state_devices[op.state]
+    return found
+
+
+def _compact(moved: Mapping[str, str], every: Collection[str]) -> list[tuple[str, str]]:
+    """Regexes that match exactly the tensors of `moved`."""
+    of_suffix: dict[str, set[int]] = {}
+    for name in every:
+        if (layer := layer_of(name)) is not None:
+            of_suffix.setdefault(_suffix(name), set()).add(layer)
+    layers: dict[tuple[str, str], set[int]] = {}
+    rules: list[tuple[str, str]] = []
+    for name, device in moved.items():
+        layer = layer_of(name)
+        if layer is None:
+            rules.append((f"^{_escape(name)}$", device))
+        else:
+            layers.setdefault((_suffix(name), device), set()).add(layer)
+    together: dict[tuple[str, frozenset[int], bool], list[str]] = {}
+    for (suffix, device), where in layers.items():
+        all_ = where == of_suffix[suffix]
+        together.setdefault((device, frozenset() if all_ else frozenset(where), all_), []).append(
+            suffix
+        )
+    for (device, where_, all_), suffixes in together.items():
+        number = "" if all_ else f"blk\\.({numbers(where_)})\\."
+        rules.append((f"{number}{_names(suffixes)}", device))
+    return rules
+
+
+def _suffix(name: str) -> str:
+    return name.split(".", 2)[2]
+
+
+def _names(suffixes: Sequence[str]) -> str:
+    """A regex of tensor names behind the layer; experts as users write them."""
+    if {s.removesuffix(".weight") for s in suffixes} == {
+        f"ffn_{part}_exps" for part in ("gate", "up", "down")
+    }:
+        return "ffn_(gate|up|down)_exps"
+    stems = sorted(_escape(s) for s in suffixes)
+    return f"({'|'.join(stems)})$" if len(stems) > 1 else f"{stems[0]}$"
+
+
+def _escape(text: str) -> str:
+    return text.replace(".", "\\.")
+
+
+def numbers(values: Collection[int]) -> str:
+    """A regex that matches exactly these numbers: 0-12 as [0-9]|1[0-2]."""
+    digits: dict[int, set[int]] = {}
+    for v in values:
+        digits.setdefault(v // 10, set()).add(v % 10)
+    tens: dict[frozenset[int], list[int]] = {}
+    for ten in sorted(digits):
+        tens.setdefault(frozenset(digits[ten]), []).append(ten)
+    parts: list[tuple[int, str]] = []
+    for last, heads in tens.items():
+        own = _digits(last)
+        if 0 in heads:
+            parts.append((0, own))
+        for high in sorted({h // 10 for h in heads if h}):
+            low = [h % 10 for h in heads if h and h // 10 == high]
+            before = str(high) if high else ""
+            parts.append((min(h for h in heads if h), f"{before}{_digits(low)}{own}"))
+    return "|".join(text for _, text in sorted(parts))
+
+
+def _digits(values: Collection[int]) -> str:
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return str(ordered[0])
+    if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"[{ordered[0]}-{ordered[-1]}]"
+    return "[" + "".join(map(str, ordered)) + "]"
+
+
+def emit(plan: Plan, kind: str, model: str) -> dict[str, str]:
+    """Files by name: a command line has the name "". DesksideError for what cannot be said."""
+    if kind not in KINDS:
+        raise DesksideError(f"--emit {kind}: there is {', '.join(KINDS)}")
+    for name, value in (("file name", model),):
+        if not model.isprintable():
+            raise DesksideError(f"--emit: the {name} {value!r} has control characters")
+    if kind in ("llama-server", "ik-llama-server"):
+        return {"": _command(plan, kind, model)}
+    if kind == "podman":
+        return _podman(plan, model)
+    return {"deskside.service": _systemd(plan, model)}
+
+
+def arguments(plan: Plan, kind: str, model: str) -> list[str]:
+    """The words of a command line: of a llama.cpp server, or of `deskside serve`."""
+    o, found = plan.options, flags(plan)
+    if kind != "deskside" and any(d.name.startswith("emu") for d in plan.machine.gpus):
+        raise DesksideError(f"--emit {kind}: emulated devices exist in deskside only")
+    theirs = kind != "deskside"
+    # llama.cpp's -c is of all sequences together
+    words = ["-m", model, "-c", str(o.ctx * (o.parallel if theirs else 1))]
+    words += ["-np" if theirs else "--parallel", str(o.parallel), "-ub", str(o.ubatch)]
+    words += ["-t", str(o.threads), "-ctk", o.ctk, "-ctv", o.ctv]
+    if theirs and o.ubatch > 2048:
+        words += ["-b", str(o.ubatch)]
+    if plan.machine.gpus:
+        names = [d.name for d in plan.machine.gpus]
+        shown = [n.upper() if theirs else f"{n}:{plan.machine.device(n).memory}" for n in names]
+        words += ["--device", ",".join(shown)]
+    if plan.machine.gpus or theirs:
+        words += ["-ngl", str(found.gpu_layers)]
+    if found.tensor_split:
+        words += ["--tensor-split", ",".join(map(str, found.tensor_split))]
+    for regex, device in found.overrides:
+        words += ["-ot", f"{regex}={device.upper() if theirs else device}"]
+    if kind == "llama-server" and plan.machine.gpus:
+        words += ["--fit", "off"]  # it would undo the plan
+    if kind == "llama-server":
+        # which has one flag for what others say with two
+        mode = {(True, False): "", (False, False): "none", (False, True): "mlock"}
+        value = mode.get((o.mmap, o.mlock), "mmap+mlock")
+        return words + (["--load-mode", value] if value else [])
+    words += ["--no-mmap"] if not o.mmap else []
+    words += ["--mlock"] if o.mlock else []
+    return words
+
+
+def _command(plan: Plan, kind: str, model: str) -> str:
+    words = ["llama-server", *arguments(plan, kind, model)]
+    lines = [f"# {note}" for note in flags(plan).notes]
+    pairs = " \\\n  ".join(_lines(words))
+    return "\n".join([*lines, pairs]) + "\n"
+
+
+def _lines(words: Sequence[str]) -> list[str]:
+    """Quoted words, a flag with its value a line."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("-") or not lines:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += " " + shlex.quote(word)
+    return lines
+
+
+_PLANNED = (
+    "# `deskside serve` comes with a later version; the flags are those of its public contract."
+)
+
+
+def _unit_words(words: Sequence[str]) -> str:
+    """Words of an ExecStart: systemd unescapes backslashes, % and $ (systemd.service(5))."""
+    quoted = []
+    for word in words:
+        safe = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+        quoted.append(f'"{safe}"' if any(c in word for c in " \\'\"$%|();#") else safe)
+    lines: list[str] = []
+    for raw, word in zip(words, quoted, strict=True):
+        if raw.startswith("-") or not lines:
+            lines.append(word)
+        else:
+            lines[-1] += " " + word
+    return " \\\n    ".join(lines)
+
+
+def _podman(plan: Plan, model: str) -> dict[str, str]:
+    """Quadlet and Containerfile. The model's folder is mounted read-only at /models."""
+    folder, _, file = model.rpartition("/")
+    words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
+    words += ["--host", "0.0.0.0", "--port", str(PORT)]
+    cuda = any(d.name.startswith("cuda") for d in plan.machine.gpus)
+    device = ["# all NVIDIA GPUs, by CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
+              "AddDevice=nvidia.com/gpu=all"] if cuda else []  # fmt: skip
+    lock = ["Ulimit=memlock=-1:-1"] if plan.options.mlock or cuda else []
+    unit = [
+        _PLANNED,
+        "# Put into ~/.config/containers/systemd/, then: systemctl --user daemon-reload",
+        "[Unit]",
+        f"Description=deskside serving {_plain(file)}",
+        "",
+        "[Container]",
+        "Image=localhost/deskside:latest",
+        "ContainerName=deskside",
+        *device,
+        "# threads and staging buffers share memory",
+        "ShmSize=8g",
+        f"Volume={_plain(folder) or '.'}:/models:ro,z",
+        f"PublishPort=127.0.0.1:{PORT}:{PORT}",
+        *lock,
+        "NoNewPrivileges=true",
+        "DropCapability=all",
+        "ReadOnly=true",
+        f"HealthCmd=python3 -c \"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health')\"",
+        "HealthInterval=30s",
+        "HealthTimeout=10s",
+        "# reading a large model takes minutes",
+        "HealthStartPeriod=30m",
+        f"Exec={_unit_words(words)}",
+        "",
+        "[Service]",
+        "Restart=on-failure",
+        "TimeoutStartSec=infinity",
+        "",
+        "[Install]",
+        "WantedBy=default.target",
+    ]
+    extra = "[gpu]" if plan.machine.gpus else ""
+    container = [
+        "# podman build -t deskside . (in a checkout of deskside)",
+        _PLANNED,
+        "FROM docker.io/library/python:3.12-slim AS build",
+        "RUN apt-get update && apt-get install -y --no-install-recommends g++ make",
+        "COPY . /src",
+        f"RUN pip install --no-cache-dir --prefix=/install '/src{extra}'",
+        "",
+        "FROM docker.io/library/python:3.12-slim",
+        "COPY --from=build /install /usr/local",
+        "RUN useradd --create-home deskside",
+        "USER deskside",
+        f"EXPOSE {PORT}",
+        'ENTRYPOINT ["deskside"]',
+        'CMD ["--help"]',
+    ]
+    return {
+        "deskside.container": "\n".join(unit) + "\n",
+        "Containerfile": "\n".join(container) + "\n",
+    }
+
+
+def _plain(text: str) -> str:
+    """Text for a unit file, where % starts a specifier."""
+    return text.replace("%", "%%")
+
+
+def _systemd(plan: Plan, model: str) -> str:
+    words = ["/usr/local/bin/deskside", "serve", *arguments(plan, "deskside", model)]
+    words += ["--host", "127.0.0.1", "--port", str(PORT)]
+    gpu = any(d.name.startswith("cuda") for d in plan.machine.gpus)
+    return (
+        "\n".join(
+            [
+                _PLANNED,
+                "[Unit]",
+                f"Description=deskside serving {_plain(model)}",
+                "After=network.target",
+                "",
+                "[Service]",
+                f"ExecStart={_unit_words(words)}",
+                "Restart=on-failure",
+                "# reading a large model takes minutes",
+                "TimeoutStartSec=infinity",
+                "DynamicUser=yes",
+                "CacheDirectory=deskside",
+                "Environment=XDG_CACHE_HOME=/var/cache/deskside",
+                *(["LimitMEMLOCK=infinity"] if plan.options.mlock or gpu else []),
+                "NoNewPrivileges=yes",
+                "CapabilityBoundingSet=",
+                "ProtectSystem=strict",
+                "ProtectHome=read-only",
+                "PrivateTmp=yes",
+                *(["# GPUs are devices of the host"] if gpu else ["PrivateDevices=yes"]),
+                "ProtectKernelTunables=yes",
+                "ProtectKernelModules=yes",
+                "ProtectControlGroups=yes",
+                "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
+                "RestrictNamespaces=yes",
+                "RestrictRealtime=yes",
+                "RestrictSUIDSGID=yes",
+                "LockPersonality=yes",
+                "SystemCallArchitectures=native",
+                "",
+                "[Install]",
+                "WantedBy=multi-user.target",
+            ]
+        )
+        + "\n"
+    )

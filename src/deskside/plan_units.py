@@ -1,0 +1,152 @@
+"""A tape cut for placing: units, whose tensors go to a device together, and atoms, which run there.
+
+A unit is what makes sense only as a whole: a layer's mixer (attention or delta net with its state),
+its router with norms (of a dense model: its feed-forward block), its shared expert, its routed
+experts; the embedding; the head. Tensors that rules pin leave their unit. An atom is a run of ops
+of one unit on one device, as the contract with the executor has it: an op runs where its first
+weight is, one without weights where the ops before it in its unit do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from deskside.gguf import TensorInfo
+from deskside.tape import KVState, Op, Tape
+
+# Kinds of tensors in budgets, in the order in which they are shown.
+KINDS = (
+    "routed experts", "shared expert", "attention", "delta net", "feed-forward", "head",
+    "embedding", "norms and router",
+)  # fmt: skip
+EMBED, MIXER, FFN, EXPERTS, SHARED, HEAD = "embed", "mixer", "ffn", "experts", "shared", "head"
+_NORM = re.compile(r"_norm\.|rope_freqs|ffn_gate_inp\.")
+Key = tuple[int, str]  # layer, role; layer -1 before the first, n_layers behind the last
+
+
+@dataclass
+class Unit:
+    """tensors: those that are free to be placed; `pinned` those that rules placed."""
+
+    layer: int
+    role: str
+    tensors: list[str] = field(default_factory=list)
+    pinned: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Atom:
+    """Consecutive ops of unit number `unit`; pin: the device they are bound to, None for the
+    unit's own. "gpu" is any GPU: the layer's."""
+
+    unit: int
+    layer: int
+    role: str
+    pin: str | None
+    ops: list[Op] = field(default_factory=list)
+
+
+@dataclass
+class Cut:
+    """Units and atoms of a tape in its order; `kinds` of all its tensors."""
+
+    tape: Tape
+    n_layers: int
+    units: list[Unit]
+    atoms: list[Atom]
+    kinds: dict[str, str]
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return self.tape.weights()
+
+
+def cut(tape: Tape, pinned: Mapping[str, str]) -> Cut:
+    """`tape` in units and atoms, with the tensors of `pinned` on their devices."""
+    n_layers = 1 + max(op.layer for op in tape.ops)
+    kinds = tensor_kinds(tape)
+    tied = _is_tied(tape)
+    units: dict[Key, Unit] = {}
+    numbers: dict[Key, int] = {}
+    atoms: list[Atom] = []
+    role, pin = EMBED, None
+    seen: set[str] = set()
+    layer = -1
+    for op in tape.ops:
+        changed = op.layer != layer
+        layer = op.layer
+        if op.kind == "embed":
+            role = HEAD if tied else EMBED
+        elif op.kind == "take_rows":
+            role, changed = HEAD, True
+        own = [w for w in op.weights if w.name not in seen or w.name == op.weights[0].name]
+        if own and layer >= 0 and op.kind != "rope":
+            role = _role(own[0].name)
+        elif changed and layer >= 0:
+            role = MIXER
+        place = n_layers if role == HEAD else layer
+        key = (place, role)
+        if key not in units:
+            numbers[key] = len(units)
+            units[key] = Unit(place, role)
+        unit = units[key]
+        for w in op.weights:
+            if w.name not in seen:
+                seen.add(w.name)
+                (unit.pinned if w.name in pinned else unit.tensors).append(w.name)
+        # rope's factors are shared by all layers and say nothing about where one runs
+        if op.weights and op.kind != "rope":
+            pin = pinned.get(op.weights[0].name)
+        elif changed:
+            pin = None
+        last = atoms[-1] if atoms else None
+        if last is None or (last.unit, last.pin) != (numbers[key], pin):
+            atoms.append(Atom(numbers[key], place, role, pin))
+        atoms[-1].ops.append(op)
+    return Cut(tape, n_layers, list(units.values()), atoms, kinds)
+
+
+def _role(name: str) -> str:
+    if "_exps" in name:
+        return EXPERTS
+    if "_shexp" in name:
+        return SHARED
+    bare = re.sub(r"^blk\.\d+\.", "", name)
+    return FFN if re.match(r"ffn_|post_attention_norm", bare) else MIXER
+
+
+def _is_tied(tape: Tape) -> bool:
+    embedding = next(op.weights[0].name for op in tape.ops if op.kind == "embed")
+    return any(op.kind == "linear" and op.weights[0].name == embedding for op in tape.ops)
+
+
+def tensor_kinds(tape: Tape) -> dict[str, str]:
+    """Kind of every tensor that the tape reads; an embedding that is the head too is a head."""
+    attention = {op.layer for op in tape.ops if op.kind == "attention"}
+    kinds: dict[str, str] = {}
+    for op in tape.ops:
+        for w in op.weights:
+            kinds[w.name] = _kind(op, w.name, op.layer in attention)
+    return kinds
+
+
+def _kind(op: Op, name: str, attention: bool) -> str:
+    if op.kind == "embed":
+        return "embedding"
+    if op.kind == "linear" and op.inputs[0].per_output:
+        return "head"
+    if op.kind == "experts":
+        return "routed experts"
+    if op.kind in ("rms_norm", "rope") or (_NORM.search(name) and "ssm_norm" not in name):
+        return "norms and router"
+    if "_shexp" in name:
+        return "shared expert"
+    if re.search(r"\.ffn_", name):
+        return "feed-forward"
+    return "attention" if attention else "delta net"
+
+
+def kv_layers(tape: Tape) -> int:
+    """How many layers have keys and values."""
+    return sum(isinstance(state, KVState) for state in tape.states)

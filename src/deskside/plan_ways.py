@@ -1,0 +1,138 @@
+"""Ways out where a model does not fit: each is planned, so each is known to be enough.
+
+A way gives up a share of what was asked for, its price: of the context's tokens, of the sequences,
+of the experts or layers that rules wanted on a GPU; a q8_0 cache counts as 2 %, halving -ub as 5 %
+(prefill gets slower). The three cheapest are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from deskside.devices import Machine
+from deskside.errors import DesksideError
+from deskside.plan import DoesNotFit, Options, Plan, make_plan
+from deskside.plan_memory import Memory
+from deskside.rules import ALL_LAYERS, Rules
+from deskside.tape import Tape
+
+CONTEXT_STEP = 256
+Q8_PRICE, UBATCH_PRICE = 0.02, 0.05
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """flags: what to give on the command line instead; plan: what then comes out."""
+
+    flags: str
+    price: float
+    plan: Plan
+
+
+def ways_out(tape: Tape, machine: Machine, rules: Rules, options: Options) -> list[Way]:
+    """The cheapest changes that make the model fit; fewer than three where there are no more."""
+    memories: dict[int, Memory] = {}
+
+    def plan(new_rules: Rules, new: Options) -> Plan | None:
+        memory = memories.get(new.ubatch) or Memory(tape, threads=new.threads, ubatch=new.ubatch)
+        memories[new.ubatch] = memory
+        try:
+            return make_plan(tape, machine, new_rules, new, memory)
+        except DesksideError:
+            return None  # also a rule that the change leaves without meaning
+
+    found = [way for way in _single(plan, tape, rules, options) if way]
+    if len(found) < SHOWN:
+        found += [way for way in _combined(plan, rules, options) if way]
+    found.sort(key=lambda way: way.price)
+    unique = {way.flags: way for way in reversed(found)}
+    return sorted(unique.values(), key=lambda way: way.price)[:SHOWN]
+
+
+Planner = Callable[[Rules, Options], Plan | None]
+
+
+def _single(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Way | None]:
+    q8 = replace(o, ctk="q8_0", ctv="q8_0")
+    if (o.ctk, o.ctv) != ("q8_0", "q8_0"):
+        yield _way("-ctk q8_0 -ctv q8_0", Q8_PRICE, plan(rules, q8))
+    yield _context(plan, rules, o, "", 0.0)
+    n = o.parallel
+    if n > 1:
+        fits, best = _largest(1, n - 1, lambda k: plan(rules, replace(o, parallel=k)))
+        yield _way(f"--parallel {fits}", 1 - fits / n, best)
+    ubatch, price = o.ubatch // 2, UBATCH_PRICE
+    while ubatch >= 32:
+        if made := plan(rules, replace(o, ubatch=ubatch)):
+            yield _way(f"-ub {ubatch}", price, made)
+            break
+        ubatch, price = ubatch // 2, price + UBATCH_PRICE
+    yield from _relaxed(plan, tape, rules, o)
+
+
+def _relaxed(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Way | None]:
+    """Rules that ask for less of the GPUs."""
+    layers = 1 + max(op.layer for op in tape.ops)
+    is_moe = any(op.kind == "experts" for op in tape.ops)
+    wanted = min(rules.gpu_layers or 0, layers + 1)
+    if wanted:
+        fits, best = _largest(0, wanted - 1, lambda k: plan(replace(rules, gpu_layers=k), o))
+        yield _way(f"-ngl {fits}", 1 - fits / wanted, best)
+        yield _way("without -ngl", 0.5, plan(replace(rules, gpu_layers=None), o))
+    if wanted and is_moe and not rules.cpu_moe:
+        first = (rules.n_cpu_moe or 0) + 1
+        fits, best = _largest(
+            -layers, -first, lambda k: plan(replace(rules, n_cpu_moe=-k, cpu_moe=False), o)
+        )
+        yield _way(f"--n-cpu-moe {-fits}", (-fits - first + 1) / layers, best)
+    if rules.overrides:
+        kept = tuple(r for r in rules.overrides if r.device == "cpu")
+        yield _way("without the -ot that name a GPU", 0.6, plan(replace(rules, overrides=kept), o))
+    if rules.cpu_moe or rules.n_cpu_moe:
+        flag = "--cpu-moe" if rules.cpu_moe else "--n-cpu-moe"
+        free = replace(rules, cpu_moe=False, n_cpu_moe=None)
+        yield _way(f"without {flag}", 0.55, plan(free, o))
+
+
+def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Way | None]:
+    q8 = replace(o, ctk="q8_0", ctv="q8_0")
+    small = replace(q8, ubatch=min(o.ubatch, 64), parallel=1)
+    lost = 1 - 1 / o.parallel
+    yield _context(plan, rules, q8, "-ctk q8_0 -ctv q8_0", Q8_PRICE)
+    flags = f"-ctk q8_0 -ctv q8_0 -ub {small.ubatch} --parallel 1"
+    yield _context(plan, rules, small, flags, Q8_PRICE + 3 * UBATCH_PRICE + lost)
+    free = Rules(main_gpu=rules.main_gpu)
+    if rules not in (free, Rules(gpu_layers=ALL_LAYERS)):
+        yield _context(plan, free, small, f"{flags} and no rules", 1 + lost)
+
+
+def _context(plan: Planner, rules: Rules, o: Options, flags: str, price: float) -> Way | None:
+    """The largest context that fits, in whole steps."""
+    at_most = (o.ctx - 1) // CONTEXT_STEP
+    if plan_ := plan(rules, o):
+        return _way(flags, price, plan_)
+    fits, best = _largest(1, at_most, lambda k: plan(rules, replace(o, ctx=k * CONTEXT_STEP)))
+    ctx = fits * CONTEXT_STEP
+    return _way(f"-c {ctx} {flags}".strip(), price + 1 - ctx / o.ctx, best)
+
+
+def _largest(low: int, high: int, plan: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
+    """The largest value from low to high that fits, where smaller ones fit if larger ones do."""
+    best: Plan | None = None
+    found = low
+    while low <= high:
+        middle = (low + high) // 2
+        if made := plan(middle):
+            best, found, low = made, middle, middle + 1
+        else:
+            high = middle - 1
+    return found, best
+
+
+def _way(flags: str, price: float, plan: Plan | None) -> Way | None:
+    return Way(flags, price, plan) if plan else None
+
+
+__all__ = ["DoesNotFit", "Way", "ways_out"]
