@@ -29,11 +29,12 @@ from deskside.bench import machine as measure
 from deskside.bench.profile import profile
 from deskside.bench.slices import cache_folder
 from deskside.console import note, progress_bar
-from deskside.devices import Efficiency, Figure, Machine, store, this_machine
+from deskside.devices import Efficiency, Figure, Machine
 from deskside.engine import LLM
 from deskside.errors import DesksideError
+from deskside.machines import store, this_machine
 from deskside.plan import Options, make_plan
-from deskside.plan_speed import EFFICIENCY, SpeedModel, Step, calibrate, sort_of
+from deskside.plan_speed import SpeedModel, Step, calibrate, sort_of
 from deskside.plan_units import cut
 from deskside.progress import Progress
 from deskside.quants import quant_type
@@ -69,7 +70,7 @@ def shares(llm: LLM, machine: Machine, progress: Progress) -> dict[str, Efficien
         old = sums.get(sort_of(row.name), (0.0, 0.0, 0.0))
         new = (row.seconds * n, (row.nbytes or 0.0) * n, (row.macs or 0.0) * n)
         sums[sort_of(row.name)] = (old[0] + new[0], old[1] + new[1], old[2] + new[2])
-    return {**EFFICIENCY, **calibrate(found["decode"], found["prefill"], machine.cpu)}
+    return calibrate(found["decode"], found["prefill"], machine.cpu)
 
 
 def timed(llm: LLM, rounds: int, progress: Progress) -> dict[str, float]:

@@ -14,6 +14,7 @@ ROOT = Path(deskside.__file__).parent
 LAYERS = [
     {"errors", "progress", "system", "_native"},
     {"devices"},
+    {"machines"},
     {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint", "logprobs"},
     {"gguf_header", "encoders", "hf_vocab", "hf_source"},
     {"gguf", "gguf_write", "hf_layout", "toy_vocab"},

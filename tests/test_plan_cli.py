@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside import cli, devices
-from deskside.devices import Efficiency, Figure, Machine, load_machine, store, this_machine
+from deskside import cli, machines
+from deskside.devices import Efficiency, Figure, Machine
 from deskside.errors import DesksideError
+from deskside.machines import load_machine, store, this_machine
 from deskside.plan import Plan, make_plan
 from deskside.plan_emit import KINDS, emit
 from deskside.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
@@ -136,7 +137,7 @@ def test_a_measured_machine_is_stored_and_read(
     assert again.efficiency == {"dense": Efficiency(0.9, 0.5)}
     assert not again.cpu.compute.measured  # what was assumed is not stored as if it were known
     assert not this_machine(1).cpu.bandwidth.measured  # rates of other threads
-    monkeypatch.setattr(devices, "cpu_name", lambda: "another")
+    monkeypatch.setattr(machines, "cpu_name", lambda: "another")
     assert not this_machine(2).cpu.bandwidth.measured
     path.write_text("{")
     with pytest.raises(DesksideError, match=r"machine\.json: no valid json"):

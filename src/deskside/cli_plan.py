@@ -117,7 +117,8 @@ def plan(
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
     from deskside import plan_emit, plan_table, rules
-    from deskside.devices import choose_devices, load_machine, parse_size, this_machine
+    from deskside.devices import choose_devices, parse_size
+    from deskside.machines import load_machine, this_machine
     from deskside.models import build_tape
     from deskside.plan import DoesNotFit, Options, make_plan
     from deskside.plan_picture import picture

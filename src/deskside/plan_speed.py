@@ -308,7 +308,13 @@ def sources(machine: Machine, used: Sequence[str]) -> list[str]:
             lines.append(f"{device.name} {name.replace('_', ' ')} {_show(name, figure.value)}: "
                          f"{figure.source}")  # fmt: skip
     if CPU in used:
-        lines.append(f"cpu efficiency: {machine.efficiency_source or EFFICIENCY_SOURCE}")
+        assumed = [sort for sort in EFFICIENCY if sort not in machine.efficiency]
+        for sorts, source in (
+            (list(machine.efficiency), machine.efficiency_source),
+            (assumed, EFFICIENCY_SOURCE),
+        ):
+            if sorts:
+                lines.append(f"cpu efficiency of {', '.join(sorts)}: {source}")
     return lines
 
 
