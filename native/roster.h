@@ -45,7 +45,9 @@ class Roster {
     t.lost = t.lost * std::exp((t.seen - now) / kWindow) + late;
     t.seen = now;
     const double share = std::max(0.1, 0.6 / active_);
-    if (t.lost < share * kWindow || active_ <= int(threads_.size() + 1) / 2) return false;
+    // Of two or three threads none: the others would gain no more than they lose.
+    const int n = int(threads_.size());
+    if (n < 4 || t.lost < share * kWindow || active_ <= (n + 1) / 2) return false;
     // Back for less than it was away: the other program is still there.
     t.leave = now - t.back < t.leave ? std::min(2 * t.leave, kLongest) : kShortest;
     t.until = now + t.leave;

@@ -25,7 +25,7 @@ int rounds(int n_threads, bool late) {
   Pool pool(n_threads);
   Team team(n_threads, more_switches);
   uint32_t round = kRounds - 500;  // wraps on the way
-  int leaves = 0, returns = 0;
+  int leaves = 0;
   std::vector<char> here(size_t(n_threads), 1);
   for (int run = 0; run < 400; run++) {
     const size_t steps = 1 + random() % 6;
@@ -34,11 +34,7 @@ int rounds(int n_threads, bool late) {
     bool wanted = false, stop = false;
     long wrong = 0;
     team.gather();
-    for (int i = 0; i < n_threads; i++) {
-      const bool part = team.takes_part(i);
-      returns += part && !here[size_t(i)];
-      here[size_t(i)] = part;
-    }
+    for (int i = 0; i < n_threads; i++) here[size_t(i)] = team.takes_part(i);
     const auto walk = [&](int thread) {
       for (size_t i = 0;; i++) {
         if (thread == 0 && run % 37 == 36 && i == 1) wanted = true;
@@ -61,7 +57,12 @@ int rounds(int n_threads, bool late) {
     CHECK(wrong == 0);
     round = (round + uint32_t(steps)) % kRounds;
   }
-  if (late && n_threads > 1) CHECK(leaves > 0 && returns > 0);
+  if (n_threads < 4) CHECK(leaves == 0);  // with more it is a matter of the machine
+  if (leaves > 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2100));  // the longest leave
+    team.gather();
+    for (int i = 0; i < n_threads; i++) CHECK(team.takes_part(i));
+  }
   return 0;
 }
 
@@ -79,7 +80,7 @@ double on_leave(Roster& roster, double from, double late, bool stolen) {
 }
 
 int roster() {
-  for (const int n : {2, 16}) {
+  for (const int n : {4, 16}) {
     Roster r(n);
     CHECK(on_leave(r, 0, 0, true) == 0);
     CHECK(on_leave(r, 2e6, 3e3, false) == 0);             // slow of itself
@@ -87,7 +88,7 @@ int roster() {
     CHECK(r.active() >= n - 1);
     on_leave(r, 6e6, 0, true);
     CHECK(r.active() == n);                               // back when the other program has gone
-    if (n == 2) CHECK(on_leave(r, 9e6, 600, true) == 0);  // a tenth: worth more than a leave
+    if (n == 4) CHECK(on_leave(r, 9e6, 600, true) == 0);  // a tenth: worth more than a leave
   }
   Roster all(4);
   for (int i = 1; i < 100; i++)
