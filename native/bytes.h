@@ -98,7 +98,8 @@ inline Bytes magnitude(Bytes w) { return _mm256_abs_epi8(w); }
 inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
   const Bytes pairs = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, w));
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  settle(acc);  // gcc 12 otherwise keeps the products of a whole block, on the stack, to add them later
+  // Added now: gcc 12 otherwise keeps the products of a block, on the stack, to add them later.
+  asm("" : "+x"(acc));
   return acc;
 }
 

@@ -40,17 +40,6 @@ inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 inline vf splat(float x) { return vf{} + x; }
 
-// Makes the compiler have v here: what follows is neither moved before nor fused with what made it.
-template <class V> DESKSIDE_INLINE void settle(V& v) {
-#if defined(DESKSIDE_EMULATED)
-  asm("" : "+m"(v));  // no register is as wide
-#elif defined(DESKSIDE_AVX512)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
-}
-
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
 typedef float vf4 __attribute__((vector_size(16)));
