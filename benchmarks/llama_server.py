@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from deskside.system import usable_cores
+from tests.oracles.llama_server import LlamaServer
 
 
 def main() -> None:
@@ -26,15 +27,10 @@ def main() -> None:
     if not args.model.is_file():
         parser.error(f"{args.model} is not there")
     try:
-        import xllamacpp
+        server = LlamaServer(str(args.model), args.ctx_size, args.threads, args.port)
     except ImportError:
         parser.error("the wheel is missing: pip install xllamacpp==2026.10.11549")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(args.model)
-    params.n_ctx, params.n_parallel, params.port = args.ctx_size, 1, args.port
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
-    server = xllamacpp.Server(params)
-    print(f"serving {args.model} at {server.listening_address}", file=sys.stderr, flush=True)
+    print(f"serving {args.model} at {server.url()}", file=sys.stderr, flush=True)
     signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 

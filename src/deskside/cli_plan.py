@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.config import EngineConfig
+from deskside.cli_flags import CacheK, CacheV, Ubatch
+from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DesksideError
 
 DEFAULTS = EngineConfig()
-DEFAULT_CTX = 4096
 
 Text = str | None
 
@@ -39,18 +39,12 @@ def plan(
         ),
     ] = None,
     parallel: Annotated[int, Option("-np", "--parallel", help="sequences at the same time")] = 1,
-    ubatch: Annotated[
-        int, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
-    ] = DEFAULTS.ubatch,
+    ubatch: Ubatch = DEFAULTS.ubatch,
     threads: Annotated[
         int, Option("-t", "--threads", help="0 = one per core of the machine")
     ] = DEFAULTS.threads,
-    ctk: Annotated[
-        str, Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32")
-    ] = DEFAULTS.ctk,
-    ctv: Annotated[
-        str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
-    ] = DEFAULTS.ctv,
+    ctk: CacheK = DEFAULTS.ctk,
+    ctv: CacheV = DEFAULTS.ctv,
     device: Annotated[
         list[str] | None,
         Option(

@@ -10,6 +10,9 @@ from deskside.cache import kv_type
 from deskside.errors import DesksideError
 from deskside.system import usable_cores
 
+# Tokens, where neither the user nor a shorter model says otherwise.
+DEFAULT_CTX = 4096
+
 
 @dataclass(frozen=True)
 class EngineConfig:

@@ -17,7 +17,7 @@ from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.chat import ChatTemplate
-from deskside.config import EngineConfig
+from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DamagedLogits, DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
@@ -30,7 +30,6 @@ from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Files up to this size are checked for NaN and infinity in full when they are loaded.
 CHECK_BYTES = 1 << 30
-DEFAULT_CTX = 4096
 # Placement options of the public contract: accepted, for there is one place to put things yet.
 PLACEMENT = frozenset({"cpu_moe", "override_tensor", "devices"})
 

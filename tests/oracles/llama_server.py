@@ -4,15 +4,15 @@ from __future__ import annotations
 
 
 class LlamaServer:
-    """Serves a model on a free port of this machine; `url()` tells where."""
+    """Serves a model on this machine, on a free port unless one is given; `url()` tells where."""
 
-    def __init__(self, path: str, n_ctx: int) -> None:
+    def __init__(self, path: str, n_ctx: int, threads: int = 1, port: int = 0) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = path
-        params.n_ctx, params.n_parallel, params.port = n_ctx, 1, 0
-        params.cpuparams.n_threads = 1
+        params.n_ctx, params.n_parallel, params.port = n_ctx, 1, port
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         self._server = xllamacpp.Server(params)
 
     def url(self) -> str:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deskside.bench.machine import WORK_BYTES
 from deskside.bench.slices import Slice, cache_folder, disk_free, disk_needed, full, period
 from deskside.errors import DesksideError
 from deskside.synth import PRESETS
 from deskside.system import available_memory
 
-# Activations, logits and states of one engine, and what must stay free beside all of them.
-WORK_BYTES = 500_000_000
+# What must stay free beside all engines.
 RESERVE = 2_000_000_000
 # `auto` writes no more than this for the sake of deeper slices alone.
 AUTO_BYTES = 64_000_000_000

@@ -25,6 +25,9 @@ from deskside.system import (
     usable_cores,
 )
 
+# Activations, logits, states and code of one engine, beside weights and cache.
+WORK_BYTES = 500_000_000
+
 CPUS = Path("/sys/devices/system/cpu")
 # Seconds between two samples: each takes the interpreter from a decoding thread for a moment.
 INTERVAL = 1.0

@@ -26,15 +26,15 @@ import numpy as np
 
 from deskside import _native
 from deskside.bench import machine
-from deskside.bench.choose import WORK_BYTES, Choice, choose
+from deskside.bench.choose import Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
-from deskside.bench.record import write_whole
 from deskside.bench.slices import Slice, cache_folder, full, period, write
 from deskside.cache import kv_type
 from deskside.config import EngineConfig
 from deskside.cost import Work, limit
 from deskside.engine import LLM
 from deskside.errors import DesksideError
+from deskside.files import write_whole
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
 from deskside.synth import PRESETS
@@ -363,7 +363,7 @@ def _checked(
 def _notes(whole: Slice, choice: Choice, figures: Sequence[Figure]) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
-    if whole.weights + WORK_BYTES > total_memory():
+    if whole.weights + machine.WORK_BYTES > total_memory():
         notes.append(
             f"the whole model takes {whole.weights / 1e9:.0f} GB of memory, this machine has "
             f"{total_memory() / 1e9:.0f} GB: the figures are for one with these cores and this "

@@ -29,9 +29,6 @@ from deskside.sampler import SamplingParams
 from deskside.system import available_memory
 from deskside.tape import Tape
 
-# Activations, logits and code of one engine, beside weights and cache.
-WORK_BYTES = 500_000_000
-
 
 class TargetRunner(Protocol):
     """Something that generates text, one prompt at a time.
@@ -110,7 +107,7 @@ class InProcess:
 
     def describe(self) -> Target:
         llm, config = self.llm, self.llm.config
-        backend = llm.backend
+        native = llm.backend if isinstance(llm.backend, CpuBackend) else None
         weights = llm.tape.weights().values()
         types: dict[str, int] = {}
         for info in weights:
@@ -118,10 +115,9 @@ class InProcess:
         k, v = kv_type(config.ctk, "-ctk"), kv_type(config.ctv, "-ctv")
         kv, recurrent = cache_bytes(llm.tape.states, llm.ctx, k, v)
         plan = {"weights": sum(types.values()), "kv": kv, "recurrent": recurrent}
-        native = isinstance(backend, CpuBackend)
-        if isinstance(backend, CpuBackend):
-            plan["buffers"] = backend.nbytes
-        how = backend.isa if isinstance(backend, CpuBackend) else config.backend
+        if native:
+            plan["buffers"] = native.nbytes
+        how = native.isa if native else config.backend
         return Target(
             kind="deskside",
             name=str(llm.file.get("general.name", llm.file.path.stem)),
@@ -247,7 +243,7 @@ def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -
     tapes = [tape] if beside is None else [tape, beside]
     free = available_memory()
     weights = sum(w.nbytes for t in tapes for w in t.weights().values())
-    room = (free - weights - WORK_BYTES * len(tapes)) // len(tapes)
+    room = (free - weights - machine.WORK_BYTES * len(tapes)) // len(tapes)
     k, v = kv_type(config.ctk, "-ctk"), kv_type(config.ctv, "-ctv")
     if beside is not None and room < max(sum(cache_bytes(t.states, 1, k, v)) for t in tapes):
         raise DesksideError(
