@@ -16,13 +16,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import BenchError
+from deskside.files import write_whole
 
 VERSION = 1
 
@@ -56,9 +56,7 @@ def new_file(path: Path, nbytes: int, loading: str, rounds: int) -> dict[str, An
 def save(record: Any, path: Path) -> None:
     """Writes all of it beside `path`, then puts it in place at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(record, indent=1))
 
 
 def load(path: Path) -> Any:

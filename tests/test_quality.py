@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,16 +213,17 @@ def test_it_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    with (
-        pytest.raises(DesksideError, match="f: cannot be written: No space left"),
-        LogProbWriter(tmp_path / "f", header(200_000), np.zeros((2, 8), np.int32)) as writer,
-        Path("/dev/full").open("wb") as full,
-    ):
-        assert writer._file is not None
-        writer._file.close()
-        writer._file = full
-        writer.write(np.full((1, 200_000), -12.0), np.zeros(1, np.int32))
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with (
+            pytest.raises(DesksideError, match="f: cannot be written: File too large"),
+            LogProbWriter(tmp_path / "f", header(200_000), np.zeros((2, 8), np.int32)) as writer,
+        ):
+            writer.write(np.full((1, 200_000), -12.0), np.zeros(1, np.int32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
+from deskside.files import WholeFile
 from deskside.gguf_header import (
     ARRAY,
     DEFAULT_ALIGNMENT,
@@ -60,19 +59,15 @@ class GGUFWriter:
             raise DesksideError(f"{path}: tensor {show(twice)} is declared twice")
         self._header = self._encode(meta, tensors)
         self._current = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._file: BinaryIO | None = None
+        self._file = WholeFile(self.path)
 
     def __enter__(self) -> GGUFWriter:
         try:
-            self._file = self._temporary.open("wb")
-        except OSError as e:
-            raise DesksideError(f"{self.path}: cannot be written: {e.strerror}") from None
-        try:
+            self._file.open()
             self._put(self._header)
             self._pad()
         except BaseException:
-            self._discard()
+            self._file.discard()
             raise
         return self
 
@@ -86,7 +81,7 @@ class GGUFWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._discard()
+            self._file.discard()
 
     def write(self, name: str, chunk: bytes | bytearray | memoryview | NDArray[Any]) -> None:
         """Append bytes to tensor `name`: the first unfinished one, in declared order."""
@@ -176,16 +171,12 @@ class GGUFWriter:
         return code
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
-        if self._file is None:
+        if not self._file.is_open:
             raise DesksideError(f"{self.path}: the writer is not open")
-        try:
-            self._file.write(data)
-        except OSError as e:
-            raise DesksideError(f"{self.path}: cannot be written: {e.strerror}") from None
+        self._file.write(data)
 
     def _pad(self) -> None:
-        if self._file is not None:
-            self._put(bytes(-self._file.tell() % self._alignment))
+        self._put(bytes(-self._file.tell() % self._alignment))
 
     def _finish(self) -> None:
         if self._current < len(self._names):
@@ -193,20 +184,7 @@ class GGUFWriter:
                 f"{self.path}: tensor {show(self._names[self._current])} "
                 f"is {self._left[self._current]} bytes short"
             )
-        try:
-            if self._file is not None:
-                self._file.close()
-            os.replace(self._temporary, self.path)
-        except OSError as e:
-            raise DesksideError(f"{self.path}: cannot be written: {e.strerror}") from None
-
-    def _discard(self) -> None:
-        """Close and remove the temporary; after a rename there is none left to remove."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
-        self._temporary.unlink(missing_ok=True)
+        self._file.keep()
 
 
 def _string(text: str) -> bytes:

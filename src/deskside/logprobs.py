@@ -23,21 +23,20 @@ second order: at most step ** 2 / 8.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
+from deskside.files import WholeFile
 
 MAGIC = b"DESKLOGP"
 VERSION = 1
@@ -103,11 +102,12 @@ class LogProbWriter:
     def __init__(self, path: Path, header: Header, tokens: NDArray[np.int32]) -> None:
         self.path = path
         self.header = header
+        self._file = WholeFile(path)
         try:
             free = shutil.disk_usage(path.absolute().parent).free
             other = path.exists() and _beginning(path) != MAGIC
         except OSError as error:
-            raise self._failure(error) from None
+            raise self._file.failure(error) from None
         if other:
             raise DesksideError(
                 f"{path}: exists, and --save-logits did not write it; name another file"
@@ -119,18 +119,16 @@ class LogProbWriter:
             )
         self._tokens = tokens
         self._left = header.rows
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         text = self.header.encoded()
         try:
-            self._file = self._temporary.open("wb")
+            self._file.open()
             self._file.write(_PREFIX.pack(MAGIC, VERSION, len(text)) + text)
             self._file.write(self._tokens.astype("<i4").tobytes())
-        except OSError as error:
-            self._discard()
-            raise self._failure(error) from None
+        except BaseException:
+            self._file.discard()
+            raise
         return self
 
     def __exit__(
@@ -140,15 +138,12 @@ class LogProbWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and self._file is not None:
+            if kind is None:
                 if self._left:
                     raise DesksideError(f"{self.path}: {self._left} rows were never written")
-                self._file.close()
-                os.replace(self._temporary, self.path)
-        except OSError as failure:
-            raise self._failure(failure) from None
+                self._file.keep()
         finally:
-            self._discard()
+            self._file.discard()
 
     def write(self, logp: Doubles, targets: NDArray[np.int32]) -> None:
         """Append rows: log-probabilities (n, n_vocab), and the tokens (n,) of the text."""
@@ -165,22 +160,9 @@ class LogProbWriter:
         step[step == 0] = 1
         rows["codes"] = np.minimum(np.rint(above / step[:, None]), _CODES)
         self._left -= len(rows)
-        if self._file is None or self._left < 0:
+        if not self._file.is_open or self._left < 0:
             raise ValueError("the file is not open, or has all its rows")
-        try:
-            self._file.write(rows.tobytes())
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> DesksideError:
-        return DesksideError(f"{self.path}: cannot be written: {error.strerror}")
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
-        self._temporary.unlink(missing_ok=True)
+        self._file.write(rows.tobytes())
 
 
 def _beginning(path: Path) -> bytes:

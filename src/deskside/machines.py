@@ -54,6 +54,7 @@ from deskside.devices import (
     parse_size,
 )
 from deskside.errors import DesksideError
+from deskside.files import write_whole
 from deskside.system import available_memory, cpu_name
 
 
@@ -84,10 +85,7 @@ def store(machine: Machine, path: Path | None = None) -> Path:
     """Write a machine's measured figures for the plans to come; the file that was written."""
     path = path or machine_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(to_dict(machine, measured_only=True), indent=1) + "\n"
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(to_dict(machine, measured_only=True), indent=1))
     return path
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from deskside.engine import LLM
 from deskside.errors import DesksideError
-from deskside.gguf import GGUF
+from deskside.files import sha256
 from deskside.logprobs import Header, LogProbs, LogProbWriter
 from deskside.progress import Progress, silent
 
@@ -31,7 +31,6 @@ MIN_CTX = 8
 # a vocabulary of 248,320 makes 135 rows, and 16.
 LOGITS_BYTES = 128 << 20
 BLOCK = 1 << 22
-_HASH_BYTES = 1 << 24
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -241,7 +240,7 @@ def header(llm: LLM, windows: Ints, name: str, version: str, progress: Progress 
     n, ctx = windows.shape
     return Header(
         model=llm.file.path.name,
-        sha256=_sha256(llm.file, progress),
+        sha256=sha256(llm.file.paths, "hashing the model", progress),
         vocabulary=_vocabulary(llm),
         n_vocab=llm.tape.n_vocab,
         ctx=ctx,
@@ -255,18 +254,6 @@ def header(llm: LLM, windows: Ints, name: str, version: str, progress: Progress 
 
 def _vocabulary(llm: LLM) -> str:
     return hashlib.sha256("\0".join(llm.tokenizer.pieces).encode()).hexdigest()
-
-
-def _sha256(file: GGUF, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    total, done = sum(p.stat().st_size for p in file.paths), 0
-    for path in file.paths:
-        with path.open("rb") as stream:
-            while piece := stream.read(_HASH_BYTES):
-                digest.update(piece)
-                done += len(piece)
-                progress("hashing the model", done, total)
-    return digest.hexdigest()
 
 
 def _check(reference: LogProbs, llm: LLM, windows: Ints) -> None:

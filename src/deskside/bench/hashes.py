@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deskside.bench.record import ModelFile
+from deskside.files import sha256
 from deskside.progress import Progress, silent
-
-CHUNK = 16 << 20
 
 
 def cache_file() -> Path:
@@ -33,7 +31,7 @@ def hashed(paths: Sequence[Path], sha: bool = True, progress: Progress = silent)
     done, new = 0, False
     for path, size, key in zip(paths, sizes, keys, strict=True):
         if sha and key not in known:
-            known[key] = _hash(path, done, sum(sizes), progress)
+            known[key] = sha256([path], f"hashing {path.name}", progress, done, sum(sizes))
             new = True
         done += size
     if new:
@@ -47,16 +45,6 @@ def hashed(paths: Sequence[Path], sha: bool = True, progress: Progress = silent)
 def _key(path: Path) -> str:
     stat = path.stat()
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _hash(path: Path, done: int, total: int, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-            done += len(data)
-            progress(f"hashing {path.name}", done, total)
-    return digest.hexdigest()
 
 
 def _read() -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from deskside.errors import DesksideError
+from deskside.files import write_whole
 
 SCHEMA = 1
 
@@ -205,20 +205,6 @@ class Record:
                 f"{path}: schema {data['schema']!r:.40}; this deskside reads schema {SCHEMA}"
             )
         return _build(cls, data, str(path))  # type: ignore[no-any-return]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file, replaced at once or not at all; safe on the disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:  # Ctrl-C, too
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _finite(text: str) -> float:
