@@ -4,8 +4,8 @@ The rules come first (`rules.py`). What they leave free is placed by a search ov
 placements: the units (`plan_units.py`) in the order of the time that a byte of them saves on a GPU,
 and of that order the first k on GPUs, for every k and for every way to deal the layers out to the
 GPUs in runs and the head to one of them. Of those that fit the memories the one with the fastest
-decode at half the context is taken; of equally fast ones the one that fills the GPUs most evenly. As
-the family does not depend on the memories, more memory can only add to the choice: it is never
+decode at half the context is taken; of equally fast ones the one that fills the GPUs most evenly.
+As the family does not depend on the memories, more memory can only add to the choice: it is never
 predicted to be slower.
 """
 
