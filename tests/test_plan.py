@@ -63,7 +63,7 @@ def options(ctx: int = 512, **more: object) -> Options:
 
 
 PIECES = ["exps", r"blk\.[0-3]\.", "attn_", "shexp", "ssm_out", r"blk\.5\.ffn_down_exps", "output",
-          "token_embd", r"blk\.2\.attn_q"]  # fmt: skip
+          "token_embd", "attn_k", "attn_q_norm", r"blk\.2\.attn_q"]  # fmt: skip
 overrides = st.lists(
     st.builds(Override, st.sampled_from(PIECES), st.sampled_from(["cpu", "cuda0", "cuda1"])),
     max_size=3,
@@ -112,6 +112,14 @@ def test_every_plan_keeps_its_promises(case: tuple[str, Machine, Rules, Options]
     for name, device in pinned.devices.items():
         at = plan.placement[name]
         assert at == device or (device == "gpu" and at != "cpu")
+    # state lies with its op, and an op where its first weight is or its first input was made
+    made: dict[int, str] = {}
+    for op in tape.ops:
+        own = op.kind != "rope" and op.weights
+        where = plan.placement[op.weights[0].name] if own else made[op.inputs[0].id]
+        made |= {v.id: where for v in op.outputs}
+        if op.state is not None:
+            assert plan.state_devices[op.state] == where
     # budgets, counted anew from the placement
     memory = memory_of(preset)
     states = {"cpu": 0} | {d.name: 0 for d in found.devices}

@@ -3,9 +3,10 @@
 The rules come first (`rules.py`). What they leave free is placed by a search over a fixed family of
 placements: the units (`plan_units.py`) in the order of the time that a byte of them saves on a GPU,
 and of that order the first k on GPUs, for every k and for every way to deal the layers out to the
-GPUs in runs. Of those that fit the memories the one with the fastest decode at half the context is
-taken; of equally fast ones the one that fills the GPUs most evenly. As the family does not depend
-on the memories, more memory can only add to the choice: it is never predicted to be slower.
+GPUs in runs and the head to one of them. Of those that fit the memories the one with the fastest
+decode at half the context is taken; of equally fast ones the one that fills the GPUs most evenly.
+As the family does not depend on the memories, more memory can only add to the choice: it is never
+predicted to be slower.
 """
 
 from __future__ import annotations
@@ -177,19 +178,20 @@ class _Search:
 
     def _splits(self) -> list[tuple[int, ...]]:
         """Number of the GPU of each layer and of the head, for every way to deal them out."""
-        n, g = self.cut.n_layers + 1, len(self.gpus)
+        n, g = self.cut.n_layers, len(self.gpus)
         if self.pinned.layer_gpu:
             found = [tuple(self.names.index(name) for name in self.pinned.layer_gpu)]
         elif g == 0:
-            found = [(0,) * n]
+            found = [(0,) * (n + 1)]
         else:
             step = 1
-            while _combinations(n // step + 1, g - 1) > MAX_SPLITS:
+            while g * _combinations(n // step + 1, g - 1) > MAX_SPLITS:
                 step += 1
             borders = itertools.combinations_with_replacement(range(0, n + 1, step), g - 1)
             found = [
-                tuple(1 + sum(layer >= b for b in chosen) for layer in range(n))
+                (*(1 + sum(layer >= b for b in chosen) for layer in range(n)), head)
                 for chosen in borders
+                for head in range(g, 0, -1)
             ]
         if self.pinned.head_gpu:
             head = self.names.index(self.pinned.head_gpu)

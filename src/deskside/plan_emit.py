@@ -45,6 +45,8 @@ def flags(plan: Plan) -> Flags:
     count = n + 1 - start if start < n or head != CPU else 0
     start = n + 1 - count
     on = _nearest_gpu([*mixer[start:], head]) if count else []
+    if len(on) > 1 and on[-1] != on[-2]:
+        on[-1] = max(on[-2:], key=gpus.index)  # counted behind the last layer, moved by a rule
     split = tuple(sum(d == g for d in on) for g in gpus) if len(gpus) > 1 and count else ()
     dealt = [g for g, k in zip(gpus, split, strict=True) for _ in range(k)] if split else on
     default: dict[str, str] = {}

@@ -4,7 +4,7 @@ A unit is what makes sense only as a whole: a layer's mixer (attention or delta 
 its router with norms (of a dense model: its feed-forward block), its shared expert, its routed
 experts; the embedding; the head. Tensors that rules pin leave their unit. An atom is a run of ops
 of one unit on one device, as the contract with the executor has it: an op runs where its first
-weight is, one without weights where the ops before it in its unit do.
+weight is, one without weights where its first input was made.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def cut(tape: Tape, pinned: Mapping[str, str]) -> Cut:
     atoms: list[Atom] = []
     role, pin = EMBED, None
     seen: set[str] = set()
+    made: dict[int, tuple[Key, str | None]] = {}  # where a value was made
     layer = -1
     for op in tape.ops:
         changed = op.layer != layer
@@ -98,8 +99,11 @@ def cut(tape: Tape, pinned: Mapping[str, str]) -> Cut:
         # rope's factors are shared by all layers and say nothing about where one runs
         if op.weights and op.kind != "rope":
             pin = pinned.get(op.weights[0].name)
+        elif op.inputs and op.inputs[0].id in made and made[op.inputs[0].id][0] == key:
+            pin = made[op.inputs[0].id][1]
         elif changed:
             pin = None
+        made.update({v.id: (key, pin) for v in op.outputs})
         last = atoms[-1] if atoms else None
         if last is None or (last.unit, last.pin) != (numbers[key], pin):
             atoms.append(Atom(numbers[key], place, role, pin))
