@@ -45,7 +45,8 @@ class PlacedBackend:
     """A tape over several devices, at most `max_tokens` tokens a step.
 
     placement: the device's name for every tensor: "cpu" or one of `devices`. reserve: bytes of the
-    system's memory that must stay free, for a cache. DesksideError where something does not fit.
+    system's memory that must stay free, for a cache. native: False has torch run the CPU's part
+    too, with which every placement gives the same bits. DesksideError where something does not fit.
     """
 
     def __init__(
@@ -59,18 +60,21 @@ class PlacedBackend:
         max_tokens: int,
         isa: str | None = None,
         reserve: int = 0,
+        native: bool = True,
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
         self.max_tokens = max_tokens
         placement = {name: device.lower() for name, device in placement.items()}
         _check(tape, placement, devices)
-        self.sections = cut(tape, placement)
+        self.sections = cut(tape, placement, native=native)
         self.devices = {d.name: d for d in devices}
         if any(s.device == HOST_TORCH for s in self.sections):
             self.devices[HOST_TORCH] = TorchDevice(HOST_TORCH, torch.device("cpu"))
         self._expect_host_memory(reserve)
-        native = [s for s in self.sections if s.device == HOST]
+        stretches = [
+            Stretch(s.ops, s.imports, s.exports) for s in self.sections if s.device == HOST
+        ]
         self._native = {i: n for n, i in enumerate(self._indices(HOST))}
         self.cpu: CpuBackend | None = None
         try:
@@ -78,7 +82,7 @@ class PlacedBackend:
                 device.plan(self.sections)
                 work = work_bytes(self.sections, device.name, max_tokens)
                 device.load(file, self._weights(device.name), work, progress)
-            if native:
+            if stretches:
                 self.cpu = CpuBackend(
                     file,
                     tape,
@@ -86,7 +90,7 @@ class PlacedBackend:
                     max_tokens=max_tokens,
                     isa=isa,
                     reserve=reserve,
-                    stretches=[Stretch(s.ops, s.imports, s.exports) for s in native],
+                    stretches=stretches,
                     progress=progress,
                 )
         except BaseException:

@@ -33,16 +33,19 @@ class Section:
     waits: tuple[int, ...] = ()
 
 
-def cut(tape: Tape, placement: Mapping[str, str]) -> tuple[Section, ...]:
+def cut(tape: Tape, placement: Mapping[str, str], *, native: bool = True) -> tuple[Section, ...]:
     """The sections of `tape`, in an order in which they can run.
 
     placement: the device of every tensor that the tape reads; DesksideError if one is missing.
+    native: whether the host has the native program; else torch runs there too.
     """
     for name in tape.weights():
         if name not in placement:
             raise DesksideError(f"the placement has no device for tensor {name}")
     ops = list(_split_experts(tape, placement))
     devices = _devices(ops, placement)
+    if not native:
+        devices = {op: HOST_TORCH if d == HOST else d for op, d in devices.items()}
     return _link(_order(_sections(ops, devices), devices), tape.logits)
 
 
