@@ -1,10 +1,14 @@
 """A tape cut into sections of one device each, and the values that pass between them.
 
 An op runs on the device of its first weight, one without weights where its first input was made;
-its state lives with it. A section holds all ops of a device that can run before another device must
-be waited for. What other devices wait for goes into a section of its own, before the rest: with
-the routed experts on the CPU, for instance, a GPU runs attention and the router, hands over, and
-computes the shared expert while the CPU works.
+its state lives with it. An `add` of values from two devices runs on the one that needs the sum:
+were it always the first, the residual stream would visit the embedding's device in every layer,
+and the routed experts' device would wait for the shared expert's.
+
+A section holds all ops of a device that can run before another device must be waited for. What
+other devices wait for goes into a section of its own, before the rest: with the routed experts on
+the CPU, for instance, a GPU runs attention and the router, hands over, and computes the shared
+expert while the CPU works.
 """
 
 from __future__ import annotations
@@ -72,10 +76,16 @@ def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
 
 def _devices(ops: Sequence[Op], placement: Mapping[str, str]) -> dict[int, str]:
     """The device of each op, by its id()."""
+    needed: dict[int, str] = {}  # by value: where it is read first
+    for op in reversed(ops):
+        reader = placement[op.weights[0].name] if op.weights else needed.get(op.outputs[0].id, "")
+        needed.update({v.id: reader for v in op.inputs})
     made: dict[int, str] = {}
     devices: dict[int, str] = {}
     for op in ops:
         device = placement[op.weights[0].name] if op.weights else made[op.inputs[0].id]
+        if op.kind == "add" and needed.get(op.outputs[0].id) in {made[v.id] for v in op.inputs}:
+            device = needed[op.outputs[0].id]
         apart = op.kind == "conv_silu" and made[op.inputs[0].id] != HOST
         if device == HOST and (apart or op.kind.startswith("expert_")):
             device = HOST_TORCH

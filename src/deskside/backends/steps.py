@@ -67,9 +67,10 @@ class Stretch:
 
 def plan_steps(tape: Tape, stretches: Sequence[Stretch] | None = None) -> list[Step]:
     """The steps that carry out `tape`, or those of its `stretches`, each between two hops."""
-    rewriter = _Rewriter(tape)
     if stretches is None:
-        return schedule(list(rewriter.ops(tape.ops)))
+        return schedule(list(_Rewriter(tape, tape.ops).ops(tape.ops)))
+    # What stands for an op of the tape elsewhere reads values too, and has some of its own.
+    rewriter = _Rewriter(tape, [*tape.ops, *(op for s in stretches for op in s.ops)])
     steps = []
     for s in stretches:
         steps += [hop((), s.imports), *schedule(list(rewriter.ops(s.ops))), hop(s.exports, ())]
@@ -84,9 +85,9 @@ def hop(inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Step:
 class _Rewriter:
     """Tape ops to native ops, in the tape's order."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, ops: Sequence[Op]) -> None:
         self.tape = tape
-        self.next_id = 1 + max(v.id for op in tape.ops for v in op.outputs)
+        self.next_id = 1 + max(v.id for op in ops for v in (*op.inputs, *op.outputs))
         self.readers: dict[int, list[Op]] = defaultdict(list)
         for op in tape.ops:
             for value in op.inputs:

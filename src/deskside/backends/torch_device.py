@@ -123,7 +123,6 @@ class TorchDevice:
             with self.meter or contextlib.nullcontext():
                 yield
         except OutOfBudget as error:
-            assert self.budget is not None
             raise self._full(doing, error.args[0]) from None
         except torch.OutOfMemoryError as error:
             line = str(error).splitlines()[0]
@@ -143,9 +142,10 @@ class TorchDevice:
         )
 
     def _full(self, what: str, short: int) -> DesksideError:
+        assert self.meter is not None
         return DesksideError(
-            f"device {self.name}: {what} does not fit in its {show(self.budget or 0)}: "
-            f"{show(short)} short; lower -c or -ub, or place fewer tensors on it"
+            f"device {self.name} has no room while {what}: {show(short)} short of its "
+            f"{show(self.meter.budget)}; lower -c or -ub, or place fewer tensors on it"
         )
 
     def expect(self, what: str, nbytes: int) -> None:
@@ -290,7 +290,7 @@ def parse_devices(text: str | Iterable[str]) -> list[TorchDevice]:
     for spec in (name.strip() for name in names):
         name, _, size = spec.partition(":")
         name = name.lower()
-        if name == "cpu" and not size:
+        if name in ("", "cpu") and not size:
             continue
         if name in devices:
             raise DesksideError(f"--device {spec}: {name} is listed twice")
