@@ -23,6 +23,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FloatMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Activations = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using Place = std::tuple<int64_t, int, int>;  // offset into the arena, width, stride
 
@@ -97,7 +98,8 @@ class PyProgram {
                               arena_floats >= 0,
                           "n_threads and max_tokens must be at least 1, max_tokens at most 262144"),
                   n_threads),
-                 max_tokens, arena_floats, isa) {}
+                 max_tokens, arena_floats, isa),
+        arena_floats_(arena_floats) {}
 
   void begin(const std::string& kind) {
     const char* const names[] = {"rows", "outputs", "once", "tasks"};
@@ -330,16 +332,27 @@ class PyProgram {
     program_.set_states(std::move(states));
   }
 
-  // segments: (n, 3) of slot, position, token count. Returns each step's microseconds if `profile`.
+  // The arena of activations, for whoever feeds a part of the steps and takes what it made.
+  Activations activations() {
+    return Activations(program_.activations(), {size_t(arena_floats_)}, nb::find(this));
+  }
+
+  // Runs the steps [begin, end), all from `begin` on if end is -1. segments: (n, 3) of slot,
+  // position, token count. Returns each step's microseconds if `profile`.
   std::vector<double> run(Ints tokens, Ints segments, Ints outputs, FloatMatrix logits,
-                          bool profile) {
+                          bool profile, int begin, int end) {
+    const int n_steps = int(program_.n_steps());
+    if (end < 0) end = n_steps;
+    require(begin >= 0 && begin <= end && end <= n_steps, "run: bad range of steps");
     Batch batch;
     batch.tokens.assign(tokens.data(), tokens.data() + tokens.size());
     batch.outputs.assign(outputs.data(), outputs.data() + outputs.size());
     const int n = int(batch.tokens.size());
     require(n >= 1 && n <= program_.max_tokens(), "run: bad number of tokens");
     require(int(batch.outputs.size()) <= program_.max_tokens(), "run: too many outputs");
-    for (int32_t t : batch.tokens) require(t >= 0 && t < n_vocab_, "run: token id out of range");
+    // Without an embedding or a head of its own a program neither reads tokens nor writes logits.
+    for (int32_t t : batch.tokens)
+      require(t >= 0 && (n_vocab_ == 0 || t < n_vocab_), "run: token id out of range");
     for (int32_t i : batch.outputs) require(i >= 0 && i < n, "run: output row out of range");
     require(segments.ndim() == 2 && segments.shape(1) == 3, "run: bad segments");
     int row = 0;
@@ -351,7 +364,8 @@ class PyProgram {
       row += s[2];
     }
     require(row == n, "run: segments do not add up to the tokens");
-    require(logits.shape(0) == batch.outputs.size() && int(logits.shape(1)) == n_logits_,
+    require(n_logits_ == 0 ||
+                (logits.shape(0) == batch.outputs.size() && int(logits.shape(1)) == n_logits_),
             "run: bad logits shape");
     require(int(program_.n_states()) >= n_states_, "run: set_states was not called");
     batch.logits = logits.data();
@@ -361,7 +375,7 @@ class PyProgram {
     bool done;
     {
       nb::gil_scoped_release release;
-      done = program_.run(batch, profile ? &micros : nullptr, [] {
+      done = program_.run(batch, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
         nb::gil_scoped_acquire acquire;
         return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
       });
@@ -417,6 +431,7 @@ class PyProgram {
   }
 
   Program program_;
+  const int64_t arena_floats_;
   const pid_t pid_ = getpid();
   std::vector<nb::object> keep_, keep_states_;
   bool begun_ = false;
@@ -480,7 +495,8 @@ NB_MODULE(_native, m) {
       .def("finish", &PyProgram::finish)
       .def("set_states", &PyProgram::set_states)
       .def("run", &PyProgram::run, "tokens"_a, "segments"_a, "outputs"_a, "logits"_a,
-           "profile"_a = false)
+           "profile"_a = false, "begin"_a = 0, "end"_a = -1)
+      .def_prop_ro("activations", &PyProgram::activations)
       .def_prop_ro("isa", &PyProgram::isa)
       .def_prop_ro("n_threads", &PyProgram::n_threads)
       .def_prop_ro("nbytes", &PyProgram::nbytes);

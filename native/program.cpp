@@ -71,13 +71,14 @@ void Program::run_rows(const Step& step, const Run& r, int64_t row) const {
   for (const auto& op : step.ops) op->row(r, row);
 }
 
-bool Program::run(const Batch& batch, std::vector<double>* micros,
+bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
                   const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kPatience = std::chrono::milliseconds(50);
-  const size_t n = steps_.size();
+  const size_t n = end - begin;
+  const Step* const steps = steps_.data() + begin;
   std::vector<char> alone(n);
-  for (size_t i = 0; i < n; i++) alone[i] = serial(steps_[i], batch);
+  for (size_t i = 0; i < n; i++) alone[i] = serial(steps[i], batch);
   if (micros) micros->assign(n, 0);
   // To stop: thread 0's, read inside barriers. While that thread is on leave nobody asks.
   bool wanted = false;
@@ -104,15 +105,15 @@ bool Program::run(const Batch& batch, std::vector<double>* micros,
         stop = wanted;
         if (micros && i > 0) lap(i - 1);
         for (size_t j = i; j < n && alone[j] && !stop; j++) {
-          const int64_t rows = this->rows(steps_[j], batch);
-          for (int64_t row = 0; row < rows; row++) run_rows(steps_[j], r, row);
+          const int64_t rows = this->rows(steps[j], batch);
+          for (int64_t row = 0; row < rows; row++) run_rows(steps[j], r, row);
           if (micros) lap(j);
         }
       });
       if (!stays) return;
       while (i < n && alone[i]) i++;
       if (i >= n || stop) return;
-      const Step& step = steps_[i];
+      const Step& step = steps[i];
       const uint32_t round = (first_round + uint32_t(i)) % kRounds;
       if (step.kind != Step::kTasks) {
         team_.share(round, thread, rows(step, batch), [&](int64_t row) { run_rows(step, r, row); });

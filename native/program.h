@@ -108,16 +108,18 @@ class Program {
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs all steps; `micros`, if not null, receives each step's wall time. `interrupted` is asked
-  // now and then between steps; true ends the run early, with whatever the states then hold, and
-  // makes this return false.
-  bool run(const Batch& batch, std::vector<double>* micros,
+  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time. `interrupted`
+  // is asked now and then between steps; true ends the run early, with whatever the states then
+  // hold, and makes this return false.
+  bool run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 
   const char* isa() const { return kernels_.name; }
   int n_threads() const { return pool_.size(); }
   int max_tokens() const { return max_tokens_; }
+  size_t n_steps() const { return steps_.size(); }
   size_t n_states() const { return states_.size(); }
+  float* activations() { return reinterpret_cast<float*>(arena_.data()); }
   int64_t nbytes() const { return arena_.bytes() + (memory_ ? memory_->bytes() : 0); }
 
  private:

@@ -63,5 +63,9 @@ class Program:
         outputs: NDArray[np.int32],
         logits: NDArray[np.float32],
         profile: bool = False,
+        begin: int = 0,
+        end: int = -1,
     ) -> list[float]: ...
+    @property
+    def activations(self) -> NDArray[np.float32]: ...
     def __getattr__(self, name: str) -> Any: ...

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,10 +73,20 @@ def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     return data[start : start + size].view(dtype).reshape(shape)
 
 
+class Held(Protocol):
+    """A state that lies in the memory of a device."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def clear(self, slot: int) -> None: ...
+
+
 class Cache:
     """State of `n_slots` sequences of at most `n_ctx` tokens.
 
     Memory is taken from the system zeroed and untouched: pages are paid for when first written.
+    held: states, by index, that a backend keeps on its devices; their `arrays` are empty here.
     """
 
     def __init__(
@@ -87,14 +97,16 @@ class Cache:
         n_ctx: int,
         k_type: QuantType,
         v_type: QuantType,
+        held: Mapping[int, Held] | None = None,
     ) -> None:
+        self.held: Mapping[int, Held] = held or {}
         self.states = tuple(states)
         self.n_slots = n_slots
         self.n_ctx = n_ctx
         self.k_type = k_type
         self.v_type = v_type
         self.arrays: list[tuple[NDArray[np.uint8] | NDArray[np.float32], ...]] = [
-            self._allocate(state) for state in states
+            () if i in self.held else self._allocate(state) for i, state in enumerate(states)
         ]
 
     def _allocate(self, state: State) -> tuple[NDArray[np.uint8] | NDArray[np.float32], ...]:
@@ -105,13 +117,22 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for arrays in self.arrays for array in arrays)
+        own = sum(array.nbytes for arrays in self.arrays for array in arrays)
+        return own + sum(state.nbytes for state in self.held.values())
+
+    def check(self, batch: Batch) -> None:
+        """ValueError if a segment lies outside."""
+        for s in batch.segments:
+            if not (0 <= s.slot < self.n_slots and s.pos >= 0 and s.pos + s.n <= self.n_ctx):
+                raise ValueError(f"{s} lies outside the cache")
 
     def clear(self, slot: int) -> None:
         """Forget a sequence. Keys and values need no clearing: positions bound what is read."""
         for state, arrays in zip(self.states, self.arrays, strict=True):
-            if not isinstance(state, KVState):
+            if arrays and not isinstance(state, KVState):
                 arrays[0][slot] = 0
+        for held in self.held.values():
+            held.clear(slot)
 
 
 def state_shapes(

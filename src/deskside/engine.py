@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +25,12 @@ from deskside.progress import Progress, silent
 from deskside.quants import QuantType
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
-from deskside.tape import KVState
+from deskside.tape import KVState, State
 from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Files up to this size are checked for NaN and infinity in full when they are loaded.
 CHECK_BYTES = 1 << 30
-# Placement options of the public contract: accepted, for there is one place to put things yet.
+# Placement options of the public contract: accepted without devices, for then there is one place.
 PLACEMENT = frozenset({"cpu_moe", "override_tensor", "devices"})
 
 __all__ = ["LLM", "Chunk", "Completion", "Timings"]
@@ -84,19 +84,30 @@ class Completion:
 
 
 class LLM:
-    """A GGUF model on this machine's CPU.
+    """A GGUF model on this machine's CPU, or spread over it and other devices.
 
     llm = LLM("model.gguf", ctx=8192, threads=2, ctk="q8_0", ctv="q8_0")
+    llm = LLM("model.gguf", devices="cuda0", placement={"blk.0.attn_q.weight": "cuda0", ...})
+
+    placement: the device of every tensor, by name; devices: `cuda0`, or emulated `emu0:96GiB`.
 
     Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or a context
     whose cache does not fit the free memory. `progress` is told of loading. One sequence at a time;
     not safe for threads.
     """
 
-    def __init__(self, path: str | Path, *, progress: Progress = silent, **options: Any) -> None:
-        placement = sorted(PLACEMENT & options.keys())
-        if placement:
-            warnings.warn(f"{', '.join(placement)}: deskside runs on the CPU only", stacklevel=2)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        placement: Mapping[str, str] | None = None,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> None:
+        devices = options.get("devices", "")
+        ignored = sorted(PLACEMENT & options.keys()) if placement is None else []
+        if ignored:
+            warnings.warn(f"{', '.join(ignored)}: deskside runs on the CPU only", stacklevel=2)
         options = {name: value for name, value in options.items() if name not in PLACEMENT}
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
@@ -109,29 +120,63 @@ class LLM:
         self.ctx = self._context()
         self.ubatch = min(self.config.ubatch, self.ctx)
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
-        self._check_memory(k_type, v_type)
         self.backend: Backend
-        if self.config.backend == "cpu":
-            self.backend = CpuBackend(
-                self.file,
-                self.tape,
-                n_threads=self.config.n_threads,
-                max_tokens=self.ubatch,
-                isa=self.config.isa,
-                reserve=sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type)),
-                progress=progress,
-            )
+        if placement is not None:
+            self.backend, self.cache = self._place(placement, devices, k_type, v_type, progress)
         else:
-            self.backend = ReferenceBackend(self.file, self.tape)
-        self.cache = Cache(
-            self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
-        )
+            self._check_memory(self.tape.states, k_type, v_type)
+            self.backend = self._backend(k_type, v_type, progress)
+            self.cache = Cache(
+                self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
+            )
         self._cached: list[int] = []
         self._logits = np.empty((1, self.tape.n_vocab), np.float32)  # of a step with one output
         self._can_cut = all(isinstance(state, KVState) for state in self.tape.states)
         self._stream: Stream | None = None
         self._banned = self.tokenizer.banned(self.tape.n_vocab)
         self._template: ChatTemplate | None = None
+
+    def _backend(self, k_type: QuantType, v_type: QuantType, progress: Progress) -> Backend:
+        if self.config.backend != "cpu":
+            return ReferenceBackend(self.file, self.tape)
+        return CpuBackend(
+            self.file,
+            self.tape,
+            n_threads=self.config.n_threads,
+            max_tokens=self.ubatch,
+            isa=self.config.isa,
+            reserve=sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type)),
+            progress=progress,
+        )
+
+    def _place(
+        self,
+        placement: Mapping[str, str],
+        devices: str | Sequence[str],
+        k_type: QuantType,
+        v_type: QuantType,
+        progress: Progress,
+    ) -> tuple[Backend, Cache]:
+        try:
+            from deskside.backends.placed import PlacedBackend, host_states
+            from deskside.backends.torch_device import parse_devices
+        except ImportError:
+            raise DesksideError("devices need torch: pip install 'deskside[gpu]'") from None
+        states = host_states(self.tape, placement)
+        self._check_memory(states, k_type, v_type)
+        backend = PlacedBackend(
+            self.file,
+            self.tape,
+            placement,
+            parse_devices(devices),
+            n_threads=self.config.n_threads,
+            max_tokens=self.ubatch,
+            isa=self.config.isa,
+            reserve=sum(cache_bytes(states, self.ctx, k_type, v_type)),
+            progress=progress,
+        )
+        shape = {"n_slots": 1, "n_ctx": self.ctx}
+        return backend, backend.new_cache(**shape, k_type=k_type, v_type=v_type)
 
     def _check_values(self) -> None:
         """Refuse NaN and infinity: in all of a small file, in the float tensors of a large one.
@@ -151,8 +196,8 @@ class LLM:
             raise DesksideError(f"-c {ctx} is more than the model's context of {own} tokens")
         return ctx
 
-    def _check_memory(self, k_type: QuantType, v_type: QuantType) -> None:
-        needed = sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type))
+    def _check_memory(self, states: Sequence[State], k_type: QuantType, v_type: QuantType) -> None:
+        needed = sum(cache_bytes(states, self.ctx, k_type, v_type))
         free = available_memory()
         if needed > free:
             raise DesksideError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deskside import _native
 from deskside.backends.buffers import plan_buffers, stride
-from deskside.backends.steps import FLOAT_TYPES, NativeOp, plan_steps
+from deskside.backends.steps import FLOAT_TYPES, NativeOp, Stretch, plan_steps
 from deskside.backends.weights import load
 from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
@@ -28,6 +28,7 @@ class CpuBackend:
 
     isa: name of a compiled instruction set, None for the fastest that this machine runs;
     DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
+    stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CpuBackend:
         max_tokens: int,
         isa: str | None = None,
         reserve: int = 0,
+        stretches: Sequence[Stretch] | None = None,
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -47,13 +49,15 @@ class CpuBackend:
             _native.choose(isa or "")
         except ValueError as error:
             raise DesksideError(f"--isa {isa}: {error}") from None
-        for info in tape.weights().values():
+        ops = tape.ops if stretches is None else [op for s in stretches for op in s.ops]
+        for info in (w for op in ops for w in op.weights):
             if info.type.name not in KERNEL_TYPES:
                 raise DesksideError(
                     f"{info.path}: tensor {info.name} has type {info.type.name}, "
                     "which has no kernel"
                 )
-        self.steps = plan_steps(tape)
+        self.steps = plan_steps(tape, stretches)
+        self._ranges: list[tuple[int, int]] = []  # native steps of each stretch
         offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
         too_large = DesksideError(
             f"-ub {max_tokens} needs {4 * arena / 1e9:.1f} GB and more of work memory; lower it"
@@ -65,16 +69,27 @@ class CpuBackend:
             self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
             weights = load(self.steps, n_threads=n_threads, reserve=reserve, progress=progress)
             lowering = _Lowering(self.program, file, tape, offsets, weights)
-            for step in self.steps:
-                self.program.begin(step.where)
-                for op in step.ops:
-                    method: Callable[[NativeOp], None] = getattr(lowering, op.kind)
-                    method(op)
+            self._lower(lowering)
             self.program.finish()
         except MemoryError:
             raise too_large from None
         except ValueError as error:
             raise DesksideError(f"{file.path}: {error}") from None
+        self._offsets = offsets
+        self._activations = self.program.activations
+
+    def _lower(self, lowering: _Lowering) -> None:
+        n, hops = 0, []
+        for step in self.steps:
+            if step.where == "hop":
+                hops.append(n)
+                continue
+            self.program.begin(step.where)
+            n += 1
+            for op in step.ops:
+                method: Callable[[NativeOp], None] = getattr(lowering, op.kind)
+                method(op)
+        self._ranges = list(zip(hops[::2], hops[1::2], strict=True))
 
     @property
     def isa(self) -> str:
@@ -94,25 +109,46 @@ class CpuBackend:
         """As `run`, with the microseconds of each of `steps`."""
         return self._run(batch, cache, None, True)
 
+    def run_stretch(self, i: int, batch: Batch, cache: Cache, logits: NDArray[np.float32]) -> None:
+        """Stretch `i` on what `values` holds; the head, if it is in here, writes `logits`."""
+        begin, end = self._ranges[i]
+        self._call(batch, cache, logits, False, begin, end)
+
+    def values(self, value: Value, rows: int) -> NDArray[np.float32]:
+        """A view (rows, width) of a stretch's import or export in the program's memory."""
+        at, step = self._offsets[value.id], stride(value.width)
+        return self._activations[at : at + rows * step].reshape(rows, step)[:, : value.width]
+
     def _run(
         self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None, profile: bool
     ) -> tuple[NDArray[np.float32], list[float]]:
-        if cache is not self._cache:
-            self._bind(cache)
-        for s in batch.segments:
-            inside = 0 <= s.slot < cache.n_slots and s.pos >= 0 and s.pos + s.n <= cache.n_ctx
-            if not inside:
-                raise ValueError(f"{s} lies outside the cache")
-        segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
         shape = (len(batch.outputs), self.tape.n_vocab)
         logits = np.empty(shape, np.float32) if out is None else out
-        micros = self.program.run(batch.tokens, segments, batch.outputs, logits, profile)
-        return logits, micros
+        return logits, self._call(batch, cache, logits, profile)
+
+    def _call(
+        self,
+        batch: Batch,
+        cache: Cache,
+        logits: NDArray[np.float32],
+        profile: bool,
+        begin: int = 0,
+        end: int = -1,
+    ) -> list[float]:
+        if cache is not self._cache:
+            self._bind(cache)
+        cache.check(batch)
+        segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
+        return self.program.run(batch.tokens, segments, batch.outputs, logits, profile, begin, end)
 
     def _bind(self, cache: Cache) -> None:
         types = (cache.k_type.id, cache.v_type.id)
+        # A state that is held elsewhere has no arrays here: one that nothing reads stands for it.
         self.program.set_states(
-            [(*arrays, *types) if len(arrays) == 2 else arrays for arrays in cache.arrays]
+            [
+                (*arrays, *types) if len(arrays) == 2 else arrays or (np.zeros(1, np.uint8),)
+                for arrays in cache.arrays
+            ]
         )
         self._cache = cache
 

@@ -87,7 +87,7 @@ def rms_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     """y = w x / sqrt(mean(x^2) + eps) over groups as long as w."""
     (x,) = inputs
     w = step.weight(op.weights[0])
-    groups = x.reshape(len(x), -1, w.size)
+    groups = x.reshape(len(x), x.shape[1] // w.size, w.size)
     scale = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + np.float32(op.attrs["eps"]))
     return [(groups * scale * w).reshape(x.shape)]
 

@@ -8,6 +8,10 @@ as early as their inputs allow, and what can run together does.
 Fused on the way: linears that read the same value; a swiglu or a causal convolution into the
 linears that feed it. Quantised weights read their input in 8 bits: `quantize` makes such a record
 once for all of its readers.
+
+A program may carry out a part of a tape, in stretches between which other devices work. A *hop*
+stands at either end of a stretch; it is no native step, and tells `plan_buffers` which values come
+from outside and which are taken out.
 """
 
 from __future__ import annotations
@@ -52,17 +56,38 @@ class Step:
     ops: list[NativeOp] = field(default_factory=list)
 
 
-def plan_steps(tape: Tape) -> list[Step]:
-    """The steps that carry out `tape`."""
-    return schedule(list(_Rewriter(tape).ops()))
+@dataclass(frozen=True)
+class Stretch:
+    """Ops that run together, with what they need from elsewhere and make for elsewhere."""
+
+    ops: tuple[Op, ...]
+    imports: tuple[Value, ...] = ()
+    exports: tuple[Value, ...] = ()
+
+
+def plan_steps(tape: Tape, stretches: Sequence[Stretch] | None = None) -> list[Step]:
+    """The steps that carry out `tape`, or those of its `stretches`, each between two hops."""
+    if stretches is None:
+        return schedule(list(_Rewriter(tape, tape.ops).ops(tape.ops)))
+    # What stands for an op of the tape elsewhere reads values too, and has some of its own.
+    rewriter = _Rewriter(tape, [*tape.ops, *(op for s in stretches for op in s.ops)])
+    steps = []
+    for s in stretches:
+        steps += [hop((), s.imports), *schedule(list(rewriter.ops(s.ops))), hop(s.exports, ())]
+    return steps
+
+
+def hop(inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Step:
+    """Values (`inputs`) that leave the program's memory, or (`outputs`) that come into it."""
+    return Step("hop", [NativeOp("hop", "hop", inputs, outputs, Op("hop", -1, inputs, outputs))])
 
 
 class _Rewriter:
     """Tape ops to native ops, in the tape's order."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, ops: Sequence[Op]) -> None:
         self.tape = tape
-        self.next_id = 1 + max(v.id for op in tape.ops for v in op.outputs)
+        self.next_id = 1 + max(v.id for op in ops for v in (*op.inputs, *op.outputs))
         self.readers: dict[int, list[Op]] = defaultdict(list)
         for op in tape.ops:
             for value in op.inputs:
@@ -71,13 +96,16 @@ class _Rewriter:
         # The program's memory that all ops share: attention's parts, and the experts' routing.
         self.shared = self.value(0)
         self.fused: set[int] = set()  # by id() of ops that became part of another
+        self.here: set[int] = set()  # by id(), the ops of this stretch
 
     def value(self, width: int, per_output: bool = False) -> Value:
         self.next_id += 1
         return Value(self.next_id - 1, width, per_output)
 
-    def ops(self) -> Iterator[NativeOp]:
-        for op in self.tape.ops:
+    def ops(self, ops: Sequence[Op]) -> Iterator[NativeOp]:
+        """Native ops of a stretch; nothing is fused over its ends."""
+        self.here = {id(op) for op in ops}
+        for op in ops:
             if id(op) not in self.fused:
                 yield from getattr(self, op.kind, self.rows)(op)
 
@@ -98,7 +126,7 @@ class _Rewriter:
 
     def linear(self, op: Op) -> Iterator[NativeOp]:
         x = op.inputs[0]
-        together = [o for o in self.readers[x.id] if o.kind == "linear"]
+        together = [o for o in self.readers[x.id] if o.kind == "linear" and id(o) in self.here]
         self.fused.update(id(o) for o in together)
         parts: list[Part] = []
         for linear in together:
@@ -110,8 +138,8 @@ class _Rewriter:
 
     def part(self, linear: Op, together: Sequence[Op]) -> Part:
         readers = self.readers[linear.outputs[0].id]
-        if len(readers) == 1 and linear.outputs[0].id != self.tape.logits.id:
-            reader = readers[0]
+        reader = readers[0] if len(readers) == 1 else None
+        if reader and id(reader) in self.here and linear.outputs[0].id != self.tape.logits.id:
             if reader.kind == "conv_silu":
                 self.fused.add(id(reader))
                 return Part(linear, reader.outputs[0], conv=reader)

@@ -1,0 +1,191 @@
+"""A tape cut into sections of one device each, and the values that pass between them.
+
+An op runs on the device of its first weight, one without weights where its first input was made;
+its state lives with it. An `add` of values from two devices runs on the one that needs the sum:
+were it always the first, the residual stream would visit the embedding's device in every layer,
+and the routed experts' device would wait for the shared expert's.
+
+A section holds all ops of a device that can run before another device must be waited for. What
+other devices wait for goes into a section of its own, before the rest: with the routed experts on
+the CPU, for instance, a GPU runs attention and the router, hands over, and computes the shared
+expert while the CPU works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from deskside.errors import DesksideError
+from deskside.tape import Op, Tape, Value
+
+HOST = "cpu"  # the native program
+# Ops on the host that no native kernel has: a convolution apart from its linear, and experts whose
+# matrices lie on several devices. Torch runs them, on the file's mapped bytes.
+HOST_TORCH = "cpu (torch)"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Ops of one device. `imports` come from elsewhere, and for the first time on this device;
+    `exports` are needed elsewhere. `waits`: the sections, by index, that make the imports."""
+
+    device: str
+    ops: tuple[Op, ...]
+    imports: tuple[Value, ...] = ()
+    exports: tuple[Value, ...] = ()
+    waits: tuple[int, ...] = ()
+
+
+def cut(tape: Tape, placement: Mapping[str, str], *, native: bool = True) -> tuple[Section, ...]:
+    """The sections of `tape`, in an order in which they can run.
+
+    placement: the device of every tensor that the tape reads; DesksideError if one is missing.
+    native: whether the host has the native program; else torch runs there too.
+    """
+    for name in tape.weights():
+        if name not in placement:
+            raise DesksideError(f"the placement has no device for tensor {name}")
+    ops = list(_split_experts(tape, placement))
+    devices = _devices(ops, placement)
+    if not native:
+        devices = {op: HOST_TORCH if d == HOST else d for op, d in devices.items()}
+    return _link(_order(_sections(ops, devices), devices), tape.logits)
+
+
+def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
+    """The tape's ops; experts whose matrices lie on several devices become one op a matrix.
+
+    expert_linear   x, ids; W     per chosen expert e of a token W_e x, side by side
+    expert_sum      h, ids, p; W  sum over a token's experts of p_e W_e h_e
+    """
+    next_id = 1 + max(v.id for op in tape.ops for v in op.outputs)
+    for op in tape.ops:
+        if op.kind != "experts" or len({placement[w.name] for w in op.weights}) == 1:
+            yield op
+            continue
+        x, ids, p = op.inputs
+        gate, up, down = op.weights
+        g, u, h = (Value(next_id + i, ids.width * gate.shape[1]) for i in range(3))
+        next_id += 3
+        yield Op("expert_linear", op.layer, (x, ids), (g,), (gate,))
+        yield Op("expert_linear", op.layer, (x, ids), (u,), (up,))
+        yield Op("swiglu", op.layer, (g, u), (h,))
+        yield Op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
+
+
+def _devices(ops: Sequence[Op], placement: Mapping[str, str]) -> dict[int, str]:
+    """The device of each op, by its id()."""
+    needed: dict[int, str] = {}  # by value: where it is read first
+    for op in reversed(ops):
+        reader = placement[op.weights[0].name] if op.weights else needed.get(op.outputs[0].id, "")
+        needed.update({v.id: reader for v in op.inputs})
+    made: dict[int, str] = {}
+    devices: dict[int, str] = {}
+    for op in ops:
+        device = placement[op.weights[0].name] if op.weights else made[op.inputs[0].id]
+        if op.kind == "add" and needed.get(op.outputs[0].id) in {made[v.id] for v in op.inputs}:
+            device = needed[op.outputs[0].id]
+        apart = op.kind == "conv_silu" and made[op.inputs[0].id] != HOST
+        if device == HOST and (apart or op.kind.startswith("expert_")):
+            device = HOST_TORCH
+        if device == HOST_TORCH and not op.weights:
+            device = HOST
+        devices[id(op)] = device
+        made.update({v.id: device for v in op.outputs})
+    return devices
+
+
+def _sections(ops: Sequence[Op], devices: Mapping[int, str]) -> list[Section]:
+    left, made = list(ops), set[int]()
+    sections: list[Section] = []
+    while left:
+        device = devices[id(left[0])]
+        run: list[Op] = []
+        ready = set(made)
+        for op in left:
+            if devices[id(op)] == device and all(v.id in ready for v in op.inputs):
+                run.append(op)
+                ready.update(v.id for v in op.outputs)
+        away = {v.id for op in left if devices[id(op)] != device for v in op.inputs}
+        first = _leading_to(run, away)
+        rest = [op for op in run if not any(op is f for f in first)]
+        sections += [Section(device, tuple(part)) for part in (first, rest) if part]
+        made = ready
+        done = {id(op) for op in run}
+        left = [op for op in left if id(op) not in done]
+    return sections
+
+
+def _leading_to(run: Sequence[Op], wanted: set[int]) -> list[Op]:
+    """The ops of `run` that make the values `wanted`, and what those need."""
+    wanted = set(wanted)
+    found: list[Op] = []
+    for op in reversed(run):
+        if any(v.id in wanted for v in op.outputs):
+            found.insert(0, op)
+            wanted.update(v.id for v in op.inputs)
+    return found
+
+
+def _order(sections: Sequence[Section], devices: Mapping[int, str]) -> list[Section]:
+    """Native sections as early as their inputs allow: they run beside those that follow."""
+    left, made = list(sections), set[int]()
+    ordered: list[Section] = []
+
+    def ready(section: Section) -> bool:
+        own = {v.id for op in section.ops for v in op.outputs}
+        return all(v.id in made or v.id in own for op in section.ops for v in op.inputs)
+
+    while left:
+        # A device's sections keep their order: only its first one left may be next.
+        heads = [s for i, s in enumerate(left) if all(o.device != s.device for o in left[:i])]
+        section = next(
+            (s for s in heads if s.device == HOST and ready(s)), next(filter(ready, heads))
+        )
+        ordered.append(section)
+        left = [s for s in left if s is not section]
+        made.update(v.id for op in section.ops for v in op.outputs)
+    return ordered
+
+
+def _link(sections: Sequence[Section], logits: Value) -> tuple[Section, ...]:
+    """With imports, exports and waits."""
+    maker = {v.id: i for i, s in enumerate(sections) for op in s.ops for v in op.outputs}
+    arrived: dict[str, set[int]] = {s.device: set() for s in sections}
+    exports: list[dict[int, Value]] = [{} for _ in sections]
+    linked: list[Section] = []
+    for i, s in enumerate(sections):
+        imports: dict[int, Value] = {}
+        for value in (v for op in s.ops for v in op.inputs):
+            source = sections[maker[value.id]]
+            if source.device != s.device and value.id not in arrived[s.device]:
+                imports[value.id] = value
+                exports[maker[value.id]][value.id] = value
+        arrived[s.device].update(imports)
+        for value in (v for op in s.ops for v in op.outputs):
+            if value.id == logits.id and s.device != HOST:
+                exports[i][value.id] = value
+        waits = tuple(sorted({maker[v] for v in imports}))
+        linked.append(replace(s, imports=tuple(imports.values()), waits=waits))
+    return tuple(
+        replace(s, exports=tuple(e.values())) for s, e in zip(linked, exports, strict=True)
+    )
+
+
+def last_uses(sections: Sequence[Section]) -> dict[tuple[str, int], Op]:
+    """By device and value, the op after which the device can forget the value."""
+    return {
+        (s.device, v.id): op for s in sections for op in s.ops for v in (*op.outputs, *op.inputs)
+    }
+
+
+def hops(sections: Sequence[Section], nbytes: Callable[[Value], int]) -> tuple[int, int]:
+    """How many transfers from device to device a step makes, and their bytes."""
+    maker = {v.id: s.device for s in sections for op in s.ops for v in op.outputs}
+    count = total = 0
+    for s in sections:
+        moved = [v for v in s.imports if {maker[v.id], s.device} != {HOST, HOST_TORCH}]
+        count += len({maker[v.id] for v in moved})
+        total += sum(nbytes(v) for v in moved)
+    return count, total

@@ -1,0 +1,389 @@
+"""A device that torch drives: `cuda0`, or `emu0:96GiB`, torch on the CPU within a budget of bytes.
+
+A device holds weights as the file's bytes, the states of its ops, and the values of a running step.
+An emulated one counts every byte that torch allocates for it, and fails where a real one would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from deskside.backends.sections import HOST_TORCH, Section, last_uses
+from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, Matmul, TorchStep
+from deskside.backends.torch_quants import TYPES
+from deskside.cache import state_shapes
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF, TensorInfo
+from deskside.progress import Progress
+from deskside.quants import QuantType
+from deskside.tape import KVState, Op, State, Value
+
+UNITS = {
+    "": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
+COPY = 64 << 20  # bytes of a weight on their way to a device at a time
+ALIGN = 16  # floats: values in one transfer start on cache lines
+
+Arrays = dict[int, NDArray[np.float32]]  # by a value's id
+
+
+class OutOfBudget(Exception):
+    """An emulated device holds more than it may: by `args[0]` bytes."""
+
+
+class Meter(TorchDispatchMode):  # type: ignore[misc]
+    """Counts the live bytes of all storages that were made while it was active."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__()
+        self.budget = budget
+        self.live = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        nbytes = storage.nbytes()
+        weakref.finalize(storage, self._free, nbytes)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        if self.live > self.budget:
+            raise OutOfBudget(self.live - self.budget)
+
+    def _free(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+class DeviceState:
+    """The arrays of one state in a device's memory, laid out as `cache.py` has them."""
+
+    def __init__(self, device: TorchDevice, arrays: tuple[Tensor, ...], recurrent: bool) -> None:
+        self._device = device
+        self._recurrent = recurrent
+        self.arrays = arrays
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
+
+    def clear(self, slot: int) -> None:
+        # What a lost device held is lost with it.
+        if self._recurrent and not self._device.lost:
+            self.arrays[0][slot] = 0
+
+
+class TorchDevice:
+    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free."""
+
+    def __init__(self, name: str, device: torch.device, budget: int | None = None) -> None:
+        self.name = name
+        self.device = device
+        self.budget = budget
+        self.meter = Meter(budget) if budget is not None else None
+        self.weights: dict[str, Tensor] = {}
+        self._last: dict[int, Op] = {}
+        self.lost = False
+        self.ops_until_loss: int | None = None  # for tests: the device is lost after as many ops
+        self.matmul: Matmul | None = _kernel() if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """Counts what torch allocates, and turns a device's failures into one clear line."""
+        try:
+            if self.lost:
+                raise self._gone(doing)
+            with self.meter or contextlib.nullcontext():
+                yield
+        except OutOfBudget as error:
+            raise self._full(doing, error.args[0]) from None
+        except torch.OutOfMemoryError as error:
+            line = str(error).splitlines()[0]
+            raise DesksideError(
+                f"device {self.name} is out of memory while {doing}: {line}"
+            ) from None
+        except RuntimeError as error:
+            if self.device.type != "cuda":
+                raise
+            self.lost = True
+            raise self._gone(doing, str(error).splitlines()[0]) from None
+
+    def _gone(self, doing: str, why: str = "") -> DesksideError:
+        return DesksideError(
+            f"device {self.name} was lost while {doing}{': ' if why else ''}{why}; "
+            "the sequence is dropped; load the model again, without this device if it stays away"
+        )
+
+    def _full(self, what: str, short: int) -> DesksideError:
+        assert self.meter is not None
+        return DesksideError(
+            f"device {self.name} has no room while {what}: {show(short)} short of its "
+            f"{show(self.meter.budget)}; lower -c or -ub, or place fewer tensors on it"
+        )
+
+    def expect(self, what: str, nbytes: int) -> None:
+        """DesksideError unless `nbytes` more fit."""
+        if self.budget is None and self.device.type == "cuda":
+            free = int(torch.cuda.mem_get_info(self.device)[0])
+        elif self.meter is not None:
+            free = self.meter.budget - self.meter.live
+        else:
+            return
+        if nbytes > free:
+            total = self.budget if self.budget is not None else free
+            raise DesksideError(
+                f"device {self.name}: {what} of {show(nbytes)} does not fit in the {show(free)} "
+                f"left of {show(total)}: {show(nbytes - free)} short; lower -c or -ub, or place "
+                "fewer tensors on it"
+            )
+
+    def load(self, file: GGUF, infos: Sequence[TensorInfo], work: int, progress: Progress) -> None:
+        """Take the weights in, with `work` bytes left for activations."""
+        for info in infos:
+            if info.type.name not in TYPES:
+                raise DesksideError(
+                    f"{info.path}: tensor {info.name} has type {info.type.name}, which device "
+                    f"{self.name} cannot decode"
+                )
+        whole = sum(info.nbytes for info in infos)
+        self.expect("weights and work memory", whole + work)
+        done = 0
+        for info in infos:
+            raw = file.raw(info.name)
+            if self.name == HOST_TORCH:  # the mapped file serves
+                self.weights[info.name] = _mapped(raw)
+                continue
+            with self.guard(f"loading {info.name}"):
+                held = torch.empty(raw.shape, dtype=torch.uint8, device=self.device)
+                rows = max(1, COPY // info.row_bytes)
+                for i in range(0, len(raw), rows):
+                    progress(f"loading to {self.name}", done, whole)
+                    held[i : i + rows].copy_(_mapped(raw[i : i + rows]))
+                    done += raw[i : i + rows].nbytes
+            self.weights[info.name] = held
+        progress(f"loading to {self.name}", done, whole)
+
+    def hold(
+        self, state: State, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType
+    ) -> DeviceState:
+        """Zeroed memory for a state."""
+        kv = isinstance(state, KVState)
+        kind = torch.uint8 if kv else torch.float32
+        shapes = state_shapes(state, n_ctx, k_type, v_type)
+        with self.guard("making room for the cache"):
+            arrays = tuple(
+                torch.zeros((n_slots, *shape), dtype=kind, device=self.device) for shape in shapes
+            )
+        return DeviceState(self, arrays, not kv)
+
+    def run(self, section: Section, values: dict[int, Tensor], step: TorchStep, rows: int) -> None:
+        """The section's ops on `values`; those made are added, those no longer needed go.
+
+        rows: wanted logits; without any, what is made of them is empty.
+        """
+        for op in section.ops:
+            self._count_down()
+            with self.guard(f"computing {op.kind} of layer {op.layer}"):
+                if op.outputs[0].per_output and rows == 0:
+                    made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
+                else:
+                    made = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
+            values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
+            del made
+            self._forget(op, section, values)
+
+    def _forget(self, op: Op, section: Section, values: dict[int, Tensor]) -> None:
+        for value in (*op.inputs, *op.outputs):
+            if self._last.get(value.id) is op and value not in section.exports:
+                values.pop(value.id, None)
+
+    def _count_down(self) -> None:
+        if self.ops_until_loss is not None:
+            self.ops_until_loss -= 1
+            self.lost = self.lost or self.ops_until_loss < 0
+
+    def plan(self, sections: Sequence[Section]) -> None:
+        """Learn when a value can be forgotten: after its last use, exports once they are sent."""
+        uses = last_uses(sections).items()
+        self._last = {value: op for (device, value), op in uses if device == self.name}
+
+    def send(self, section: Section, values: dict[int, Tensor]) -> Callable[[], Arrays]:
+        """A section's exports, to the host; those not used again here are forgotten."""
+        wait = self._download({v.id: values[v.id] for v in section.exports})
+        for v in section.exports:
+            if any(self._last[v.id] is op for op in section.ops):
+                del values[v.id]
+        return wait
+
+    def upload(self, arrays: Arrays) -> dict[int, Tensor]:
+        """Values to the device, in one transfer."""
+        offsets, total = _offsets({i: a.size for i, a in arrays.items()})
+        staged = torch.empty(total, pin_memory=self.device.type == "cuda")
+        for i, a in arrays.items():
+            staged[offsets[i] : offsets[i] + a.size] = torch.from_numpy(a.reshape(-1))
+        with self.guard("receiving values"):
+            flat = torch.empty(total, device=self.device)
+            # Pinned memory is handed out again only when the copy is over: torch sees to that.
+            flat.copy_(staged, non_blocking=True)
+            return {i: flat[offsets[i] :][: a.size].view(a.shape) for i, a in arrays.items()}
+
+    def _download(self, values: Mapping[int, Tensor]) -> Callable[[], Arrays]:
+        """Values to the host, in one transfer; the function returned waits for it."""
+        offsets, total = _offsets({i: t.numel() for i, t in values.items()})
+        with self.guard("sending values"):
+            flat = torch.empty(total, device=self.device)
+            for i, t in values.items():
+                flat[offsets[i] : offsets[i] + t.numel()] = t.reshape(-1)
+            if self.device.type == "cuda":
+                host = torch.empty(total, pin_memory=True)
+                host.copy_(flat, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self.device))
+        if self.device.type != "cuda":
+            host, event = flat.clone(), None
+        shapes = {i: tuple(t.shape) for i, t in values.items()}
+
+        def wait() -> Arrays:
+            if event is not None:
+                with self.guard("sending values"):
+                    event.synchronize()
+            array = host.numpy()
+            return {
+                i: array[offsets[i] :][: int(np.prod(shape))].reshape(shape)
+                for i, shape in shapes.items()
+            }
+
+        return wait
+
+
+def parse_devices(text: str | Iterable[str]) -> list[TorchDevice]:
+    """`cuda0,emu0:96GiB` to devices; `cpu` may be listed and adds nothing."""
+    names = text.split(",") if isinstance(text, str) else list(text)
+    devices: dict[str, TorchDevice] = {}
+    for spec in (name.strip() for name in names):
+        name, _, size = spec.partition(":")
+        name = name.lower()
+        if name in ("", "cpu") and not size:
+            continue
+        if name in devices:
+            raise DesksideError(f"--device {spec}: {name} is listed twice")
+        if re.fullmatch(r"emu\d+", name):
+            devices[name] = TorchDevice(name, torch.device("cpu"), _bytes(spec, size))
+        elif re.fullmatch(r"cuda\d+", name) and not size:
+            index, count = int(name[4:]), torch.cuda.device_count()
+            if index >= count:
+                raise DesksideError(f"--device {spec}: torch sees {count} CUDA devices")
+            devices[name] = TorchDevice(name, torch.device("cuda", index))
+        else:
+            raise DesksideError(f"--device {spec!r}: expected cudaN, or emuN:SIZE as in emu0:96GiB")
+    return list(devices.values())
+
+
+def _bytes(spec: str, size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]i?B)?", size)
+    nbytes = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if nbytes <= 0:
+        raise DesksideError(f"--device {spec}: an emulated device needs a size, as in emu0:96GiB")
+    return nbytes
+
+
+def show(nbytes: int) -> str:
+    """Bytes for a message: exact, with the size in MiB."""
+    return f"{nbytes / (1 << 20):.1f} MiB ({nbytes} bytes)"
+
+
+def work_bytes(sections: Sequence[Section], device: str, rows: int) -> int:
+    """What a step of `rows` tokens takes on a device beside weights and states, from above: the
+    values that are alive together, and what the largest op needs for itself (`_scratch`)."""
+    own = [s for s in sections if s.device == device]
+    last = {v: op for (name, v), op in last_uses(sections).items() if name == device}
+    live: dict[int, int] = {}  # bytes by value
+    peak = 0
+
+    def nbytes(values: Iterable[Value]) -> dict[int, int]:
+        return {v.id: 4 * rows * v.width + 4 * ALIGN for v in values}
+
+    for section in own:
+        live |= nbytes(section.imports)
+        for op in section.ops:
+            live |= nbytes(op.outputs)
+            peak = max(peak, sum(live.values()) + _scratch(op, rows))
+            for v in (*op.inputs, *op.outputs):
+                if last[v.id] is op and v not in section.exports:
+                    live.pop(v.id, None)
+        sent = nbytes(section.exports)
+        peak = max(peak, sum(live.values()) + 2 * sum(sent.values()))
+        for v in section.exports:
+            if any(last[v.id] is op for op in section.ops):
+                del live[v.id]
+    return peak
+
+
+def _scratch(op: Op, rows: int) -> int:
+    """Temporaries of an op, from above. Decoding a weight takes up to 24 bytes beside its float."""
+    near = sum(4 * rows * v.width for v in (*op.inputs, *op.outputs))
+    scratch = 6 * near + (1 << 16)
+    if op.kind in ("linear", "experts", "expert_linear", "expert_sum"):
+        largest = max(4 * w.row_len * w.n_rows for w in op.weights)
+        # A piece is at least one row, of every gathered pair.
+        least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
+        scratch += 7 * min(max(PIECE, least), max(largest, least))
+    if op.kind in ("experts", "expert_linear", "expert_sum"):
+        top_k = op.inputs[1].width
+        widest = max(w.row_len + w.shape[1] for w in op.weights)
+        scratch += 16 * rows * top_k * widest
+    if op.kind == "attention":
+        scratch += 4 * PIECE
+    return scratch
+
+
+def _offsets(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
+    offsets, total = {}, 0
+    for i, size in sizes.items():
+        offsets[i] = total
+        total += -(-size // ALIGN) * ALIGN
+    return offsets, total
+
+
+def _mapped(raw: NDArray[np.uint8]) -> Tensor:
+    """A view of file bytes. Their mapping is read-only, which torch cannot express: it warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(raw)
+
+
+def _kernel() -> Matmul | None:
+    """The kernels that multiply by quantised bytes, where they are installed."""
+    try:
+        kernels = importlib.import_module("deskside.backends.triton_kernels")
+    except ImportError:
+        return None
+    matmul: Matmul = kernels.matmul
+    return matmul

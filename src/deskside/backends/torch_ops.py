@@ -1,0 +1,392 @@
+"""Every op on torch in float32, for any torch device: the twins of `backends/reference.py`.
+
+Weights stay the file's bytes and are decoded in pieces of bounded size, where they are used; a
+kernel that multiplies by the bytes themselves takes their place on CUDA. Activations that meet
+quantised weights are rounded to 8 bits per block of 32 as on the CPU, so that a model is the same
+on every device but for the order of its sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deskside.backends.steps import FLOAT_TYPES
+from deskside.backends.torch_quants import (
+    decode_cached,
+    dequantize,
+    encode_cached,
+    round_to_8_bits,
+)
+from deskside.cache import Batch
+from deskside.gguf import TensorInfo
+from deskside.quants import QuantType
+from deskside.tape import Op
+
+# matmul(x (m, n_in) float32, w uint8 (n_out, row_bytes), quant type) -> (m, n_out)
+Matmul = Callable[[Tensor, Tensor, str], Tensor]
+
+PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time
+DELTA_BLOCK = 64  # tokens that the delta rule takes at once
+FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are gathered, not sorted
+
+
+@dataclass
+class TorchStep:
+    """One batch on one device. `states`: the arrays of the device's states, laid out as cache.py
+    has them; `weights`: the file's bytes, uint8 (n_rows, row_bytes)."""
+
+    batch: Batch
+    device: torch.device
+    weights: Mapping[str, Tensor]
+    states: Mapping[int, tuple[Tensor, ...]]
+    k_type: QuantType
+    v_type: QuantType
+    matmul: Matmul | None = None
+    _rotations: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def floats(self, info: TensorInfo) -> Tensor:
+        """A small tensor in float32, in NumPy order."""
+        data = self.weights[info.name]
+        return dequantize(data, info.type, info.row_len).reshape(info.shape[::-1])
+
+    def positions(self) -> Tensor:
+        spans = [torch.arange(s.pos, s.pos + s.n) for s in self.batch.segments]
+        return torch.cat(spans).to(self.device)
+
+    def rotation(self, op: Op) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (tokens, 1, n_rot / 2): the same for all layers of a model."""
+        key = (op.attrs["n_rot"], op.attrs["base"], *(w.name for w in op.weights))
+        if key not in self._rotations:
+            n_rot = int(op.attrs["n_rot"])
+            exponent = -torch.arange(n_rot // 2, dtype=torch.float64, device=self.device)
+            inv_freq = float(op.attrs["base"]) ** (exponent * 2 / n_rot)
+            if op.weights:
+                inv_freq = inv_freq / self.floats(op.weights[0])
+            angle = self.positions()[:, None, None] * inv_freq
+            self._rotations[key] = (angle.cos().float(), angle.sin().float())
+        return self._rotations[key]
+
+
+def rounded(x: Tensor, t: QuantType) -> Tensor:
+    """What weights of type t multiply."""
+    return x if t.name in FLOAT_TYPES else round_to_8_bits(x)
+
+
+def multiply(x: Tensor, w: Tensor, info: TensorInfo, matmul: Matmul | None) -> Tensor:
+    """x (m, n_in), already rounded, by the rows w of a matrix: (m, rows)."""
+    if matmul is not None:
+        return matmul(x, w, info.type.name)
+    out = x.new_empty(len(x), len(w))
+    step = max(1, PIECE // (4 * info.row_len))
+    for i in range(0, len(w), step):
+        piece = dequantize(w[i : i + step], info.type, info.row_len)
+        torch.mm(x, piece.T, out=out[:, i : i + step])
+    return out
+
+
+def embed(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (info,) = op.weights
+    tokens = torch.from_numpy(step.batch.tokens).to(step.device)
+    return [dequantize(step.weights[info.name][tokens], info.type, info.row_len)]
+
+
+def rms_norm(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    w = step.floats(op.weights[0])
+    groups = x.reshape(len(x), x.shape[1] // w.numel(), w.numel())
+    scale = torch.rsqrt((groups * groups).mean(-1, keepdim=True) + op.attrs["eps"])
+    return [(groups * scale * w).reshape(x.shape)]
+
+
+def linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    (info,) = op.weights
+    return [multiply(rounded(x, info.type), step.weights[info.name], info, step.matmul)]
+
+
+def split_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    pairs = x.reshape(len(x), int(op.attrs["heads"]), 2, int(op.attrs["head_dim"]))
+    return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
+
+
+def rope(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    n_rot = int(op.attrs["n_rot"])
+    cos, sin = step.rotation(op)
+    y = x.reshape(len(x), int(op.attrs["heads"]), int(op.attrs["head_dim"])).clone()
+    first, second = (
+        (slice(0, n_rot // 2), slice(n_rot // 2, n_rot))
+        if op.attrs["neox"]
+        else (slice(0, n_rot, 2), slice(1, n_rot, 2))
+    )
+    a, b = y[..., first].clone(), y[..., second].clone()
+    y[..., first] = a * cos - b * sin
+    y[..., second] = a * sin + b * cos
+    return [y.reshape(x.shape)]
+
+
+def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    q, k, v = inputs
+    heads, kv_heads, dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
+    assert op.state is not None
+    k_cache, v_cache = step.states[op.state]
+    out = torch.empty_like(q)
+    start = 0
+    for seg in step.batch.segments:
+        rows = slice(start, start + seg.n)
+        start += seg.n
+        for x, cache, t in ((k, k_cache, step.k_type), (v, v_cache, step.v_type)):
+            per_head = x[rows].reshape(seg.n, kv_heads, dim).transpose(0, 1)
+            cache[seg.slot, :, seg.pos : seg.pos + seg.n] = encode_cached(per_head, t.name)
+        # (kv_heads, tokens * heads of a group, dim): what reads the same keys stands together.
+        queries = q[rows].reshape(seg.n, kv_heads, heads // kv_heads, dim).transpose(0, 1)
+        result = _attend(
+            queries.reshape(kv_heads, -1, dim) * op.attrs["scale"],
+            (k_cache[seg.slot], step.k_type.name),
+            (v_cache[seg.slot], step.v_type.name),
+            seg.pos,
+            seg.n,
+        )
+        grouped = result.reshape(kv_heads, seg.n, heads // kv_heads, dim).transpose(0, 1)
+        out[rows] = grouped.reshape(seg.n, -1)
+    return [out]
+
+
+def _attend(
+    q: Tensor, keys: tuple[Tensor, str], values: tuple[Tensor, str], pos: int, n: int
+) -> Tensor:
+    """Softmax attention of q (kv_heads, n * group, dim) for n tokens from `pos` on, over pieces of
+    positions: each piece rescales what the earlier ones summed up."""
+    heads, rows, dim = q.shape
+    end = pos + n
+    own = torch.arange(pos, end, device=q.device).repeat_interleave(rows // n)
+    size = max(64, PIECE // (4 * heads * (rows + 2 * dim)))
+    top = q.new_full((heads, rows, 1), -torch.inf)
+    total, acc = torch.zeros_like(top), torch.zeros_like(q)
+    for a in range(0, end, size):
+        b = min(a + size, end)
+        scores = q @ decode_cached(keys[0][:, a:b], keys[1]).transpose(1, 2)
+        if b > pos + 1:
+            future = torch.arange(a, b, device=q.device) > own[:, None]
+            scores.masked_fill_(future, -torch.inf)
+        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        p = scores.sub_(new).exp_()
+        kept = (top - new).exp()
+        total = total * kept + p.sum(-1, keepdim=True)
+        acc = acc * kept + p @ decode_cached(values[0][:, a:b], values[1])
+        top = new
+    return acc / total
+
+
+def conv_silu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    w = step.floats(op.weights[0])
+    kernel = int(op.attrs["kernel"])
+    assert op.state is not None
+    (state,) = step.states[op.state]
+    out = torch.empty_like(x)
+    start = 0
+    for seg in step.batch.segments:
+        u = torch.cat([state[seg.slot], x[start : start + seg.n]])
+        y = u[: seg.n] * w[:, 0]
+        for j in range(1, kernel):
+            y += u[j : j + seg.n] * w[:, j]
+        out[start : start + seg.n] = torch.nn.functional.silu(y)
+        state[seg.slot] = u[seg.n :]
+        start += seg.n
+    return [out]
+
+
+def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    qkv, a, b = inputs
+    k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
+    ssm_a, dt_bias = (step.floats(w) for w in op.weights)
+    n = len(qkv)
+
+    def unit(x: Tensor) -> Tensor:
+        length = ((x * x).sum(-1, keepdim=True) + op.attrs["eps"]).sqrt()
+        return (x / length).repeat(1, v_heads // k_heads, 1).transpose(0, 1)
+
+    heads = qkv.reshape(n, -1, dim)
+    q = unit(heads[:, :k_heads]) / dim**0.5
+    k = unit(heads[:, k_heads : 2 * k_heads])
+    v = heads[:, 2 * k_heads :].transpose(0, 1)
+    beta = b.sigmoid().T
+    g = (ssm_a * torch.nn.functional.softplus(a + dt_bias, threshold=50)).T
+
+    assert op.state is not None
+    (states,) = step.states[op.state]
+    out = torch.empty_like(v)
+    start = 0
+    for seg in step.batch.segments:
+        s = states[seg.slot]
+        end = start + seg.n
+        for i in range(start, end, DELTA_BLOCK):
+            t = slice(i, min(i + DELTA_BLOCK, end))
+            out[:, t], s = delta_block(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], s)
+        states[seg.slot] = s
+        start = end
+    return [out.transpose(0, 1).reshape(n, -1)]
+
+
+def delta_block(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The delta rule over a block of n tokens at once.
+
+    q, k, v (heads, n, dim), log decay g and beta (heads, n), state s (heads, dim keys, dim values)
+    -> outputs (heads, n, dim), the new state.
+
+    With G_t the sum of g up to t, unrolling S_t = e^g_t S_(t-1) + k_t d_t^T gives
+    S_t = e^G_t S_0 + sum_(j<=t) e^(G_t - G_j) k_j d_j^T. Put into d_t = beta_t (v_t - (e^g_t
+    S_(t-1))^T k_t), that is a triangular system for all d: (1 + L) D = beta (V - e^G K S_0), with
+    L_tj = beta_t e^(G_t - G_j) k_t.k_j for j < t. No exponent is positive, for g <= 0.
+    """
+    total = g.cumsum(-1)
+    n = g.shape[-1]
+    late = torch.ones(n, n, dtype=torch.bool, device=g.device).triu(1)
+    decay = (total[:, :, None] - total[:, None, :]).masked_fill(late, -torch.inf).exp()
+    from_start = total.exp()[:, :, None]
+    system = (beta[:, :, None] * decay * (k @ k.transpose(1, 2))).tril(-1)
+    right = beta[:, :, None] * (v - from_start * (k @ s))
+    # unitriangular: the diagonal is taken as 1.
+    d = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    out = from_start * (q @ s) + (decay * (q @ k.transpose(1, 2))) @ d
+    to_end = (total[:, -1:] - total).exp()[:, :, None]
+    return out, from_start[:, -1:] * s + (k * to_end).transpose(1, 2) @ d
+
+
+def gated_norm(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, z = inputs
+    return [rms_norm(op, [x], step)[0] * torch.nn.functional.silu(z)]
+
+
+def sigmoid_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, gate = inputs
+    return [x * gate.sigmoid()]
+
+
+def swiglu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    gate, up = inputs
+    return [torch.nn.functional.silu(gate) * up]
+
+
+def add(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, y = inputs
+    return [x + y]
+
+
+def route(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """Stable sort: of equal logits the lower index wins."""
+    (logits,) = inputs
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    top_k = int(op.attrs["top_k"])
+    return [ids[:, :top_k].to(torch.float32), values[:, :top_k].softmax(-1)]
+
+
+def experts(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, ids, p = inputs
+    gate, up, down = op.weights
+    h = torch.nn.functional.silu(_per_pair(x, ids, gate, step)) * _per_pair(x, ids, up, step)
+    return [_sum_experts(h, ids, p, down, step)]
+
+
+def expert_linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """One matrix of the experts, on its own (see `sections.py`)."""
+    x, ids = inputs
+    return [_per_pair(x, ids, op.weights[0], step)]
+
+
+def expert_sum(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    h, ids, p = inputs
+    return [_sum_experts(h, ids, p, op.weights[0], step)]
+
+
+def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tensor:
+    """W_e x of every token for each of its experts: (tokens, top_k * rows)."""
+    n, top_k = ids.shape
+    rows = info.shape[1]
+    w = step.weights[info.name]
+    x = rounded(x, info.type)
+    if n * top_k <= FEW_PAIRS:
+        per_pair = x.repeat_interleave(top_k, dim=0)
+        return _gathered(per_pair, ids.reshape(-1).long(), w, info).reshape(n, -1)
+    out = x.new_empty(n, top_k, rows)
+    for e, token, slot in _by_expert(ids):
+        out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.matmul)
+    return out.reshape(n, -1)
+
+
+def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: TorchStep) -> Tensor:
+    """sum over a token's experts of p_e W_e h_e: h (tokens, top_k * width) -> (tokens, rows)."""
+    n, top_k = ids.shape
+    rows = info.shape[1]
+    w = step.weights[info.name]
+    h = rounded(h.reshape(n * top_k, info.row_len), info.type)
+    if n * top_k <= FEW_PAIRS:
+        y = _gathered(h, ids.reshape(-1).long(), w, info).reshape(n, top_k, rows)
+        return (p[:, :, None] * y).sum(1)
+    h = h.reshape(n, top_k, info.row_len)
+    out = h.new_zeros(n, rows)
+    for e, token, slot in _by_expert(ids):
+        y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.matmul)
+        # An expert has a token once, so the order of the sum is that of the experts' numbers.
+        out[token] += p[token, slot][:, None] * y
+    return out
+
+
+def _by_expert(ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens, their slots) of every expert that is chosen. Waits for the device."""
+    order = ids.reshape(-1).sort(stable=True).indices
+    chosen, counts = ids.long().cpu().unique(return_counts=True)
+    parts = order.split(counts.tolist())
+    top_k = ids.shape[1]
+    return [(e, i // top_k, i % top_k) for e, i in zip(chosen.tolist(), parts, strict=True)]
+
+
+def _gathered(x: Tensor, ids: Tensor, w: Tensor, info: TensorInfo) -> Tensor:
+    """Row i of x, already rounded, by the matrix of expert ids[i]: (pairs, rows). Nothing waits."""
+    rows, pairs = info.shape[1], len(ids)
+    matrices = w.reshape(-1, rows, w.shape[1])
+    out = x.new_empty(pairs, rows)
+    step = max(1, PIECE // (4 * info.row_len * pairs))
+    for i in range(0, rows, step):
+        piece = matrices[:, i : i + step][ids]
+        decoded = dequantize(piece.reshape(-1, w.shape[1]), info.type, info.row_len)
+        decoded = decoded.reshape(pairs, -1, info.row_len)
+        out[:, i : i + step] = (decoded @ x[:, :, None])[:, :, 0]
+    return out
+
+
+def take_rows(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    (x,) = inputs
+    return [x[torch.from_numpy(step.batch.outputs).to(step.device)]]
+
+
+OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
+    f.__name__: f
+    for f in (
+        embed,
+        rms_norm,
+        linear,
+        split_gate,
+        rope,
+        attention,
+        conv_silu,
+        gated_delta,
+        gated_norm,
+        sigmoid_gate,
+        swiglu,
+        add,
+        route,
+        experts,
+        expert_linear,
+        expert_sum,
+        take_rows,
+    )
+}

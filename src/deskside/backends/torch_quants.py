@@ -1,0 +1,201 @@
+"""The quant types on torch: rows of a file's bytes to float32, on the device that holds them.
+
+One decoder a type, the twins of those in `deskside.quants`, which is the specification: tests
+compare them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deskside.quants import CODEBOOKS, QuantType
+
+ROUNDED = 32  # activations are rounded to 8 bits in blocks of as many
+
+
+def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
+    """Decode rows of `n` weights: uint8 (rows, t.row_bytes(n)) -> float32 (rows, n)."""
+    rows = data.shape[0]
+    blocks = data[:, t.row_header :].reshape(rows * (n // t.block), t.block_bytes)
+    if t.row_header:
+        d = _as(data[:, : t.row_header], torch.float32).repeat_interleave(n // t.block, dim=0)
+        return _ROW_SCALED[t.name](blocks, d).reshape(rows, n)
+    return _DECODERS[t.name](blocks).reshape(rows, n)
+
+
+def round_to_8_bits(x: Tensor) -> Tensor:
+    """x (m, n) as quantised weights meet it on every device: q d, d = max|x| / 127 per 32 values,
+    q whole, ties to even. The same integers as native/matmul.cpp's `quantize`."""
+    blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
+    top = blocks.abs().amax(-1, keepdim=True)
+    some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
+    q = (blocks * (127.0 / top).masked_fill(some, 0.0)).round_()
+    return (q * (top / 127.0).masked_fill(some, 0.0)).reshape(x.shape)
+
+
+def encode_cached(x: Tensor, name: str) -> Tensor:
+    """Keys or values (..., n) to the bytes (..., row_bytes) of a cache of type f16, f32 or q8_0."""
+    if name == "F32":
+        return x.contiguous().view(torch.uint8)
+    if name == "F16":
+        return x.to(torch.float16).contiguous().view(torch.uint8)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
+    d = blocks.abs().amax(-1, keepdim=True) / 127
+    v = blocks * torch.where(d > 0, 1 / d, 0.0)
+    q = torch.copysign((v.abs() + 0.5).floor(), v).to(torch.int8)  # ties away from zero
+    parts = [d.to(torch.float16).view(torch.uint8), q.view(torch.uint8)]
+    return torch.cat(parts, -1).flatten(-2)
+
+
+def decode_cached(data: Tensor, name: str) -> Tensor:
+    """The other way: uint8 (..., row_bytes) -> float32 (..., n)."""
+    if name == "F32":
+        return data.view(torch.float32)
+    if name == "F16":
+        return data.view(torch.float16).to(torch.float32)
+    flat = data.reshape(-1, 34)
+    return _q8_0(flat).reshape(*data.shape[:-1], data.shape[-1] // 34 * 32)
+
+
+def _as(b: Tensor, kind: torch.dtype) -> Tensor:
+    """The bytes read as another type."""
+    return b.contiguous().view(kind)
+
+
+def _f16(b: Tensor) -> Tensor:
+    return _as(b, torch.float16).to(torch.float32)
+
+
+def _words(b: Tensor) -> Tensor:
+    """(..., 2k) bytes -> (..., k) unsigned 16-bit words, in int32."""
+    return _as(b, torch.int16).to(torch.int32) & 0xFFFF
+
+
+def _nibbles(qs: Tensor) -> Tensor:
+    return torch.cat([qs & 15, qs >> 4], -1)
+
+
+def _bits(qh: Tensor, shifts: int, width: int) -> Tensor:
+    by = torch.arange(0, shifts * width, width, dtype=torch.uint8, device=qh.device)[:, None]
+    return (qh[:, None, :] >> by) & ((1 << width) - 1)
+
+
+def _codes(index: Tensor) -> Tensor:
+    """Entries of both codebooks, one after another."""
+    table = torch.from_numpy(CODEBOOKS.reshape(-1)).to(index.device)
+    return table[index.to(torch.int32)]
+
+
+def _plain(kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda b: _as(b, kind).to(torch.float32)
+
+
+def _q4_0(b: Tensor) -> Tensor:
+    return _f16(b[:, :2]) * (_nibbles(b[:, 2:]).to(torch.float32) - 8)
+
+
+def _q4_1(b: Tensor) -> Tensor:
+    return _f16(b[:, :2]) * _nibbles(b[:, 4:]).to(torch.float32) + _f16(b[:, 2:4])
+
+
+def _fifth_bit(qh: Tensor) -> Tensor:
+    """Bit j of the 32-bit word belongs to element j; 0 or 16."""
+    by = torch.arange(8, dtype=torch.uint8, device=qh.device)
+    return (((qh[:, :, None] >> by) & 1) << 4).reshape(-1, 32)
+
+
+def _q5_0(b: Tensor) -> Tensor:
+    q = _nibbles(b[:, 6:]) | _fifth_bit(b[:, 2:6])
+    return _f16(b[:, :2]) * (q.to(torch.float32) - 16)
+
+
+def _q5_1(b: Tensor) -> Tensor:
+    q = _nibbles(b[:, 8:]) | _fifth_bit(b[:, 4:8])
+    return _f16(b[:, :2]) * q.to(torch.float32) + _f16(b[:, 2:4])
+
+
+def _q8_0(b: Tensor) -> Tensor:
+    return _f16(b[:, :2]) * _as(b[:, 2:], torch.int8).to(torch.float32)
+
+
+def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
+    lo, mid, hi = b[:, 4:8], b[:, 8:12], b[:, 12:16]
+    sc = torch.cat([lo & 63, (hi & 15) | (lo >> 6 << 4)], 1)
+    m = torch.cat([mid & 63, (hi >> 4) | (mid >> 6 << 4)], 1)
+    d = _f16(b[:, :2]) * sc.to(torch.float32)
+    return d[:, :, None], (_f16(b[:, 2:4]) * m.to(torch.float32))[:, :, None]
+
+
+def _q4_k(b: Tensor) -> Tensor:
+    d, m = _k_scales(b)
+    q = _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return d * q.to(torch.float32) - m
+
+
+def _q5_k(b: Tensor) -> Tensor:
+    d, m = _k_scales(b)
+    q = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return d * (q | _bits(b[:, 16:48], 8, 1) << 4).to(torch.float32) - m
+
+
+def _q6_k(b: Tensor) -> Tensor:
+    low = _nibbles(b[:, :128].reshape(-1, 64)).reshape(-1, 4, 32)
+    high = _bits(b[:, 128:192].reshape(-1, 32), 4, 2)
+    q = (low | high << 4).to(torch.float32) - 32
+    d = _f16(b[:, 208:]) * _as(b[:, 192:208], torch.int8).to(torch.float32)
+    return d[:, :, None] * q.reshape(-1, 16, 16)
+
+
+def _iq4_nl(b: Tensor) -> Tensor:
+    return _f16(b[:, :2]) * _codes(_nibbles(b[:, 2:]))
+
+
+def _iq4_xs(b: Tensor) -> Tensor:
+    low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], -1).reshape(-1, 8)
+    high = (_words(b[:, 2:4]) >> torch.arange(0, 16, 2, device=b.device)) & 3
+    d = _f16(b[:, :2]) * ((low | high << 4).to(torch.float32) - 32)
+    return d[:, :, None] * _codes(_nibbles(b[:, 8:].reshape(-1, 8, 16)))
+
+
+def _scaled_codes(d: Tensor, s: Tensor, qs: Tensor) -> Tensor:
+    dl = d * ((s & 254).to(torch.float32) - 127)
+    return dl[:, :, None] * _codes(_nibbles(qs) | ((s & 1) << 4)[:, :, None])
+
+
+def _iq4_ks(b: Tensor, d: Tensor) -> Tensor:
+    return _scaled_codes(d, b[:, :8], b[:, 8:].reshape(-1, 8, 16))
+
+
+def _iq4_kss(b: Tensor, d: Tensor) -> Tensor:
+    """See `quants.unpack_kss`."""
+    words = _words(b).reshape(-1, 8, 8)
+    bits = (words & 1) << torch.arange(8, device=b.device, dtype=torch.int32)
+    v = words & 0xFFFE
+    w = v ^ (v >> 1)
+    qs = torch.stack([w & 255, w >> 8], -1).reshape(-1, 8, 16)
+    return _scaled_codes(d, bits.sum(-1, dtype=torch.int32), qs)
+
+
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "F32": _plain(torch.float32),
+    "F16": _plain(torch.float16),
+    "BF16": _plain(torch.bfloat16),
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+}
+_ROW_SCALED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "IQ4_KS": _iq4_ks,
+    "IQ4_KSS": _iq4_kss,
+}
+TYPES = frozenset(_DECODERS) | frozenset(_ROW_SCALED)
