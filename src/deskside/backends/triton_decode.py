@@ -1,10 +1,12 @@
 """Quantised weights inside Triton kernels: one decoder a type, reading the file's own bytes.
 
-A row of n weights is read as n/2 *lanes*. A lane is two weights that share a byte of the file (or,
-in the wider types, lie as far apart): weight `first(lane)` and weight `first(lane) + PAIR`. The
+A row of n weights is read as n/2 *lanes*, 16 to a *group*. A lane is two weights that share a byte
+of the file (or, in the wider types, lie as far apart): those at `first` and at `first` + PAIR. The
 order in which a sum runs over k is free, so a kernel never has to interleave the two: it reads its
-activations at the same two places. Decoders take pointers to rows (uint8, any shape that ends
-in 1) and lanes (int32, broadcast against it) and return both weights as float32.
+activations at the same two places. Decoders take pointers to rows (uint8), groups (int32) and lanes
+0..15 (int32), with shapes that broadcast, such as (N, 1, 1), (1, G, 1) and (1, 1, 16), and return
+both weights as float32 (N, G, 16). Scales depend on row and group alone, so they are read and
+unpacked once a group and then spread.
 
 The layouts are those of `deskside.quants`, the specification; the tests compare with it. Block
 starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
@@ -25,39 +27,40 @@ _K0_HIGH = tl.constexpr(0xF1D9C5B5A6998D81 - (1 << 64))
 
 
 @triton.jit
-def first(lane, PAIR: tl.constexpr):
+def first(group, i, PAIR: tl.constexpr):
     """Index within the row of a lane's first weight."""
-    return lane // PAIR * (2 * PAIR) + lane % PAIR
+    GROUPS: tl.constexpr = PAIR // 16
+    return group // GROUPS * (2 * PAIR) + group % GROUPS * 16 + i
 
 
 @triton.jit
-def decode(row, lane, TYPE: tl.constexpr):
+def decode(row, group, i, TYPE: tl.constexpr):
     """Both weights of each lane, float32."""
     if TYPE == "F32":
-        return _plain(row.to(tl.pointer_type(tl.float32)), lane)
+        return _plain(row.to(tl.pointer_type(tl.float32)), group, i)
     elif TYPE == "F16":
-        return _plain(row.to(tl.pointer_type(tl.float16)), lane)
+        return _plain(row.to(tl.pointer_type(tl.float16)), group, i)
     elif TYPE == "BF16":
-        return _plain(row.to(tl.pointer_type(tl.bfloat16)), lane)
+        return _plain(row.to(tl.pointer_type(tl.bfloat16)), group, i)
     elif TYPE == "Q8_0":
-        return _q8_0(row, lane)
+        return _q8_0(row, group, i)
     elif TYPE == "Q4_0":
-        return _q4_0(row, lane)
+        return _q4_0(row, group, i)
     elif TYPE == "Q4_K":
-        return _q4_k(row, lane)
+        return _q4_k(row, group, i)
     elif TYPE == "Q5_K":
-        return _q5_k(row, lane)
+        return _q5_k(row, group, i)
     elif TYPE == "Q6_K":
-        return _q6_k(row, lane)
+        return _q6_k(row, group, i)
     elif TYPE == "IQ4_NL":
-        return _iq4_nl(row, lane)
+        return _iq4_nl(row, group, i)
     elif TYPE == "IQ4_XS":
-        return _iq4_xs(row, lane)
+        return _iq4_xs(row, group, i)
     elif TYPE == "IQ4_KS":
-        return _iq4_ks(row, lane)
+        return _iq4_ks(row, group, i)
     else:
         tl.static_assert(TYPE == "IQ4_KSS")
-        return _iq4_kss(row, lane)
+        return _iq4_kss(row, group, i)
 
 
 @triton.jit
@@ -94,29 +97,29 @@ def _k0(q):
 
 
 @triton.jit
-def _plain(row, lane):
-    k = first(lane, 16)
+def _plain(row, group, i):
+    k = first(group, i, 16)
     return tl.load(row + k).to(tl.float32), tl.load(row + k + 16).to(tl.float32)
 
 
 @triton.jit
-def _q8_0(row, lane):
-    block = row + lane // 16 * 34
-    q = (block + 2 + lane % 16).to(tl.pointer_type(tl.int8))
+def _q8_0(row, group, i):
+    block = row + group * 34
+    q = (block + 2 + i).to(tl.pointer_type(tl.int8))
     d = _half(block)
     return d * tl.load(q).to(tl.float32), d * tl.load(q + 16).to(tl.float32)
 
 
 @triton.jit
-def _q4_0(row, lane):
-    block = row + lane // 16 * 18
-    q = _byte(block + 2 + lane % 16)
+def _q4_0(row, group, i):
+    block = row + group * 18
+    q = _byte(block + 2 + i)
     d = _half(block)
     return d * _minus(q & 15, 8), d * _minus(q >> 4, 8)
 
 
 @triton.jit
-def _k_scales(block, lane):
+def _k_scales(block, group):
     """Header of Q4_K and Q5_K -> (d sc, dmin m) of the lane's first and second weight.
 
     Sub-block j holds 32 weights; the lane's are j = 2t and 2t + 1. The three words of 6-bit pairs
@@ -124,7 +127,7 @@ def _k_scales(block, lane):
     """
     d = _half(block)
     dmin = _half(block + 2)
-    t = lane % 128 // 32
+    t = group % 8 // 2
     shift = (t & 1) * 16
     a = _word(block + 4) >> shift
     b = _word(block + 8) >> shift
@@ -142,34 +145,33 @@ def _k_scale(a, b, c, t):
 
 
 @triton.jit
-def _q4_k(row, lane):
-    block = row + lane // 128 * 144
-    d0, m0, d1, m1 = _k_scales(block, lane)
-    q = _byte(block + 16 + lane % 128)
+def _q4_k(row, group, i):
+    block = row + group // 8 * 144
+    d0, m0, d1, m1 = _k_scales(block, group)
+    q = _byte(block + 16 + group % 8 * 16 + i)
     return d0 * _minus(q & 15, 0) - m0, d1 * _minus(q >> 4, 0) - m1
 
 
 @triton.jit
-def _q5_k(row, lane):
-    block = row + lane // 128 * 176
-    d0, m0, d1, m1 = _k_scales(block, lane)
-    q = _byte(block + 48 + lane % 128)
-    h = _byte(block + 16 + lane % 32) >> (lane % 128 // 32 * 2)
+def _q5_k(row, group, i):
+    block = row + group // 8 * 176
+    d0, m0, d1, m1 = _k_scales(block, group)
+    q = _byte(block + 48 + group % 8 * 16 + i)
+    h = _byte(block + 16 + group % 2 * 16 + i) >> (group % 8 // 2 * 2)
     first_q = (q & 15) | ((h & 1) << 4)
     second_q = (q >> 4) | ((h & 2) << 3)
     return d0 * _minus(first_q, 0) - m0, d1 * _minus(second_q, 0) - m1
 
 
 @triton.jit
-def _q6_k(row, lane):
-    block = row + lane // 128 * 210
-    half = lane % 128 // 64
-    within = lane % 64
-    low = _byte(block + lane % 128)
-    high = _byte(block + 128 + half * 32 + within % 32) >> (within // 32 * 2)
+def _q6_k(row, group, i):
+    block = row + group // 8 * 210
+    half = group % 8 // 4
+    low = _byte(block + group % 8 * 16 + i)
+    high = _byte(block + 128 + half * 32 + group % 2 * 16 + i) >> (group % 4 // 2 * 2)
     d = _half(block + 208)
     # int8 scales, one for 16 weights; the second weight is 64 further on.
-    sc = (block + 192 + half * 8 + within // 16).to(tl.pointer_type(tl.int8))
+    sc = (block + 192 + half * 8 + group % 4).to(tl.pointer_type(tl.int8))
     q0 = (low & 15) | ((high & 3) << 4)
     q1 = (low >> 4) | (high & 48)
     d0 = d * tl.load(sc).to(tl.float32)
@@ -178,23 +180,23 @@ def _q6_k(row, lane):
 
 
 @triton.jit
-def _iq4_nl(row, lane):
-    block = row + lane // 16 * 18
-    q = _byte(block + 2 + lane % 16)
+def _iq4_nl(row, group, i):
+    block = row + group * 18
+    q = _byte(block + 2 + i)
     d = _half(block)
     return d * _k0(q & 15), d * _k0(q >> 4)
 
 
 @triton.jit
-def _iq4_xs(row, lane):
-    block = row + lane // 128 * 136
-    i = lane % 128 // 16
+def _iq4_xs(row, group, i):
+    block = row + group // 8 * 136
+    at = group % 8
     head = _word(block)  # fp16 d, then two high bits of each of eight scales
     d = (head & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    low = _word(block + 4) >> (i * 4)
-    high = head >> (16 + i * 2)
+    low = _word(block + 4) >> (at * 4)
+    high = head >> (16 + at * 2)
     scale = d * _minus((low & 15) | ((high & 3) << 4), 32)
-    q = _byte(block + 8 + lane % 128)
+    q = _byte(block + 8 + group % 8 * 16 + i)
     return scale * _k0(q & 15), scale * _k0(q >> 4)
 
 
@@ -207,21 +209,21 @@ def _row_scaled(row, s, q):
 
 
 @triton.jit
-def _iq4_ks(row, lane):
-    block = row + 4 + lane // 128 * 136
-    s = _byte(block + lane % 128 // 16)
-    return _row_scaled(row, s, _byte(block + 8 + lane % 128))
+def _iq4_ks(row, group, i):
+    block = row + 4 + group // 8 * 136
+    s = _byte(block + group % 8)
+    return _row_scaled(row, s, _byte(block + 8 + group % 8 * 16 + i))
 
 
 @triton.jit
-def _iq4_kss(row, lane):
-    block = row + 4 + lane // 16 * 16
+def _iq4_kss(row, group, i):
+    block = row + 4 + group * 16
     # Bit 0 of each of the eight 16-bit words: bits 0 and 16 of four 32-bit ones.
     s = _kss_scale(_word(block), 0) | _kss_scale(_word(block + 4), 2)
     s = s | _kss_scale(_word(block + 8), 4) | _kss_scale(_word(block + 12), 6)
     # Byte b of w = v ^ v >> 1, where v is the lane's 16-bit word without bit 0.
-    v = tl.load((block + lane % 16 // 2 * 2).to(tl.pointer_type(tl.uint16))).to(tl.int32) & 0xFFFE
-    return _row_scaled(row, s, (v ^ (v >> 1)) >> (lane % 2 * 8))
+    v = tl.load((block + i // 2 * 2).to(tl.pointer_type(tl.uint16))).to(tl.int32) & 0xFFFE
+    return _row_scaled(row, s, (v ^ (v >> 1)) >> (i % 2 * 8))
 
 
 @triton.jit

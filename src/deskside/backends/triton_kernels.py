@@ -66,7 +66,7 @@ def matvec_config(
     type_name: str, n_in: int, rows: int, *, share: int = 1, grouped: bool = False, fused: bool
 ) -> Config:
     """Four warps, each with a row of w: no sum crosses warps."""
-    lanes = 128 if rows * (2 if fused else 1) >= FEW_ROWS else 256
+    groups = 4 if rows > 2 else 16
     return Config(
         weight_constants(type_name, n_in)
         | {
@@ -74,9 +74,10 @@ def matvec_config(
             "SHARE": share,
             "GROUPED": grouped,
             "FUSED": fused,
-            "BLOCK_N": 4,
-            "LANES": power_of_2_part(n_in // 2, lanes),
-        }
+            "BLOCK_N": 2 if fused or rows > 2 else 4,
+            "GROUPS": power_of_2_part(n_in // 32, groups),
+        },
+        num_warps=1,
     )
 
 
@@ -96,7 +97,7 @@ def matmul_config(
             "PRECISION": precision,
             "BLOCK_M": block_m,
             "BLOCK_N": 64,
-            "LANES": power_of_2_part(n_in // 2, 32),
+            "GROUPS": power_of_2_part(n_in // 32, 2),
         },
     )
 

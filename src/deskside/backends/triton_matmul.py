@@ -40,13 +40,13 @@ def matvec(
     GROUPED: tl.constexpr,
     FUSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 16 lanes, at once
 ):
     """Grid: (n_out / BLOCK_N, pairs or 1). Sums stay apart per lane until the end."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None, None]
     offset = tl.minimum(n, n_out - 1).to(tl.int64) * ROW_BYTES
     pair = tl.program_id(1)
-    m = tl.arange(0, ROWS)[:, None, None]
+    m = tl.arange(0, ROWS)[:, None, None, None]
     x_row = tl.minimum(m, n_rows - 1)
     if GROUPED:
         expert = tl.load(expert_ptr + pair).to(tl.int64)
@@ -56,23 +56,29 @@ def matvec(
     if FUSED:
         up = up_ptr + offset
     x = x_ptr + x_row.to(tl.int64) * N_IN
-    acc = tl.zeros((ROWS, BLOCK_N, LANES), tl.float32)
+    i = tl.arange(0, 16)[None, None, None, :]
+    acc = tl.zeros((ROWS, BLOCK_N, GROUPS, 16), tl.float32)
     acc_up = acc
-    for start in range(0, N_IN // 2, LANES):
-        lane = start + tl.arange(0, LANES)[None, None, :]
-        k = first(lane, PAIR)
+    for start in range(0, N_IN // 32, GROUPS):
+        group = start + tl.arange(0, GROUPS)[None, None, :, None]
+        k = first(group, i, PAIR)
         x0 = tl.load(x + k)
         x1 = tl.load(x + k + PAIR)
-        w0, w1 = decode(w, lane, TYPE)
+        w0, w1 = decode(w, group, i, TYPE)
         acc += x0 * w0 + x1 * w1
         if FUSED:
-            u0, u1 = decode(up, lane, TYPE)
+            u0, u1 = decode(up, group, i, TYPE)
             acc_up += x0 * u0 + x1 * u1
-    y = tl.sum(acc, 2, keep_dims=True)
+    y = _sum_lanes(acc)
     if FUSED:
-        y = _silu(y) * tl.sum(acc_up, 2, keep_dims=True)
+        y = _silu(y) * _sum_lanes(acc_up)
     y_row = pair + m if GROUPED else m
     tl.store(y_ptr + y_row.to(tl.int64) * n_out + n, y, (m < n_rows) & (n < n_out))
+
+
+@triton.jit
+def _sum_lanes(acc):
+    return tl.sum(tl.sum(acc, 3, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit
@@ -96,12 +102,17 @@ def matmul(
     PRECISION: tl.constexpr,  # "f16", or tl.dot's input_precision for float32
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 16 lanes, at once
 ):
-    """Grid: (tiles of rows, n_out / BLOCK_N), so that CTAs side by side share a tile of w in L2."""
+    """Grid: (tiles of rows, n_out / BLOCK_N), so that CTAs side by side share a tile of w in L2.
+
+    Tiles of y are computed transposed, w x^T: as the left operand each warp has rows of w of its
+    own and decodes them where they are used, in registers; as the right one, every warp would
+    need, and decode, all of them.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offset = tl.minimum(n, n_out - 1).to(tl.int64)[:, None] * ROW_BYTES
+    offset = tl.minimum(n, n_out - 1).to(tl.int64)[:, None, None] * ROW_BYTES
     if GROUPED:
         tile = tile_ptr + tl.program_id(0) * 3
         start_m = tl.load(tile + 1)
@@ -121,32 +132,35 @@ def matmul(
     if FUSED:
         up = up_ptr + offset
     x = x_ptr + x_row.to(tl.int64)[:, None] * N_IN
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    i = tl.arange(0, 16)[None, None, :]
+    lane = tl.arange(0, GROUPS * 16)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_up = acc
-    for start in range(0, N_IN // 2, LANES):
-        lane = start + tl.arange(0, LANES)[None, :]
-        k = first(lane, PAIR)
+    for start in range(0, N_IN // 32, GROUPS):
+        k = first(start + lane // 16, lane % 16, PAIR)
+        group = start + tl.arange(0, GROUPS)[None, :, None]
         x0 = tl.load(x + k)
         x1 = tl.load(x + k + PAIR)
-        w0, w1 = decode(w, lane, TYPE)
-        acc = _dot(x0, w0, acc, PRECISION)
-        acc = _dot(x1, w1, acc, PRECISION)
+        w0, w1 = decode(w, group, i, TYPE)
+        acc = _dot(w0, x0, acc, PRECISION)
+        acc = _dot(w1, x1, acc, PRECISION)
         if FUSED:
-            u0, u1 = decode(up, lane, TYPE)
-            acc_up = _dot(x0, u0, acc_up, PRECISION)
-            acc_up = _dot(x1, u1, acc_up, PRECISION)
-    scale = tl.load(scale_ptr + x_row)[:, None]
+            u0, u1 = decode(up, group, i, TYPE)
+            acc_up = _dot(u0, x0, acc_up, PRECISION)
+            acc_up = _dot(u1, x1, acc_up, PRECISION)
+    scale = tl.load(scale_ptr + x_row)[None, :]
     y = acc * scale
     if FUSED:
         y = _silu(y) * (acc_up * scale)
-    at = y_ptr + y_row.to(tl.int64)[:, None] * n_out + n[None, :]
-    tl.store(at, y, live[:, None] & (n < n_out)[None, :])
+    at = y_ptr + y_row.to(tl.int64)[None, :] * n_out + n[:, None]
+    tl.store(at, y, live[None, :] & (n < n_out)[:, None])
 
 
 @triton.jit
-def _dot(x, w, acc, PRECISION: tl.constexpr):
-    """acc + x w^T."""
+def _dot(w, x, acc, PRECISION: tl.constexpr):
+    """acc + w x^T, w as decoded: (BLOCK_N, GROUPS, 16)."""
+    w = w.reshape(w.shape[0], x.shape[1])
     if PRECISION == "f16":
-        return tl.dot(x, tl.trans(w.to(tl.float16)), acc)
+        return tl.dot(w.to(tl.float16), tl.trans(x), acc)
     else:
-        return tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+        return tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)

@@ -93,7 +93,9 @@ def attend(
 
     h = tl.arange(0, HEADS)
     lane = tl.arange(0, DIM // 2)[None, :]
-    d = first(lane, PAIR)
+    d = first(lane // 16, lane % 16, PAIR)
+    group = tl.arange(0, DIM // 32)[None, :, None]
+    i = tl.arange(0, 16)[None, None, :]
     q = q_ptr + ((token * kv_heads + kv) * GROUP + tl.minimum(h, GROUP - 1))[:, None] * DIM + d
     q0 = tl.load(q) * scale
     q1 = tl.load(q + PAIR) * scale
@@ -104,18 +106,18 @@ def attend(
     for start in range(split * TILE, length, splits * TILE):
         position = start + tl.arange(0, TILE)
         # Positions past the end repeat the last one, so that nothing unwritten is read.
-        row = cache_row + tl.minimum(position, length - 1)[:, None]
-        k0, k1 = decode(k_ptr + row * K_BYTES, lane, K_TYPE)
-        s = _dot(q0, tl.trans(k0), tl.zeros((HEADS, TILE), tl.float32), PRECISION)
-        s = _dot(q1, tl.trans(k1), s, PRECISION)
+        row = cache_row + tl.minimum(position, length - 1)[:, None, None]
+        k0, k1 = decode(k_ptr + row * K_BYTES, group, i, K_TYPE)
+        s = _dot(q0, tl.trans(k0.reshape(TILE, DIM // 2)), tl.zeros((HEADS, TILE), tl.float32), PRECISION)
+        s = _dot(q1, tl.trans(k1.reshape(TILE, DIM // 2)), s, PRECISION)
         s = tl.where((position < length)[None, :], s, float("-inf"))
         new = tl.maximum(best, tl.max(s, 1))
         shrink = tl.exp(best - new)
         p = tl.exp(s - new[:, None])
         total = total * shrink + tl.sum(p, 1)
-        v0, v1 = decode(v_ptr + row * V_BYTES, lane, V_TYPE)
-        acc0 = _dot(p, v0, acc0 * shrink[:, None], PRECISION)
-        acc1 = _dot(p, v1, acc1 * shrink[:, None], PRECISION)
+        v0, v1 = decode(v_ptr + row * V_BYTES, group, i, V_TYPE)
+        acc0 = _dot(p, v0.reshape(TILE, DIM // 2), acc0 * shrink[:, None], PRECISION)
+        acc1 = _dot(p, v1.reshape(TILE, DIM // 2), acc1 * shrink[:, None], PRECISION)
         best = new
 
     part = ((token * kv_heads + kv) * splits + split) * GROUP + h
