@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads what became of them.
 
-Every kernel is compiled by Triton and its own ptxas for each target, at the shapes of Qwen3.5. From
-the machine code: registers, bytes of stack (spilled registers and arrays that a thread keeps in
-memory; nothing else of ours uses a stack), shared memory, and the length of the main loop. Results are kept on disk by Triton, keyed by source, shape and target.
+Every kernel is compiled by Triton and its own ptxas for each target, at the shapes of Qwen3.5-397B.
+From the machine code: registers, bytes of stack (spilled registers and arrays that a thread keeps
+in memory; nothing else of ours uses a stack), shared memory, and the length of the main loop.
+Results are kept on disk by Triton, keyed by source, shape and target.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Compiled:
     warps: int
     occupancy: float  # of the multiprocessor's threads
     limit: str  # what keeps more CTAs away
+    traffic: int  # of weights, state or cache that a CTA reads and writes
     per_weight: float | None  # instructions of the main loop, in threads, a weight of the tile
 
 
@@ -105,9 +107,13 @@ def variants() -> list[Variant]:
         if many.constants["PRECISION"] != "f16":
             pointers = pointers | {"x_ptr": "*fp32"}
         found.append(make(f"{t} 64-row tiles", "matmul", pointers, many))
-    for t in ("Q8_0", "IQ4_NL", "IQ4_KSS"):
-        few = tk.matvec_config(t, 4096, 8, fused=False)
-        found.append(make(f"{t} 8 rows", "matvec", MATVEC_POINTERS | SIZES, few))
+    for t in ("F32", "Q8_0", "IQ4_NL", "IQ4_KSS"):
+        pointers = MATMUL_POINTERS | SIZES | ({"x_ptr": "*fp32"} if t == "F32" else {})
+        few = tk.matmul_config(t, 4096, 8, fused=False)
+        found.append(make(f"{t} 3 to 16 rows", "matmul", pointers, few))
+        if t != "F32":
+            few = tk.matvec_config(t, 4096, 2, fused=False)
+            found.append(make(f"{t} 2 rows", "matvec", MATVEC_POINTERS | SIZES, few))
     for t in ("IQ4_NL", "IQ4_XS", "IQ4_KSS"):
         both = tk.matvec_config(t, 4096, 1, share=10, grouped=True, fused=True)
         found.append(make(f"{t} experts gate+up, 1 row", "matvec", MATVEC_POINTERS | SIZES, both))
@@ -169,8 +175,22 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         warps=variant.num_warps,
         occupancy=occupancy,
         limit=limit,
+        traffic=traffic(variant.constants),
         per_weight=per_weight(variant, usage["LOOP"]),
     )
+
+
+def traffic(c: dict[str, Any]) -> int:
+    """Bytes of memory that a CTA is there to move; activations, in L2 or L1, are left out."""
+    if "ROW_BYTES" in c:
+        return int(c["BLOCK_N"] * c["ROW_BYTES"] * (2 if c["FUSED"] else 1))
+    if "COLUMNS" in c:
+        return int(2 * 4 * c["DIM"] * c["COLUMNS"])
+    if "TILE" in c:
+        from deskside.backends.triton_kernels import SPLIT
+
+        return int(SPLIT * (c["K_BYTES"] + c["V_BYTES"]))
+    return int(4 * c["SPLITS"] * c["DIM"])
 
 
 def per_weight(variant: Variant, loop: int) -> float | None:
@@ -183,7 +203,7 @@ def per_weight(variant: Variant, loop: int) -> float | None:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK and LOCAL as cuobjdump prints them, and LOOP, the instructions of the main loop."""
+    """REG, STACK and LOCAL as cuobjdump prints them; LOOP, the main loop's instructions."""
     from triton import knobs
 
     def tool(path: str, option: str) -> str:

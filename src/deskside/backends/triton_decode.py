@@ -205,7 +205,7 @@ def _row_scaled(row, s, q):
     """Weights of IQ4_KS and IQ4_KSS from a row's float32 header, a scale byte and indices."""
     scale = tl.load(row.to(tl.pointer_type(tl.float32))) * _minus(s & 254, 127)
     shift = _minus((s & 1) * 4, 0)  # the second codebook is the first plus 4
-    return scale * (_k0(q & 15) + shift), scale * (_k0((q >> 4) & 15) + shift)
+    return scale * (_k0(q & 15) + shift), scale * (_k0(q >> 4) + shift)
 
 
 @triton.jit
@@ -221,9 +221,15 @@ def _iq4_kss(row, group, i):
     # Bit 0 of each of the eight 16-bit words: bits 0 and 16 of four 32-bit ones.
     s = _kss_scale(_word(block), 0) | _kss_scale(_word(block + 4), 2)
     s = s | _kss_scale(_word(block + 8), 4) | _kss_scale(_word(block + 12), 6)
-    # Byte b of w = v ^ v >> 1, where v is the lane's 16-bit word without bit 0.
-    v = tl.load((block + i // 2 * 2).to(tl.pointer_type(tl.uint16))).to(tl.int32) & 0xFFFE
-    return _row_scaled(row, s, (v ^ (v >> 1)) >> (i % 2 * 8))
+    words = (block + tl.arange(0, 8) * 2).to(tl.pointer_type(tl.uint16))
+    v = tl.load(words).to(tl.int32) & 0xFFFE
+    w = v ^ (v >> 1)
+    q = tl.join(w & 255, w >> 8)
+    if len(w.shape) == 3:
+        q = q.reshape(w.shape[0], w.shape[1], 16)
+    else:
+        q = q.reshape(w.shape[0], w.shape[1], w.shape[2], 16)
+    return _row_scaled(row, s, q)
 
 
 @triton.jit

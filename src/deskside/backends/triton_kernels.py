@@ -20,8 +20,11 @@ from deskside.backends.triton_decode import PAIR
 from deskside.errors import DesksideError
 from deskside.quants import quant_type
 
-# Up to so many rows of activations the kernels read w once, in float32, without tensor cores.
-FEW_ROWS = 8
+# Up to so many rows of activations are multiplied in float32, without tensor cores. From three rows
+# on those need fewer instructions a weight, even with most of their 16 columns empty.
+FEW_ROWS = 2
+# Up to so many tokens, pairs of token and expert are treated one by one: few share an expert.
+FEW_TOKENS = 8
 # How tl.dot multiplies: float16 operands hold every code of a 4- to 8-bit type with its scale to
 # 2^-11; BF16 weights do not fit float16's range; F32 is what routers are kept in.
 PRECISION = {"F32": "tf32x3", "BF16": "tf32"}
@@ -65,8 +68,7 @@ def weight_constants(type_name: str, n_in: int) -> dict[str, Any]:
 def matvec_config(
     type_name: str, n_in: int, rows: int, *, share: int = 1, grouped: bool = False, fused: bool
 ) -> Config:
-    """Four warps, each with a row of w: no sum crosses warps."""
-    groups = 4 if rows > 2 else 16
+    """One warp with a few rows of w, so that nothing crosses warps. `rows`: at most FEW_ROWS."""
     return Config(
         weight_constants(type_name, n_in)
         | {
@@ -74,8 +76,8 @@ def matvec_config(
             "SHARE": share,
             "GROUPED": grouped,
             "FUSED": fused,
-            "BLOCK_N": 2 if fused or rows > 2 else 4,
-            "GROUPS": power_of_2_part(n_in // 32, groups),
+            "BLOCK_N": 2 if fused or rows > 1 else 4,
+            "GROUPS": power_of_2_part(n_in // 32, 16),
         },
         num_warps=1,
     )
@@ -84,10 +86,16 @@ def matvec_config(
 def matmul_config(
     type_name: str, n_in: int, rows: int, *, share: int = 1, grouped: bool = False, fused: bool
 ) -> Config:
-    """`rows`: how many rows of activations meet a matrix, on average where there are many."""
+    """`rows`: how many rows of activations meet a matrix, on average where there are many.
+
+    Up to 16 rows of one matrix are decode: many small CTAs, so that all of the GPU reads. What
+    GROUPS there are, is what fits into registers (docs/TRITON.md has the numbers).
+    """
     constants = weight_constants(type_name, n_in)
-    precision = PRECISION.get(constants["TYPE"], "f16")
+    few = rows <= 16 and not grouped
     block_m = min(max(16, up_to_power_of_2(rows)), 64)
+    precision = PRECISION.get(constants["TYPE"], "f16")
+    groups = 4 if few else 1 if (fused and block_m == 64) or precision == "tf32x3" else 2
     return Config(
         constants
         | {
@@ -96,15 +104,14 @@ def matmul_config(
             "FUSED": fused,
             "PRECISION": precision,
             "BLOCK_M": block_m,
-            "BLOCK_N": 64,
-            "GROUPS": power_of_2_part(n_in // 32, 2),
+            "BLOCK_N": 16 if few else 64,
+            "GROUPS": power_of_2_part(n_in // 32, groups),
         },
+        num_warps=1 if few else 4,
     )
 
 
-def matmul(
-    x: torch.Tensor, w: torch.Tensor, type_name: str, n_in: int, n_out: int
-) -> torch.Tensor:
+def matmul(x: torch.Tensor, w: torch.Tensor, type_name: str, n_in: int, n_out: int) -> torch.Tensor:
     """y = x W^T: float32 (rows, n_in), uint8 (n_out, row bytes) -> float32 (rows, n_out)."""
     return _ungrouped(x, w, None, type_name, n_in, n_out)
 
@@ -175,7 +182,7 @@ def experts_matmul(
     if pairs == 0:
         return y
     expert = ids.reshape(-1).to(torch.int32)
-    if tokens <= FEW_ROWS:
+    if tokens <= FEW_TOKENS:
         config = matvec_config(type_name, n_in, 1, share=share, grouped=True, fused=fused)
         grid = (_tiles(n_out, config.constants["BLOCK_N"]), pairs, 1)
         _launch(triton_matmul.matvec, grid, config, x, w, up, expert, y, pairs, n_out)

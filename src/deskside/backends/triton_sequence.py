@@ -1,4 +1,4 @@
-"""Triton kernels of decode that carry state: the gated delta net, attention over cached positions."""
+"""Triton kernels of decode with a memory: the gated delta net's state, attention over a cache."""
 
 import triton
 import triton.language as tl
@@ -108,7 +108,9 @@ def attend(
         # Positions past the end repeat the last one, so that nothing unwritten is read.
         row = cache_row + tl.minimum(position, length - 1)[:, None, None]
         k0, k1 = decode(k_ptr + row * K_BYTES, group, i, K_TYPE)
-        s = _dot(q0, tl.trans(k0.reshape(TILE, DIM // 2)), tl.zeros((HEADS, TILE), tl.float32), PRECISION)
+        s = _dot(
+            q0, tl.trans(k0.reshape(TILE, DIM // 2)), tl.zeros((HEADS, TILE), tl.float32), PRECISION
+        )
         s = _dot(q1, tl.trans(k1.reshape(TILE, DIM // 2)), s, PRECISION)
         s = tl.where((position < length)[None, :], s, float("-inf"))
         new = tl.maximum(best, tl.max(s, 1))
