@@ -20,6 +20,8 @@ need.packages("torch", "triton")
 from benchmarks import triton_aot, triton_report  # noqa: E402
 
 TARGETS = {t.name: t for t in triton_aot.TARGETS}
+# The first test waits for all of the compiling.
+pytestmark = pytest.mark.timeout(900)
 
 
 def compiling(*args: str) -> subprocess.CompletedProcess[str]:
@@ -53,8 +55,8 @@ def test_shared_memory_is_there(compiled: list[triton_aot.Compiled]) -> None:
         assert c.shared <= TARGETS[c.target].shared - TARGETS[c.target].reserved, c
 
 
-# Registers, then instructions a weight: a little above the kernels as they are, so that a compiler or
-# an edit that makes them worse is seen (55 a weight was a tile that every warp decoded anew).
+# Registers, then instructions a weight: a little above the kernels as they are, so that a compiler
+# or an edit that makes them worse is seen (55 a weight was a tile that every warp decoded anew).
 LIMITS = {
     "1 row": (184, 19), "2 rows": (255, 21), "3 to 16 rows": (208, 24),
     "16-row tiles": (216, 26), "64-row tiles": (255, 29),
