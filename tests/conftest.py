@@ -1,0 +1,6 @@
+"""Without a GPU, Triton's kernels run in its interpreter. It is chosen when they are imported, so
+the variable is set before any test module is; in subprocesses that compile, it is taken away."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
