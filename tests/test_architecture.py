@@ -26,7 +26,7 @@ LAYERS = [
     {"plan_memory", "plan_speed"},
     {"plan"},
     {"plan_ways", "plan_emit"},
-    {"plan_table"},
+    {"placing", "plan_table"},
     {"plan_picture"},
     {"engine"},
     {"console", "quality"},

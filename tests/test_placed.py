@@ -17,8 +17,10 @@ from deskside.gguf import GGUF
 from deskside.models import build_tape
 from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
-from torch_devices import PlacedBackend, parse_devices, work_bytes
+from torch_devices import PlacedBackend, parse_devices
 
+# `cpu_moe` of placements.py in the words of the command line.
+RULES = ["_exps|token_embd=CPU", ".=emu0"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 DEVICES = "emu0:1GiB,emu1:1GiB,emu2:1GiB"
 NAMES = {preset: list(build_tape(GGUF.open(tiny(preset))).weights()) for preset in PRESETS}
@@ -144,8 +146,7 @@ def test_where_no_value_rounds_the_other_way_devices_and_cpu_agree(types: str) -
 def test_generation_on_devices_gives_the_tokens_of_the_cpu() -> None:
     options = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
     expected = LLM(tiny("tiny-moe", "F32"), **options).generate(IDS, GREEDY).tokens
-    placement = cpu_moe(NAMES["tiny-moe"])
-    llm = LLM(tiny("tiny-moe", "F32"), placement=placement, devices=DEVICES, **options)
+    llm = LLM(tiny("tiny-moe", "F32"), override_tensor=RULES, devices=DEVICES, **options)
     assert llm.generate(IDS, GREEDY).tokens == expected
     assert llm.generate(IDS, GREEDY).tokens == expected  # after a reset
 
@@ -178,7 +179,7 @@ def needed(backend: PlacedBackend, name: str, kv: str = "f16") -> int:
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
     states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
-    work = work_bytes(backend.sections, name, backend.max_tokens)
+    work = backend._work_bytes(name)
     return backend.weight_bytes()[name] + states + work
 
 
@@ -212,8 +213,8 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_read() -> None:
     with pytest.raises(DesksideError, match=r"emu0: weights and work memory .* short") as caught:
         placed("tiny-moe", "", placement, devices="emu0:100KiB")
     assert "\n" not in str(caught.value)
-    with pytest.raises(DesksideError, match=r"emu0: work memory .* short; lower -c"):
-        LLM(tiny(), placement=placement, devices="emu0:60MiB", ctx=8192, ctk="f32", ctv="f32")
+    with pytest.raises(DesksideError, match=r"emu0 lacks .* bytes .*; enough would be: -ub \d+"):
+        LLM(tiny(), override_tensor=RULES, devices="emu0:46MiB", ctx=8192)
 
 
 def test_a_failed_load_frees_what_it_took() -> None:
@@ -228,8 +229,7 @@ def test_a_failed_load_frees_what_it_took() -> None:
 
 
 def test_a_step_beyond_the_budget_is_one_line_and_leaves_a_model_that_works() -> None:
-    placement = cpu_moe(NAMES["tiny-moe"])
-    llm = LLM(tiny(), placement=placement, devices="emu0:1GiB", ctx=256)
+    llm = LLM(tiny(), override_tensor=RULES, devices="emu0:1GiB", ctx=256)
     expected = llm.generate(IDS, GREEDY).tokens
     meter = llm.backend.devices["emu0"].meter  # type: ignore[attr-defined]
     gc.collect()
@@ -245,11 +245,8 @@ def test_a_step_beyond_the_budget_is_one_line_and_leaves_a_model_that_works() ->
 
 @pytest.mark.parametrize("after", [0, 1, 40])
 def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(after: int) -> None:
-    placement = {
-        name: "emu1" if name.startswith("blk.2.") else device
-        for name, device in cpu_moe(NAMES["tiny-moe"]).items()
-    }
-    llm = LLM(tiny(), placement=placement, devices="emu0:1GiB,emu1:1GiB", ctx=256)
+    rules = [r"^blk\.2\.(?!.*_exps)=emu1", *RULES]
+    llm = LLM(tiny(), override_tensor=rules, devices="emu0:1GiB,emu1:1GiB", ctx=256)
     expected = llm.generate(IDS, GREEDY).tokens
     llm.reset()
     stream = llm.stream(IDS, GREEDY)
@@ -275,18 +272,21 @@ def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(after: i
     ("devices", "part"),
     [
         ("emu0", "emu0:96GiB"),
-        ("emu0:0", "needs a size"),
-        ("emu0:lots", "needs a size"),
-        ("emu0:-1GiB", "needs a size"),
-        ("emu0:1GiB,EMU0:2GiB", "listed twice"),
-        ("cuda99", "CUDA devices"),
+        ("emu0:0", "more than 0"),
+        ("emu0:lots", "is no size"),
+        ("emu0:-1GiB", "is no size"),
+        ("emu0:1GiB,EMU0:2GiB", "emu0 twice"),
+        ("cuda99", "cuda99:96GiB"),
+        ("emu0:1GiB,cuda99:9GiB", "torch sees 0 CUDA devices"),
         ("vulkan0", "expected cudaN"),
-        ("", "tensor .* on emu0"),
+        ("", "there is no device emu0"),
+        ("none", "there is no device emu0"),
     ],
 )
 def test_bad_devices_are_named(devices: str, part: str) -> None:
+    rules = ["token_embd=CPU", "blk.0=emu0", ".=cuda99" if "cuda" in devices else ".=emu0"]
     with pytest.raises(DesksideError, match=part):
-        LLM(tiny(), placement=dict.fromkeys(NAMES["tiny-moe"], "emu0"), devices=devices)
+        LLM(tiny(), override_tensor=rules, devices=devices)
 
 
 def test_a_placement_must_name_every_tensor_and_only_known_devices() -> None:

@@ -2,7 +2,10 @@
 where the oracles are required."""
 
 from importlib import import_module
+from typing import Any
 
+from deskside.devices import choose_devices
+from deskside.machines import this_machine
 from oracles.need import packages
 
 packages("torch")
@@ -13,4 +16,9 @@ PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
 torch_quants = import_module("deskside.backends.torch_quants")
-parse_devices, work_bytes = torch_device.parse_devices, torch_device.work_bytes
+
+
+def parse_devices(text: str) -> list[Any]:
+    """`emu0:1GiB,emu1:8MiB` to devices, all of whose memory may be used."""
+    machine = choose_devices(this_machine(1), text.split(","), 0)
+    return torch_device.open_devices(machine.gpus)

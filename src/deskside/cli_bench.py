@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
 from deskside import cli_quality
-from deskside.cli_flags import Model
+from deskside.cli_flags import Model, placeable
 from deskside.errors import DesksideError
 
 TIMEOUT = 600.0
 
 
+@placeable
 def bench(
     model: Model = None,
     endpoint: Annotated[
@@ -114,6 +116,7 @@ def bench(
         bool, Option("--profile", help="also time every sort of step of the model")
     ] = False,
     no_report: Annotated[bool, Option("--no-report", help="write the JSON alone")] = False,
+    placing: Mapping[str, Any] = {},
 ) -> int:
     """Measure a model or a server on a workload, and write a report.
 
@@ -133,6 +136,7 @@ def _predict(preset: str | None, given: dict[str, Any]) -> int:
     """`bench --preset`: a workload needs a whole model, so only some flags have a meaning."""
     if preset is None:
         raise DesksideError("--layers belongs to --preset NAME, such as qwen3.5-397b-a17b")
+    given |= given.pop("placing")
     taken = {name: given.pop(name) for name in ("layers", "threads", "ubatch", "isa", "out")}
     repeats, kv, v = given.pop("runs"), given.pop("ctk"), given.pop("ctv")
     if kv != v and None not in (kv, v):

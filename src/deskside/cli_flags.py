@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -25,24 +28,90 @@ TensorTypes = Annotated[
     list[str] | None, Option("--tensor-type", metavar="REGEX=TYPE", help="may be repeated")
 ]
 
-# llama.cpp's flags that have no meaning here (yet): accepted, so that a command line for
-# llama-cli starts deskside unchanged, with a note that they did nothing.
-_NO_GPU = "deskside runs on the CPU; nothing to place"
+# Where tensors go, by their names in EngineConfig; commands have them by `placeable`.
+PLACING: dict[str, Any] = {
+    "devices": Annotated[
+        list[str] | None,
+        Option(
+            "-dev",
+            "--device",
+            metavar="NAME[:SIZE],…",
+            help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
+        ),
+    ],
+    "override_tensor": Annotated[
+        list[str] | None,
+        Option("-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"),
+    ],
+    "cpu_moe": Annotated[bool, Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU")],
+    "n_cpu_moe": Annotated[
+        int | None, Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers")
+    ],
+    "gpu_layers": Annotated[
+        str | None,
+        Option(
+            "-ngl",
+            "--gpu-layers",
+            "--n-gpu-layers",
+            metavar="N|all|auto",
+            help="the last N layers on GPUs, the head counting as one",
+        ),
+    ],
+    "tensor_split": Annotated[
+        str | None,
+        Option("-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs"),
+    ],
+    "main_gpu": Annotated[
+        int | None, Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0")
+    ],
+    "margin": Annotated[
+        str | None,
+        Option(
+            "--margin",
+            help="memory to leave free on every device",
+            show_default="256MiB on the CPU, 1GiB on a GPU",
+        ),
+    ],
+}
+
+
+def placeable(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the flags of PLACING; its parameter `placing` gets those that were given."""
+    own = inspect.signature(command, eval_str=True)
+    kept = [p for p in own.parameters.values() if p.name != "placing"]
+    more = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name == "cpu_moe" else None,
+            annotation=annotation,
+        )
+        for name, annotation in PLACING.items()
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        flags = {name: given.pop(name) for name in PLACING}
+        given["placing"] = {n: v for n, v in flags.items() if v is not None and v is not False}
+        return command(**given)
+
+    shown = own.replace(parameters=[*kept, *more])
+    run.__signature__ = shown  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown.parameters.values()}
+    return run
+
+
+# llama.cpp's flags that have no meaning here: accepted, so that a command line for llama-cli starts
+# deskside unchanged, with a note that they did nothing.
 IGNORED = {
-    "-ngl/--n-gpu-layers": _NO_GPU,
-    "-ot/--override-tensor": _NO_GPU,
-    "-cmoe/--cpu-moe": _NO_GPU,
-    "-ncmoe/--n-cpu-moe": _NO_GPU,
-    "-dev/--device": _NO_GPU,
-    "-ts/--tensor-split": _NO_GPU,
     "-fa/--flash-attn": "attention is always computed in tiles",
     "--jinja": "the file's template is always used",
-    "--no-mmap": "weights are always mapped",
+    "--no-mmap": "weights are read into memory in any case, only the embedding stays mapped",
     "-b/--batch-size": "-ub decides how many tokens are computed at once",
     "-tb/--threads-batch": "prefill uses -t as well",
 }
 ON_OFF = ("on", "off", "auto", "1", "0")
-_TAKES_VALUE = {"-ngl", "-ot", "-ncmoe", "-dev", "-ts", "-fa", "-b", "-tb"}
+_TAKES_VALUE = {"-fa", "-b", "-tb"}
 
 
 def strip_ignored(arguments: list[str]) -> tuple[list[str], list[str]]:

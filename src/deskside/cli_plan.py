@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import CacheK, CacheV, Ubatch
+from deskside.cli_flags import CacheK, CacheV, Ubatch, placeable
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DesksideError
 
@@ -17,6 +18,7 @@ DEFAULTS = EngineConfig()
 Text = str | None
 
 
+@placeable
 def plan(
     model: Annotated[
         Path | None,
@@ -45,51 +47,8 @@ def plan(
     ] = DEFAULTS.threads,
     ctk: CacheK = DEFAULTS.ctk,
     ctv: CacheV = DEFAULTS.ctv,
-    device: Annotated[
-        list[str] | None,
-        Option(
-            "-dev",
-            "--device",
-            metavar="NAME[:SIZE],…",
-            help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
-        ),
-    ] = None,
     machine: Annotated[
         Text, Option("--machine", metavar="FILE.toml", help="plan for another machine")
-    ] = None,
-    margin: Annotated[
-        Text,
-        Option(
-            "--margin",
-            help="memory to leave free on every device",
-            show_default="256MiB on the CPU, 1GiB on a GPU",
-        ),
-    ] = None,
-    override: Annotated[
-        list[str] | None,
-        Option("-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"),
-    ] = None,
-    cpu_moe: Annotated[
-        bool, Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU")
-    ] = False,
-    n_cpu_moe: Annotated[
-        int | None, Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers")
-    ] = None,
-    gpu_layers: Annotated[
-        Text,
-        Option(
-            "-ngl",
-            "--gpu-layers",
-            "--n-gpu-layers",
-            metavar="N|all|auto",
-            help="the last N layers on GPUs, the head counting as one",
-        ),
-    ] = None,
-    tensor_split: Annotated[
-        Text, Option("-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs")
-    ] = None,
-    main_gpu: Annotated[
-        int | None, Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0")
     ] = None,
     no_mmap: Annotated[
         bool, Option("--no-mmap", help="read the embedding, too, instead of mapping it")
@@ -108,12 +67,13 @@ def plan(
     ] = None,
     svg: Annotated[Path | None, Option("--svg", help="write a picture of the plan")] = None,
     as_json: Annotated[bool, Option("--json", help="print the plan as JSON")] = False,
+    placing: Mapping[str, Any] = {},
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
-    from deskside import plan_emit, plan_table, rules
-    from deskside.devices import choose_devices, parse_size
+    from deskside import plan_emit, plan_table
     from deskside.machines import load_machine, this_machine
     from deskside.models import build_tape
+    from deskside.placing import machine_of, rules_of
     from deskside.plan import DoesNotFit, Options, make_plan
     from deskside.plan_picture import picture
 
@@ -123,20 +83,15 @@ def plan(
         raise DesksideError("--out says where --emit writes: give --emit as well")
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    ours = load_machine(machine) if machine else this_machine(
-        EngineConfig(threads=threads).n_threads
-    )  # fmt: skip
-    asked = [entry for text in device or () for entry in text.split(",") if entry]
-    ours = choose_devices(ours, asked, None if margin is None else parse_size(margin, "--margin"))
+    config = EngineConfig(threads=threads, ubatch=ubatch, ctk=ctk, ctv=ctv, **placing)
+    ours = load_machine(machine) if machine else this_machine(config.n_threads)
+    ours = machine_of(config, ours)
     options = Options(
         ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
         ubatch=ubatch, parallel=parallel, ctk=ctk.lower(), ctv=ctv.lower(),
         threads=min(threads or ours.cores, ours.cores), mmap=not no_mmap, mlock=mlock,
     )  # fmt: skip
-    wishes = rules.Rules(
-        rules.parse_overrides(override or ()), cpu_moe, n_cpu_moe,
-        rules.parse_gpu_layers(gpu_layers), rules.parse_split(tensor_split), main_gpu,
-    )  # fmt: skip
+    wishes = rules_of(config)
     try:
         made = make_plan(tape, ours, wishes, options)
     except DoesNotFit as refusal:

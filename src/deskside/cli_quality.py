@@ -6,13 +6,14 @@ import dataclasses
 import io
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch
+from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 
@@ -23,6 +24,7 @@ DEFAULTS = EngineConfig()
 WINDOW = 512  # tokens, as in llama.cpp's tool
 
 
+@placeable
 def perplexity(
     file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
     model: Model = None,
@@ -44,6 +46,7 @@ def perplexity(
     ctv: CacheV = DEFAULTS.ctv,
     isa: Isa = DEFAULTS.isa,
     as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
+    placing: Mapping[str, Any] = {},
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__, quality
@@ -62,8 +65,10 @@ def perplexity(
     with progress_bar() as progress, ExitStack() as stack:
         llm = LLM(
             model or demo_model(), progress=progress, ctx=ctx, threads=threads, ubatch=ubatch,
-            ctk=ctk, ctv=ctv, isa=isa,
+            ctk=ctk, ctv=ctv, isa=isa, **placing,
         )  # fmt: skip
+        for line in llm.notes:
+            note(line)
         windows = quality.cut(llm, text, name, chunks)
         writer = None
         if save is not None:

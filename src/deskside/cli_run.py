@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch
+from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
 from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
@@ -22,6 +23,7 @@ DEFAULTS = EngineConfig()
 SAMPLING = SamplingParams()
 
 
+@placeable
 def run(
     model: Model = None,
     prompt: Annotated[
@@ -82,6 +84,7 @@ def run(
     backend: Annotated[
         str, Option("--backend", help="cpu, or reference (NumPy, slow)")
     ] = DEFAULTS.backend,
+    placing: Mapping[str, Any] = {},
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
     params = SamplingParams(
@@ -107,6 +110,7 @@ def run(
         "ctv": ctv,
         "isa": isa,
         "backend": backend,
+        **placing,
     }
     _main(model, prompt, file, system, not no_chat, think, params, options)
 
@@ -149,6 +153,8 @@ def _main(
     path = model or demo_model()
     with progress_bar() as progress:
         llm = LLM(path, progress=progress, **options)
+    for line in llm.notes:
+        note(line)
     if llm.config.threads > llm.config.n_threads:
         asked, running = llm.config.threads, llm.config.n_threads
         note(f"-t {asked} is more than the usable cores; running {running}")
@@ -158,7 +164,8 @@ def _main(
         if not chat:
             raise DesksideError("--no-chat needs a prompt: -p, -f or stdin")
         name = llm.file.get("general.name", path.name)
-        err.print(f"{name} on {options['backend']}, context {llm.ctx}. {HELP}", markup=False)
+        where = " and ".join(llm.plan.used) if llm.plan else llm.config.backend
+        err.print(f"{name} on {where}, context {llm.ctx}. {HELP}", markup=False)
         conversation.loop()
     elif chat:
         conversation.answer(prompt)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from deskside.cache import kv_type
 from deskside.errors import DesksideError
@@ -12,6 +14,25 @@ from deskside.system import usable_cores
 
 # Tokens, where neither the user nor a shorter model says otherwise.
 DEFAULT_CTX = 4096
+
+
+# Options that decide where tensors go.
+PLACING = (
+    "devices", "override_tensor", "cpu_moe", "n_cpu_moe", "gpu_layers", "tensor_split", "main_gpu",
+    "margin",
+)  # fmt: skip
+
+_TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("devices", _TEXTS + _OR_NONE, "names such as cuda0 or emu0:8GiB"),
+    ("override_tensor", _TEXTS, "rules such as exps=CPU"),
+    ("cpu_moe", (bool,), "True or False"),
+    ("n_cpu_moe", (int, *_OR_NONE), "a number of layers"),
+    ("gpu_layers", (int, str, *_OR_NONE), "a number of layers, all or auto"),
+    ("tensor_split", (str, *_OR_NONE), "shares such as 3,1"),
+    ("main_gpu", (int, *_OR_NONE), "the number of a GPU"),
+    ("margin", (str, *_OR_NONE), "a size such as 1GiB"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,16 @@ class EngineConfig:
     ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
     isa        a compiled instruction set; None for the fastest one here
+
+    Where tensors go (docs/PLANNER.md), with llama.cpp's meanings:
+
+    devices          GPUs to use: ["cuda0", "emu0:8GiB"], or one text with commas; "none" for none;
+                     None for all that the machine has where any of the following asks for one
+    override_tensor  rules "REGEX=DEVICE"; the first that matches a tensor decides
+    cpu_moe          all routed experts on the CPU; n_cpu_moe: those of the first so many layers
+    gpu_layers       how many of the last layers on GPUs, the head as one more; "all" or "auto"
+    tensor_split     the GPUs' shares of the layers, "3,1"; main_gpu: the one that takes the head
+    margin           memory to leave free on every device, "1GiB"
     """
 
     ctx: int | None = None
@@ -34,6 +65,14 @@ class EngineConfig:
     ctv: str = "f16"
     backend: str = "cpu"
     isa: str | None = None
+    devices: str | Sequence[str] | None = None
+    override_tensor: str | Sequence[str] = ()
+    cpu_moe: bool = False
+    n_cpu_moe: int | None = None
+    gpu_layers: int | str | None = None
+    tensor_split: str | None = None
+    main_gpu: int | None = None
+    margin: str | None = None
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -48,10 +87,22 @@ class EngineConfig:
                 raise DesksideError(f"{name} is {getattr(self, name)!r}; expected text")
         if not isinstance(self.isa, str | None):
             raise DesksideError(f"isa is {self.isa!r}; expected a name or None")
+        for name, kinds, expected in _KINDS:
+            value = getattr(self, name)
+            whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)
+            wrong_bool = isinstance(value, bool) and name != "cpu_moe"
+            if not isinstance(value, kinds) or not whole or wrong_bool:
+                raise DesksideError(f"{name} is {value!r}; expected {expected}")
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):
             raise DesksideError(f"--backend {self.backend}: there is cpu and reference")
+
+    def placing(self) -> dict[str, Any]:
+        """The options that say where tensors go, as far as they were given, fit for JSON."""
+        found = {name: getattr(self, name) for name in PLACING}
+        found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
+        return {n: v for n, v in found.items() if v is not None and v is not False and v != []}
 
     @property
     def n_threads(self) -> int:

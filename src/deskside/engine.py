@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,23 +14,25 @@ from numpy.typing import NDArray
 from deskside.backends import Backend
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
+from deskside.backends.work import MOST_OUTPUTS
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.chat import ChatTemplate
 from deskside.config import DEFAULT_CTX, EngineConfig
+from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.placing import place
+from deskside.plan import Plan
 from deskside.progress import Progress, silent
 from deskside.quants import QuantType
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
-from deskside.tape import KVState, State
+from deskside.tape import KVState
 from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 # Files up to this size are checked for NaN and infinity in full when they are loaded.
 CHECK_BYTES = 1 << 30
-# Placement options of the public contract: accepted without devices, for then there is one place.
-PLACEMENT = frozenset({"cpu_moe", "override_tensor", "devices"})
 
 __all__ = ["LLM", "Chunk", "Completion", "Timings"]
 
@@ -87,28 +88,14 @@ class LLM:
     """A GGUF model on this machine's CPU, or spread over it and other devices.
 
     llm = LLM("model.gguf", ctx=8192, threads=2, ctk="q8_0", ctv="q8_0")
-    llm = LLM("model.gguf", devices="cuda0", placement={"blk.0.attn_q.weight": "cuda0", ...})
+    llm = LLM("model.gguf", devices=["cuda0"], cpu_moe=True)
 
-    placement: the device of every tensor, by name; devices: `cuda0`, or emulated `emu0:96GiB`.
-
-    Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or a context
-    whose cache does not fit the free memory. `progress` is told of loading. One sequence at a time;
-    not safe for threads.
+    Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or what does
+    not fit the free memory. `plan` tells where tensors are, None where all are on the CPU.
+    `progress` is told of loading. One sequence at a time; not safe for threads.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        placement: Mapping[str, str] | None = None,
-        progress: Progress = silent,
-        **options: Any,
-    ) -> None:
-        devices = options.get("devices", "")
-        ignored = sorted(PLACEMENT & options.keys()) if placement is None else []
-        if ignored:
-            warnings.warn(f"{', '.join(ignored)}: deskside runs on the CPU only", stacklevel=2)
-        options = {name: value for name, value in options.items() if name not in PLACEMENT}
+    def __init__(self, path: str | Path, *, progress: Progress = silent, **options: Any) -> None:
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
             raise DesksideError(f"unknown option {', '.join(unknown)}")
@@ -116,15 +103,19 @@ class LLM:
         self.file = GGUF.open(path)
         self.tokenizer = Tokenizer.from_metadata(self.file.metadata, str(path))
         self.tape = build_tape(self.file)
-        self._check_values()
         self.ctx = self._context()
         self.ubatch = min(self.config.ubatch, self.ctx)
+        placing = place(self.tape, self.config, self.ctx, self.ubatch)
+        self.notes = placing.notes
+        self.plan = placing.plan if placing.over_devices else None
+        self._check_values()
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
+        self.max_outputs = self.ubatch
         self.backend: Backend
-        if placement is not None:
-            self.backend, self.cache = self._place(placement, devices, k_type, v_type, progress)
+        if self.plan is not None:
+            self.backend, self.cache = self._placed(self.plan, k_type, v_type, progress)
         else:
-            self._check_memory(self.tape.states, k_type, v_type)
+            self._check_memory(k_type, v_type)
             self.backend = self._backend(k_type, v_type, progress)
             self.cache = Cache(
                 self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
@@ -149,30 +140,28 @@ class LLM:
             progress=progress,
         )
 
-    def _place(
-        self,
-        placement: Mapping[str, str],
-        devices: str | Sequence[str],
-        k_type: QuantType,
-        v_type: QuantType,
-        progress: Progress,
+    def _placed(
+        self, plan: Plan, k_type: QuantType, v_type: QuantType, progress: Progress
     ) -> tuple[Backend, Cache]:
         try:
-            from deskside.backends.placed import PlacedBackend, host_states
-            from deskside.backends.torch_device import parse_devices
+            from deskside.backends.placed import PlacedBackend
+            from deskside.backends.torch_device import open_devices
         except ImportError:
-            raise DesksideError("devices need torch: pip install 'deskside[gpu]'") from None
-        states = host_states(self.tape, placement)
-        self._check_memory(states, k_type, v_type)
+            raise DesksideError(
+                f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"
+            ) from None
+        self.max_outputs = min(self.ubatch, MOST_OUTPUTS)
+        usage = {u.device.name: u for u in plan.usage}
         backend = PlacedBackend(
             self.file,
             self.tape,
-            placement,
-            parse_devices(devices),
+            plan.placement,
+            open_devices([usage[name].device for name in plan.used if name != CPU]),
             n_threads=self.config.n_threads,
             max_tokens=self.ubatch,
+            max_outputs=self.max_outputs,
             isa=self.config.isa,
-            reserve=sum(cache_bytes(states, self.ctx, k_type, v_type)),
+            reserve=usage[CPU].kv + usage[CPU].recurrent,
             progress=progress,
         )
         shape = {"n_slots": 1, "n_ctx": self.ctx}
@@ -196,8 +185,8 @@ class LLM:
             raise DesksideError(f"-c {ctx} is more than the model's context of {own} tokens")
         return ctx
 
-    def _check_memory(self, states: Sequence[State], k_type: QuantType, v_type: QuantType) -> None:
-        needed = sum(cache_bytes(states, self.ctx, k_type, v_type))
+    def _check_memory(self, k_type: QuantType, v_type: QuantType) -> None:
+        needed = sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type))
         free = available_memory()
         if needed > free:
             raise DesksideError(
@@ -233,15 +222,17 @@ class LLM:
     ) -> NDArray[np.float32]:
         """Logits (len(ids), n_vocab) of a fresh sequence, at every position.
 
-        chunks: sizes of the pieces in which the tokens are computed (default: `ubatch` each).
+        chunks: sizes of the pieces in which the tokens are computed (default: `max_outputs` each,
+        which is `ubatch` but over devices).
         """
         tokens = self._checked(ids)
+        most = self.max_outputs
         if chunks is None:
-            chunks = [self.ubatch] * (len(tokens) // self.ubatch)
-            chunks += [len(tokens) % self.ubatch] if len(tokens) % self.ubatch else []
-        if sum(chunks) != len(tokens) or not all(1 <= c <= self.ubatch for c in chunks):
+            chunks = [most] * (len(tokens) // most)
+            chunks += [len(tokens) % most] if len(tokens) % most else []
+        if sum(chunks) != len(tokens) or not all(1 <= c <= most for c in chunks):
             raise DesksideError(
-                f"chunks {list(chunks)} must be 1 to {self.ubatch} each and add up to {len(tokens)}"
+                f"chunks {list(chunks)} must be 1 to {most} each and add up to {len(tokens)}"
             )
         self._stream = None
         self.reset()
@@ -267,7 +258,9 @@ class LLM:
         self.reset()
         start = 0
         while start < len(tokens):
-            end = min(start + self.ubatch, max(start, first) + rows, len(tokens))
+            end = min(
+                start + self.ubatch, max(start, first) + min(rows, self.max_outputs), len(tokens)
+            )
             wanted = np.arange(max(first - start, 0), end - start)
             logits = self._step(tokens[start:end], wanted)
             start = end

@@ -55,7 +55,7 @@ from deskside.devices import (
 )
 from deskside.errors import DesksideError
 from deskside.files import write_whole
-from deskside.system import available_memory, cpu_name
+from deskside.system import available_memory, cpu_name, nvidia_gpus
 
 
 def machine_file() -> Path:
@@ -67,7 +67,8 @@ def machine_file() -> Path:
 def this_machine(threads: int, path: Path | None = None) -> Machine:
     """This machine as measured (`machine_file`), with what was not measured assumed.
 
-    Measurements taken with another CPU are not used. DesksideError for a damaged file.
+    Measurements taken with another CPU are not used; GPUs that were not measured are those that
+    the driver tells of. DesksideError for a damaged file.
     """
     path = path or machine_file()
     values: dict[str, Any] = {}
@@ -78,6 +79,10 @@ def this_machine(threads: int, path: Path | None = None) -> Machine:
     cpu = {**values.get("cpu", {}), "memory": str(available_memory())}
     if cpu.get("cores") not in (None, threads):
         cpu = {"memory": cpu["memory"]}  # rates of other threads
+    if not values.get("gpu"):
+        values["gpu"] = [
+            {"name": f"cuda{i}", "memory": str(free)} for i, free in enumerate(nvidia_gpus())
+        ]
     return parse_machine({"name": cpu_name(), **values, "cpu": {"cores": threads, **cpu}}, path)
 
 

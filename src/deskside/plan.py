@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deskside.backends.sections import HOST_TORCH, state_homes
 from deskside.cache import cache_bytes, kv_type
-from deskside.devices import Device, Machine, show_size
+from deskside.devices import CPU, Device, Machine, show_size
 from deskside.errors import DesksideError
-from deskside.plan_memory import Memory
+from deskside.plan_memory import Memory, buffers
 from deskside.plan_speed import Rate, SpeedModel, Step, predict
 from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut
 from deskside.rules import ALL_LAYERS, Rules, apply
@@ -71,12 +72,13 @@ class Usage:
     buffers: int
 
     @property
+    def held(self) -> int:
+        return sum(self.weights.values()) + self.kv + self.recurrent + self.buffers
+
+    @property
     def total(self) -> int:
         """With the margin."""
-        return (
-            sum(self.weights.values()) + self.kv + self.recurrent + self.buffers
-            + self.device.margin
-        )  # fmt: skip
+        return self.held + self.device.margin
 
     @property
     def free(self) -> int:
@@ -127,7 +129,13 @@ def make_plan(
         )
     memory = memory or Memory(tape, threads=options.threads, ubatch=options.ubatch)
     search = _Search(tape, machine, rules, options, memory)
-    return search.plan(*search.best())
+    while True:
+        plan = search.plan(*search.best())
+        over = [max(0, -u.free) for u in plan.usage]
+        if not any(over):
+            return plan
+        # Rules that tear experts apart need more work memory than the search reckons with.
+        search.extra += np.array(over)
 
 
 class _Search:
@@ -153,6 +161,7 @@ class _Search:
         self.step = Step(1, options.ctx // 2)
         self.order = self._order()
         self.room = False
+        self.extra: Bytes = np.zeros(len(self.names), np.int64)
 
     def _order(self) -> list[int]:
         """Free units, by seconds saved a byte; later layers first among equals, as -ngl counts."""
@@ -244,7 +253,7 @@ class _Search:
         for d in range(1, len(self.names)):
             used = (total[:, d] > 0) | (atoms == d).any(axis=1)
             total[:, d] += used * self.memory.gpu_buffers
-        need: Bytes = total + np.array([d.margin for d in self.machine.devices])
+        need: Bytes = total + self.extra + np.array([d.margin for d in self.machine.devices])
         return need
 
     def _pinned_device(self, split: tuple[int, ...], unit: Unit, name: str) -> int:
@@ -314,18 +323,17 @@ class _Search:
                 placement[name] = self.names[self._pinned_device(split, unit, name)]
                 reasons[name] = self.pinned.reasons[name]
         in_order = self.tape.weights()
-        states = [""] * len(self.states)
-        for i, numbers in enumerate(self.atom_states):
-            for s in numbers:
-                states[s] = self.names[atoms[i]]
         o = self.options
+        taken, sections = buffers(self.tape, placement, threads=o.threads, ubatch=o.ubatch)
+        homes = state_homes(sections)
+        states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
         return Plan(
             self.tape, o, self.machine, self.rules,
             {name: placement[name] for name in in_order},
             {name: reasons[name] for name in in_order},
             tuple(states), self.cut.kinds,
-            self._usage(placement, states, atoms), tuple(rates),
+            self._usage(placement, states, taken), tuple(rates),
         )  # fmt: skip
 
     def _reason(self, i: int, device: int) -> str:
@@ -342,7 +350,7 @@ class _Search:
         return "does not fit, saves least time per byte"
 
     def _usage(
-        self, placement: Mapping[str, str], states: Sequence[str], atoms: Indices
+        self, placement: Mapping[str, str], states: Sequence[str], taken: Mapping[str, int]
     ) -> tuple[Usage, ...]:
         found = []
         resident = self.options.resident
@@ -358,10 +366,9 @@ class _Search:
                 sum(s[i] for s, w in zip(self.states, states, strict=True) if w == device.name)
                 for i in (0, 1)
             )
-            used = sum(weights.values()) + kv + recurrent > 0 or bool((atoms == d).any())
-            buffers = self.memory.cpu_buffers if d == 0 else used * self.memory.gpu_buffers
             weights = {kind: n for kind, n in weights.items() if n}
-            found.append(Usage(device, weights, mapped, kv, recurrent, buffers))
+            work = taken.get(device.name, 0)
+            found.append(Usage(device, weights, mapped, kv, recurrent, work))
         return tuple(found)
 
 

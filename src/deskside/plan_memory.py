@@ -1,17 +1,23 @@
-"""Bytes that a model takes on a device: on the CPU exactly the engine's, on a GPU the tensors'.
+"""Bytes that a model takes on a device, as the engine takes them.
 
 CPU (backends/weights.py, buffers.py, native/program.cpp): matrices in panels of 16 rows, each group
 on pages of its own; vectors in float32; the embedding stays in the mapped file and counts only
 where it may not (`--no-mmap`, `--mlock`); an arena of activations and work memory for each
-thread. GPU: the file's bytes, in blocks of 512 as torch hands them out, and activations.
+thread. GPU: the file's bytes, in blocks of 512 as torch hands them out, and what its sections need
+while they run (backends/work.py), which depends on the placement: `Memory` has bounds for any
+placement, `buffers` the figures of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from deskside import _native
 from deskside.backends.buffers import plan_buffers
-from deskside.backends.steps import NativeOp, Step, plan_steps
+from deskside.backends.sections import HOST, HOST_TORCH, Section, cut
+from deskside.backends.steps import NativeOp, Step, Stretch, plan_steps
 from deskside.backends.weights import layout, matrices
+from deskside.backends.work import MOST_OUTPUTS, work_bytes
 from deskside.tape import Tape
 
 # native/kernels.h, ops.h, ops_sequence.cpp; a test compares the sum with a real program's.
@@ -31,9 +37,11 @@ class Memory:
         steps = plan_steps(tape)
         _, arena = plan_buffers(steps, ubatch, tape.logits)
         self.cpu_buffers = 4 * arena + work_memory(steps, threads, ubatch)
-        # Every value that lives at the same time, and the logits of one row; a GPU segment needs no
-        # more than the whole tape.
-        self.gpu_buffers = 4 * arena + 4 * tape.n_vocab
+        # A part of the tape needs no more than the whole, and a few values on their way.
+        whole = cut(tape, dict.fromkeys(self.infos, "gpu"))
+        widest = max(v.width for op in tape.ops for v in op.outputs if not v.per_output)
+        self.gpu_buffers = work_bytes(whole, "gpu", ubatch, min(ubatch, MOST_OUTPUTS))
+        self.gpu_buffers += 4 * 4 * ubatch * widest
         self.cpu = {name: 4 * info.row_len * info.n_rows for name, info in self.infos.items()}
         placements, total = layout(matrices(steps))
         for p in placements:
@@ -58,6 +66,23 @@ class Memory:
         if not cpu:
             return self.gpu[name]
         return self.cpu[name] + (self.mapped.get(name, 0) if resident else 0)
+
+
+def buffers(
+    tape: Tape, placement: Mapping[str, str], *, threads: int, ubatch: int
+) -> tuple[dict[str, int], tuple[Section, ...]]:
+    """Bytes of activations and work memory on every device of a placement; its sections."""
+    sections = cut(tape, placement)
+    outputs = min(ubatch, MOST_OUTPUTS)
+    names = {s.device for s in sections} - {HOST, HOST_TORCH}
+    found = {name: work_bytes(sections, name, ubatch, outputs) for name in names}
+    native = [Stretch(s.ops, s.imports, s.exports) for s in sections if s.device == HOST]
+    found[HOST] = work_bytes(sections, HOST_TORCH, ubatch, outputs)
+    if native:
+        steps = plan_steps(tape, native if names else None)
+        _, arena = plan_buffers(steps, ubatch, tape.logits)
+        found[HOST] += 4 * arena + work_memory(steps, threads, ubatch)
+    return found, sections
 
 
 def _align64(n: int) -> int:

@@ -101,7 +101,7 @@ def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Way | None]:
     small = replace(q8, ubatch=min(o.ubatch, 64), parallel=1)
     lost = 1 - 1 / o.parallel
     yield _context(plan, rules, q8, "-ctk q8_0 -ctv q8_0", Q8_PRICE)
-    flags = f"-ctk q8_0 -ctv q8_0 -ub {small.ubatch} --parallel 1"
+    flags = f"-ctk q8_0 -ctv q8_0 -ub {small.ubatch}{' --parallel 1' if o.parallel > 1 else ''}"
     yield _context(plan, rules, small, flags, Q8_PRICE + 3 * UBATCH_PRICE + lost)
     free = Rules(main_gpu=rules.main_gpu)
     if rules not in (free, Rules(gpu_layers=ALL_LAYERS)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 # What the kernels could use, as the Linux kernel spells it.
@@ -54,6 +55,17 @@ def available_memory() -> int:
         stat = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
         free = min(free, max(0, int(limit[0]) - int(used[0]) + int(stat.get("file", 0))))
     return free
+
+
+def nvidia_gpus() -> list[int]:
+    """Free bytes of every GPU that NVIDIA's driver tells of, in its order."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    sizes = [line.strip() for line in told.stdout.splitlines()]
+    return [int(size) << 20 for size in sizes if size.isdigit() and int(size) > 0]
 
 
 def _lines(path: str) -> list[str]:

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.sections import HOST, HOST_TORCH, Section, cut, hops
+from deskside.backends.sections import HOST, HOST_TORCH, Section, cut, hops, state_homes
 from deskside.backends.steps import Stretch
-from deskside.backends.torch_device import Arrays, TorchDevice, show, work_bytes
+from deskside.backends.torch_device import Arrays, TorchDevice, show
 from deskside.backends.torch_ops import TorchStep
+from deskside.backends.work import work_bytes
 from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
@@ -44,9 +45,10 @@ class Traffic:
 class PlacedBackend:
     """A tape over several devices, at most `max_tokens` tokens a step.
 
-    placement: the device's name for every tensor: "cpu" or one of `devices`. reserve: bytes of the
-    system's memory that must stay free, for a cache. native: False has torch run the CPU's part
-    too, with which every placement gives the same bits. DesksideError where something does not fit.
+    placement: the device's name for every tensor: "cpu" or one of `devices`. max_outputs: most
+    tokens of a step whose logits are wanted, None for all. reserve: bytes of the system's memory
+    that must stay free, for a cache. native: False has torch run the CPU's part too, with which
+    every placement gives the same bits. DesksideError where something does not fit.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PlacedBackend:
         *,
         n_threads: int,
         max_tokens: int,
+        max_outputs: int | None = None,
         isa: str | None = None,
         reserve: int = 0,
         native: bool = True,
@@ -65,6 +68,7 @@ class PlacedBackend:
     ) -> None:
         self.tape = tape
         self.max_tokens = max_tokens
+        self.max_outputs = max_outputs or max_tokens
         placement = {name: device.lower() for name, device in placement.items()}
         _check(tape, placement, devices)
         self.sections = cut(tape, placement, native=native)
@@ -80,8 +84,9 @@ class PlacedBackend:
         try:
             for device in self.devices.values():
                 device.plan(self.sections)
-                work = work_bytes(self.sections, device.name, max_tokens)
-                device.load(file, self._weights(device.name), work, progress)
+                device.load(
+                    file, self._weights(device.name), self._work_bytes(device.name), progress
+                )
             if stretches:
                 self.cpu = CpuBackend(
                     file,
@@ -118,6 +123,9 @@ class PlacedBackend:
         ops = [op for s in self.sections if s.device == device for op in s.ops]
         return list({w.name: w for op in ops for w in op.weights}.values())
 
+    def _work_bytes(self, device: str) -> int:
+        return work_bytes(self.sections, device, self.max_tokens, self.max_outputs)
+
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights on every device."""
         names = dict.fromkeys(s.device for s in self.sections)
@@ -141,7 +149,7 @@ class PlacedBackend:
             if home not in (HOST, HOST_TORCH)
         }
         for name, device in self.devices.items():
-            device.expect("work memory", work_bytes(self.sections, name, self.max_tokens))
+            device.expect("work memory", self._work_bytes(name))
         return Cache(
             self.tape.states,
             n_slots=n_slots,
@@ -170,7 +178,9 @@ class PlacedBackend:
         micros: list[float] | None,
     ) -> NDArray[np.float32]:
         elsewhere = {i for i, d in self.state_homes().items() if d not in (HOST, HOST_TORCH)}
-        if set(cache.held) != elsewhere or not 1 <= len(batch.tokens) <= self.max_tokens:
+        too_large = len(batch.outputs) > self.max_outputs
+        too_large |= not 1 <= len(batch.tokens) <= self.max_tokens
+        if set(cache.held) != elsewhere or too_large:
             raise ValueError("the cache is not of `new_cache`, or the batch is too large")
         cache.check(batch)
         shape = (len(batch.outputs), self.tape.n_vocab)
@@ -274,11 +284,6 @@ class _Run:
 
     def _rows(self, value: Value) -> int:
         return len(self.batch.outputs) if value.per_output else len(self.batch.tokens)
-
-
-def state_homes(sections: Sequence[Section]) -> dict[int, str]:
-    """The device of every state, by its index in the tape."""
-    return {op.state: s.device for s in sections for op in s.ops if op.state is not None}
 
 
 def host_states(tape: Tape, placement: Mapping[str, str]) -> list[State]:

@@ -1,9 +1,10 @@
 """A tape cut into sections of one device each, and the values that pass between them.
 
-An op runs on the device of its first weight, one without weights where its first input was made;
-its state lives with it. An `add` of values from two devices runs on the one that needs the sum:
-were it always the first, the residual stream would visit the embedding's device in every layer,
-and the routed experts' device would wait for the shared expert's.
+An op runs on the device of its first weight, one without weights where its first input was made (a
+rotation, too: all layers share its few factors); its state lives with it. An `add` of values from
+two devices runs on the one that needs the sum: were it always the first, the residual stream would
+visit the embedding's device in every layer, and the routed experts' device would wait for the
+shared expert's.
 
 A section holds all ops of a device that can run before another device must be waited for. What
 other devices wait for goes into a section of its own, before the rest: with the routed experts on
@@ -74,16 +75,21 @@ def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
         yield Op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
 
 
+def _home(op: Op, placement: Mapping[str, str]) -> str | None:
+    """The device that an op's weights bind it to."""
+    return placement[op.weights[0].name] if op.weights and op.kind != "rope" else None
+
+
 def _devices(ops: Sequence[Op], placement: Mapping[str, str]) -> dict[int, str]:
     """The device of each op, by its id()."""
     needed: dict[int, str] = {}  # by value: where it is read first
     for op in reversed(ops):
-        reader = placement[op.weights[0].name] if op.weights else needed.get(op.outputs[0].id, "")
+        reader = _home(op, placement) or needed.get(op.outputs[0].id, "")
         needed.update({v.id: reader for v in op.inputs})
     made: dict[int, str] = {}
     devices: dict[int, str] = {}
     for op in ops:
-        device = placement[op.weights[0].name] if op.weights else made[op.inputs[0].id]
+        device = _home(op, placement) or made[op.inputs[0].id]
         if op.kind == "add" and needed.get(op.outputs[0].id) in {made[v.id] for v in op.inputs}:
             device = needed[op.outputs[0].id]
         apart = op.kind == "conv_silu" and made[op.inputs[0].id] != HOST
@@ -171,6 +177,11 @@ def _link(sections: Sequence[Section], logits: Value) -> tuple[Section, ...]:
     return tuple(
         replace(s, exports=tuple(e.values())) for s, e in zip(linked, exports, strict=True)
     )
+
+
+def state_homes(sections: Sequence[Section]) -> dict[int, str]:
+    """The device of every state, by its index in the tape."""
+    return {op.state: s.device for s in sections for op in s.ops if op.state is not None}
 
 
 def last_uses(sections: Sequence[Section]) -> dict[tuple[str, int], Op]:

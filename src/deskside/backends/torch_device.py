@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,26 +22,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
-from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, Matmul, TorchStep
+from deskside.backends.torch_ops import OPS, Matmul, TorchStep
 from deskside.backends.torch_quants import TYPES
+from deskside.backends.work import ALIGN
 from deskside.cache import state_shapes
+from deskside.devices import Device
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.progress import Progress
 from deskside.quants import QuantType
-from deskside.tape import KVState, Op, State, Value
+from deskside.tape import KVState, Op, State
 
-UNITS = {
-    "": 1,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
-ALIGN = 16  # floats: values in one transfer start on cache lines
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
 
@@ -283,85 +274,26 @@ class TorchDevice:
         return wait
 
 
-def parse_devices(text: str | Iterable[str]) -> list[TorchDevice]:
-    """`cuda0,emu0:96GiB` to devices; `cpu` may be listed and adds nothing."""
-    names = text.split(",") if isinstance(text, str) else list(text)
-    devices: dict[str, TorchDevice] = {}
-    for spec in (name.strip() for name in names):
-        name, _, size = spec.partition(":")
-        name = name.lower()
-        if name in ("", "cpu") and not size:
+def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
+    """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
+    with that much of its own. DesksideError for one that torch does not see."""
+    found = []
+    for d in devices:
+        if d.name.startswith("emu"):
+            found.append(TorchDevice(d.name, torch.device("cpu"), d.memory))
             continue
-        if name in devices:
-            raise DesksideError(f"--device {spec}: {name} is listed twice")
-        if re.fullmatch(r"emu\d+", name):
-            devices[name] = TorchDevice(name, torch.device("cpu"), _bytes(spec, size))
-        elif re.fullmatch(r"cuda\d+", name) and not size:
-            index, count = int(name[4:]), torch.cuda.device_count()
-            if index >= count:
-                raise DesksideError(f"--device {spec}: torch sees {count} CUDA devices")
-            devices[name] = TorchDevice(name, torch.device("cuda", index))
-        else:
-            raise DesksideError(f"--device {spec!r}: expected cudaN, or emuN:SIZE as in emu0:96GiB")
-    return list(devices.values())
-
-
-def _bytes(spec: str, size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]i?B)?", size)
-    nbytes = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
-    if nbytes <= 0:
-        raise DesksideError(f"--device {spec}: an emulated device needs a size, as in emu0:96GiB")
-    return nbytes
+        index, count = int(d.name.removeprefix("cuda")), torch.cuda.device_count()
+        if index >= count:
+            raise DesksideError(f"--device {d.name}: torch sees {count} CUDA devices")
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, d.memory / total), index)
+        found.append(TorchDevice(d.name, torch.device("cuda", index)))
+    return found
 
 
 def show(nbytes: int) -> str:
     """Bytes for a message: exact, with the size in MiB."""
     return f"{nbytes / (1 << 20):.1f} MiB ({nbytes} bytes)"
-
-
-def work_bytes(sections: Sequence[Section], device: str, rows: int) -> int:
-    """What a step of `rows` tokens takes on a device beside weights and states, from above: the
-    values that are alive together, and what the largest op needs for itself (`_scratch`)."""
-    own = [s for s in sections if s.device == device]
-    last = {v: op for (name, v), op in last_uses(sections).items() if name == device}
-    live: dict[int, int] = {}  # bytes by value
-    peak = 0
-
-    def nbytes(values: Iterable[Value]) -> dict[int, int]:
-        return {v.id: 4 * rows * v.width + 4 * ALIGN for v in values}
-
-    for section in own:
-        live |= nbytes(section.imports)
-        for op in section.ops:
-            live |= nbytes(op.outputs)
-            peak = max(peak, sum(live.values()) + _scratch(op, rows))
-            for v in (*op.inputs, *op.outputs):
-                if last[v.id] is op and v not in section.exports:
-                    live.pop(v.id, None)
-        sent = nbytes(section.exports)
-        peak = max(peak, sum(live.values()) + 2 * sum(sent.values()))
-        for v in section.exports:
-            if any(last[v.id] is op for op in section.ops):
-                del live[v.id]
-    return peak
-
-
-def _scratch(op: Op, rows: int) -> int:
-    """Temporaries of an op, from above. Decoding a weight takes up to 24 bytes beside its float."""
-    near = sum(4 * rows * v.width for v in (*op.inputs, *op.outputs))
-    scratch = 6 * near + (1 << 16)
-    if op.kind in ("linear", "experts", "expert_linear", "expert_sum"):
-        largest = max(4 * w.row_len * w.n_rows for w in op.weights)
-        # A piece is at least one row, of every gathered pair.
-        least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
-        scratch += 7 * min(max(PIECE, least), max(largest, least))
-    if op.kind in ("experts", "expert_linear", "expert_sum"):
-        top_k = op.inputs[1].width
-        widest = max(w.row_len + w.shape[1] for w in op.weights)
-        scratch += 16 * rows * top_k * widest
-    if op.kind == "attention":
-        scratch += 4 * PIECE
-    return scratch
 
 
 def _offsets(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:

@@ -21,6 +21,7 @@ from deskside.backends.torch_quants import (
     encode_cached,
     round_to_8_bits,
 )
+from deskside.backends.work import FEW_PAIRS, PIECE
 from deskside.cache import Batch
 from deskside.gguf import TensorInfo
 from deskside.quants import QuantType
@@ -29,9 +30,7 @@ from deskside.tape import Op
 # matmul(x (m, n_in) float32, w uint8 (n_out, row_bytes), quant type) -> (m, n_out)
 Matmul = Callable[[Tensor, Tensor, str], Tensor]
 
-PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time
 DELTA_BLOCK = 64  # tokens that the delta rule takes at once
-FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are gathered, not sorted
 
 
 @dataclass

@@ -67,6 +67,7 @@ class Request:
     no_hash: bool = False
     profile: bool = False
     no_report: bool = False
+    placing: Mapping[str, Any] = field(default_factory=dict)  # options of EngineConfig
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Those of the flags that the command line had."""
@@ -111,6 +112,7 @@ def task_of(request: Request, resumed: Record | None) -> Task:
 
 def _task(request: Request, resumed: Record | None) -> Task:
     described = request.given((*WHERE, "vs", "seed", *ENGINE, *SAMPLING, *SHAPE))
+    described |= request.placing
     if resumed is not None and not described:
         return _of_record(resumed, str(request.resume))
     if request.replay is not None:
@@ -125,7 +127,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
             return task
         place = _first(request, dict(task.sides["A"].options))
         return dataclasses.replace(task, sides={**task.sides, "A": place})
-    options = request.given(ENGINE)
+    options = {**request.given(ENGINE), **request.placing}
     sides = {"A": _first(request, options)}
     if request.vs is not None:
         other_side = Side(request.vs)
@@ -142,6 +144,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
 def _flag(name: str) -> str:
     """How the command line spells a field of the request."""
     short = {"ctx": "-c", "ubatch": "-ub", "ctk": "-ctk", "ctv": "-ctv"}
+    short |= {"devices": "--device", "override_tensor": "-ot", "gpu_layers": "-ngl"}
     return short.get(name) or f"--{name.replace('_', '-')}"
 
 

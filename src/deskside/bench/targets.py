@@ -108,6 +108,7 @@ class InProcess:
     def describe(self) -> Target:
         llm, config = self.llm, self.llm.config
         native = llm.backend if isinstance(llm.backend, CpuBackend) else None
+        threads = native is not None or llm.plan is not None
         weights = llm.tape.weights().values()
         types: dict[str, int] = {}
         for info in weights:
@@ -115,9 +116,13 @@ class InProcess:
         k, v = kv_type(config.ctk, "-ctk"), kv_type(config.ctv, "-ctv")
         kv, recurrent = cache_bytes(llm.tape.states, llm.ctx, k, v)
         plan = {"weights": sum(types.values()), "kv": kv, "recurrent": recurrent}
+        how = native.isa if native else config.backend
         if native:
             plan["buffers"] = native.nbytes
-        how = native.isa if native else config.backend
+        elif llm.plan:
+            how = " and ".join(llm.plan.used)
+            plan["buffers"] = sum(u.buffers for u in llm.plan.usage)
+            plan |= {f"of them on {u.device.name}": u.held for u in llm.plan.usage if u.held}
         return Target(
             kind="deskside",
             name=str(llm.file.get("general.name", llm.file.path.stem)),
@@ -125,12 +130,13 @@ class InProcess:
             options={
                 "model": self._path,
                 "ctx": llm.ctx,
-                "threads": config.n_threads if native else None,
+                "threads": config.n_threads if threads else None,
                 "ubatch": llm.ubatch,
                 "ctk": config.ctk,
                 "ctv": config.ctv,
                 "isa": config.isa,
                 "backend": config.backend,
+                **config.placing(),
             },
             files=self._files,
             architecture=str(llm.file.get("general.architecture", "")),
@@ -145,7 +151,7 @@ class InProcess:
     def roof(self) -> Roof | None:
         llm, config = self.llm, self.llm.config
         if not isinstance(llm.backend, CpuBackend):
-            return None  # NumPy has other limits
+            return None  # NumPy and other devices have other limits
         isa = llm.backend.isa
         work = Work.of(llm.tape)
         return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
@@ -240,6 +246,8 @@ def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -
     own = tape.n_ctx_train
     if config.ctx:
         return config.ctx, f"-c {config.ctx} was given"
+    if config.devices is not None:
+        return own, f"the model's context is {own}"  # what does not fit, the planner refuses
     tapes = [tape] if beside is None else [tape, beside]
     free = available_memory()
     weights = sum(w.nbytes for t in tapes for w in t.weights().values())

@@ -1,0 +1,172 @@
+"""A plan is what runs: options and flags over emulated devices, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import gc
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deskside import LLM, SamplingParams
+from deskside.backends.cpu import CpuBackend
+from deskside.backends.sections import cut, hops
+from deskside.config import EngineConfig
+from deskside.errors import DesksideError
+from deskside.gguf import GGUF
+from deskside.machines import this_machine
+from deskside.models import build_tape
+from deskside.placing import place
+from models import PRESETS, tiny
+from test_cli import deskside, refused
+from torch_devices import PlacedBackend
+
+TWO = "emu0:300MiB,emu1:300MiB"
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+EXACT = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
+# The article's launch: layers dealt to two GPUs by regex, the experts that are left on the CPU.
+ARTICLE = [r"blk\.(0|1)\.ffn_.*_exps\.=CUDA0", r"blk\.(2)\.ffn_.*_exps\.=CUDA1,exps=CPU"]
+
+
+def emulated(rules: list[str]) -> list[str]:
+    return [r.replace("CUDA", "EMU") for r in rules]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"devices": "emu0:300MiB"},
+        {"devices": TWO, "gpu_layers": "all", "tensor_split": "3,1"},
+        {"devices": [*TWO.split(",")], "gpu_layers": 2, "main_gpu": 1},
+        {"devices": TWO, "override_tensor": [r"blk\.1\.=emu1", "norm=emu0"]},
+    ],
+    ids=["auto", "split", "two layers", "rules"],
+)
+def test_any_plan_gives_the_tokens_of_the_cpu(preset: str, options: dict[str, Any]) -> None:
+    path = tiny(preset, "F32")
+    expected = LLM(path, **EXACT).generate("It was a dark night", GREEDY)
+    llm = LLM(path, **options, **EXACT)
+    assert llm.plan is not None and isinstance(llm.backend, PlacedBackend)
+    assert llm.generate("It was a dark night", GREEDY).tokens == expected.tokens
+
+
+def test_the_article_runs_as_it_was_typed() -> None:
+    path = tiny("tiny-moe", "F32")
+    options: dict[str, Any] = {"gpu_layers": 99, "override_tensor": emulated(ARTICLE)}
+    llm = LLM(path, devices=TWO, **options, **EXACT)
+    assert llm.plan is not None
+    placement = llm.plan.placement
+    assert placement["blk.1.ffn_up_exps.weight"] == "emu0"
+    assert placement["blk.2.ffn_down_exps.weight"] == "emu1"
+    assert placement["blk.3.ffn_gate_exps.weight"] == "cpu"
+    expected = LLM(path, **EXACT).generate("a b c", GREEDY).tokens
+    assert llm.generate("a b c", GREEDY).tokens == expected
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+@pytest.mark.parametrize("options", [{"cpu_moe": True}, {}, {"gpu_layers": 2}])
+def test_devices_hold_what_the_plan_says(kv: str, options: dict[str, Any]) -> None:
+    llm = LLM(tiny("tiny-moe"), devices=TWO, ctx=512, ubatch=64, ctk=kv, ctv=kv, **options)
+    assert llm.plan is not None and isinstance(llm.backend, PlacedBackend)
+    usage = {u.device.name: u for u in llm.plan.usage}
+    for name in llm.plan.used:
+        if name == "cpu":
+            continue
+        meter = llm.backend.devices[name].meter
+        gc.collect()
+        kept = usage[name].held - usage[name].buffers
+        assert meter.live == pytest.approx(kept, rel=0.02)
+        meter.peak = meter.live
+    llm.generate("word " * 200, GREEDY)
+    for name in llm.plan.used:
+        if name != "cpu":
+            assert llm.backend.devices[name].meter.peak <= usage[name].held
+
+
+def test_a_plan_hops_as_often_as_it_reckons() -> None:
+    """The search counts changes of device along the tape; sections are what runs."""
+    tape = build_tape(GGUF.open(tiny("tiny-moe")))
+    config = EngineConfig(devices="emu0:300MiB", cpu_moe=True)
+    plan = place(tape, config, 512, 64).plan
+    assert plan is not None
+    count, _ = hops(cut(tape, plan.placement), lambda v: 4 * v.width)
+    layers = 1 + max(op.layer for op in tape.ops)
+    assert count == 2 * layers + 1
+
+
+def test_the_cpu_alone_stays_the_native_backend(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no measured machine with a GPU
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor an nvidia-smi
+    for options in ({}, {"devices": "none"}, {"override_tensor": "exps=CPU"}, {"cpu_moe": True}):
+        llm = LLM(tiny(), **options)  # type: ignore[arg-type]
+        assert isinstance(llm.backend, CpuBackend) and llm.plan is None and not llm.notes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = LLM(tiny(), gpu_layers=99, tensor_split="1", main_gpu=0)
+    assert [note.split()[0] for note in llm.notes] == ["-ngl", "--tensor-split", "--main-gpu"]
+
+
+def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypatch: Any) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 24000\necho 0\necho 96000\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    found = this_machine(2)
+    assert [(d.name, d.memory) for d in found.gpus] == [
+        ("cuda0", 24000 << 20), ("cuda1", 96000 << 20),
+    ]  # fmt: skip
+    tape = build_tape(GGUF.open(tiny()))
+    assert not place(tape, EngineConfig(margin="1MiB"), 512, 64).over_devices
+    assert place(tape, EngineConfig(gpu_layers=99), 512, 64).over_devices
+    with pytest.raises(DesksideError, match="torch sees 0 CUDA devices"):
+        LLM(tiny(), gpu_layers=99)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"override_tensor": "nothing=CPU"}, "-ot nothing=cpu: matches no tensor"),
+        ({"override_tensor": "(=CPU"}, "-ot (: not a regex"),
+        ({"override_tensor": "exps=CUDA0"}, "there is no device cuda0"),
+        ({"devices": "emu0:1GiB", "override_tensor": "exps=CUDA0"}, "no device cuda0; there is"),
+        ({"devices": "emu0:1GiB", "gpu_layers": "some"}, "-ngl some"),
+        ({"devices": "emu0:1GiB", "n_cpu_moe": -1}, "--n-cpu-moe -1"),
+        ({"devices": "emu0:1GiB", "margin": "2GiB"}, "nothing is left"),
+        ({"devices": "emu0:4MiB", "gpu_layers": "all"}, "emu0 lacks"),
+        ({"devices": "emu0:1GiB", "backend": "reference"}, "--backend reference"),
+        ({"devices": 3}, "devices is 3"),
+        ({"cpu_moe": 1}, "cpu_moe is 1"),
+        ({"n_cpu_moe": True}, "n_cpu_moe is True"),
+        ({"placement": {}}, "unknown option placement"),
+    ],
+)
+def test_bad_options_are_refused_before_a_weight_is_read(
+    options: dict[str, Any], part: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(GGUF, "check_values", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(DesksideError, match=re.escape(part)) as caught:
+        LLM(tiny(), **options)
+    assert "\n" not in str(caught.value)
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def test_run_over_devices_answers_as_the_cpu_does() -> None:
+    flags = ["run", "-m", str(tiny("tiny-moe", "F32")), "-p", "Once upon", "--no-chat", "-n", "8"]
+    flags += ["--temp", "0", "--ignore-eos", "-ctk", "f32", "-ctv", "f32"]
+    alone = deskside(*flags)
+    spread = deskside(*flags, "-dev", "emu0:300MiB", "-cmoe", "-ngl", "99")
+    assert alone.returncode == spread.returncode == 0, spread.stderr
+    assert spread.stdout == alone.stdout
+
+
+def test_run_says_what_a_rule_lacks() -> None:
+    model = ["run", "-m", str(tiny()), "-p", "x"]
+    refused(*model, "-ot", "nope=CPU", part="matches no tensor")
+    refused(*model, "-dev", "emu0:4MiB", "-ngl", "all", part="emu0 lacks")
+    refused(*model, "--device", "vulkan0", part="--device vulkan0")
