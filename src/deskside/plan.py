@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ Bytes = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Options:
-    """ctx: tokens of one sequence; parallel: sequences; the rest as in `EngineConfig`."""
+    """ctx: tokens of one sequence; parallel: sequences; reserved: bytes by device for experts that
+    pass through it or are cached there; the rest as in `EngineConfig`."""
 
     ctx: int
     ubatch: int = 512
@@ -46,6 +47,7 @@ class Options:
     threads: int = 1
     mmap: bool = True
     mlock: bool = False
+    reserved: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for flag, value in (("-c", self.ctx), ("-ub", self.ubatch), ("--parallel", self.parallel)):
@@ -70,10 +72,12 @@ class Usage:
     kv: int
     recurrent: int
     buffers: int
+    reserved: int = 0
 
     @property
     def held(self) -> int:
-        return sum(self.weights.values()) + self.kv + self.recurrent + self.buffers
+        parts = (self.kv, self.recurrent, self.buffers, self.reserved)
+        return sum(self.weights.values()) + sum(parts)
 
     @property
     def total(self) -> int:
@@ -161,7 +165,7 @@ class _Search:
         self.step = Step(1, options.ctx // 2)
         self.order = self._order()
         self.room = False
-        self.extra: Bytes = np.zeros(len(self.names), np.int64)
+        self.extra: Bytes = np.array([options.reserved.get(n, 0) for n in self.names], np.int64)
 
     def _order(self) -> list[int]:
         """Free units, by seconds saved a byte; later layers first among equals, as -ngl counts."""
@@ -368,7 +372,8 @@ class _Search:
             )
             weights = {kind: n for kind, n in weights.items() if n}
             work = taken.get(device.name, 0)
-            found.append(Usage(device, weights, mapped, kv, recurrent, work))
+            more = self.options.reserved.get(device.name, 0)
+            found.append(Usage(device, weights, mapped, kv, recurrent, work, more))
         return tuple(found)
 
 

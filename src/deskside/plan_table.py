@@ -154,8 +154,10 @@ def _memory_table(usage: Iterable[Usage]) -> Table:
             table.add_row(kind, *(_cell(u.weights.get(kind, 0)) for u in usage))
     for label, name in (
         ("keys and values", "kv"), ("recurrent state", "recurrent"), ("compute buffers", "buffers"),
+        ("lent experts", "reserved"),
     ):  # fmt: skip
-        table.add_row(label, *(_cell(getattr(u, name)) for u in usage))
+        if name != "reserved" or any(u.reserved for u in usage):
+            table.add_row(label, *(_cell(getattr(u, name)) for u in usage))
     table.add_row("margin", *(_cell(u.device.margin) for u in usage))
     table.add_row("total", *(show_size(u.total) for u in usage), style="bold")
     table.add_row("free", *(show_size(u.free) for u in usage))
@@ -201,6 +203,7 @@ def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
                 "kv": u.kv,
                 "recurrent": u.recurrent,
                 "buffers": u.buffers,
+                "lent_experts": u.reserved,
                 "margin": u.device.margin,
                 "total": u.total,
                 "free": u.free,
