@@ -10,6 +10,8 @@ packages("torch")
 import_module("torch").set_num_threads(1)
 
 PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
+ExpertCache = import_module("deskside.backends.expert_cache").ExpertCache
+StreamOptions = import_module("deskside.backends.stream").StreamOptions
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
 torch_quants = import_module("deskside.backends.torch_quants")

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
+from deskside.backends.torch_experts import EXPERT_OPS
 from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, Matmul, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.cache import state_shapes
@@ -42,6 +43,7 @@ UNITS = {
     "GB": 10**9,
 }
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
+ALL_OPS = {**OPS, **EXPERT_OPS}
 ALIGN = 16  # floats: values in one transfer start on cache lines
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
@@ -214,7 +216,7 @@ class TorchDevice:
                 if op.outputs[0].per_output and rows == 0:
                     made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
                 else:
-                    made = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
+                    made = ALL_OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
             values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
             del made
             self._forget(op, section, values)
@@ -223,6 +225,12 @@ class TorchDevice:
         for value in (*op.inputs, *op.outputs):
             if self._last.get(value.id) is op and value not in section.exports:
                 values.pop(value.id, None)
+
+    def beat(self, doing: str) -> None:
+        """For work beside the ops, where the device may be lost too: DesksideError if it is."""
+        self._count_down()
+        if self.lost:
+            raise self._gone(doing)
 
     def _count_down(self) -> None:
         if self.ops_until_loss is not None:
@@ -350,12 +358,13 @@ def _scratch(op: Op, rows: int) -> int:
     """Temporaries of an op, from above. Decoding a weight takes up to 24 bytes beside its float."""
     near = sum(4 * rows * v.width for v in (*op.inputs, *op.outputs))
     scratch = 6 * near + (1 << 16)
-    if op.kind in ("linear", "experts", "expert_linear", "expert_sum"):
+    routed = op.kind.startswith("expert") and bool(op.weights)
+    if op.kind == "linear" or routed:
         largest = max(4 * w.row_len * w.n_rows for w in op.weights)
         # A piece is at least one row, of every gathered pair.
         least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
         scratch += 7 * min(max(PIECE, least), max(largest, least))
-    if op.kind in ("experts", "expert_linear", "expert_sum"):
+    if routed:
         top_k = op.inputs[1].width
         widest = max(w.row_len + w.shape[1] for w in op.weights)
         scratch += 16 * rows * top_k * widest
