@@ -11,6 +11,8 @@ import_module("torch").set_num_threads(1)
 
 PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
 ExpertCache = import_module("deskside.backends.expert_cache").ExpertCache
+expert_copies = import_module("deskside.backends.expert_copies")
+FileSource, Layout = expert_copies.FileSource, expert_copies.Layout
 StreamOptions = import_module("deskside.backends.stream").StreamOptions
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
