@@ -30,7 +30,7 @@ from lent import (
 )
 from models import tiny
 from placements import IDS, batch, cache_options
-from torch_devices import ExpertCache, FileSource, Layout, StreamOptions
+from torch_devices import ExpertCache, FileSource, Layout, StreamOptions, stream_module
 
 ALWAYS = StreamOptions("emu0", 1, 3 * EXPERT)  # from 17 tokens on: fewer pairs are not sorted
 
@@ -86,6 +86,35 @@ def test_only_chosen_experts_are_copied_and_what_is_resident_is_not(
     assert metrics.streamed == (chosen & ~there).sum()
     assert metrics.streamed_bytes == metrics.streamed * EXPERT
     assert metrics.spared == (chosen & there).sum()
+
+
+@pytest.mark.parametrize("sure", [8, 1])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_the_next_layers_experts_come_ahead(
+    sure: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """11 pairs an expert: what comes ahead is right; 2: mostly not, and it is fetched again."""
+    monkeypatch.setattr(stream_module, "SURE", sure)
+    tokens = IDS if sure == 8 else IDS[:18]
+    cache = ExpertCache("emu0", 20 * EXPERT + TABLE)
+    stream = StreamOptions("emu0", 1, 3 * EXPERT, slots)
+    helped = placed(native=False, stream=stream, expert_cache=cache, max_tokens=90)
+    alone = placed(native=False, max_tokens=90)
+    steps = [batch((0, 0, tokens[:3])), batch((1, 0, tokens)), batch((2, 0, tokens))]
+    got, expected = ([], [])
+    routes = []
+    for backend, results_ in ((helped, got), (alone, expected)):
+        own = backend.new_cache(**cache_options("f16"))
+        for step in steps:
+            routes = (
+                record_routes(monkeypatch) if step is steps[1] and backend is helped else routes
+            )
+            results_.append(backend.run(step, own))
+    assert_same(got, expected)
+    chosen = 2 * sum(len(np.unique(ids)) for ids in routes[:4])
+    metrics = helped.expert_metrics
+    wasted = metrics.streamed + metrics.spared - chosen
+    assert wasted == 0 if sure == 8 else 0 < wasted <= 2 * 3 * slots * 3
 
 
 def test_experts_with_few_tokens_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

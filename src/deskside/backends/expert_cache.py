@@ -211,8 +211,11 @@ class Residents:
     def places(self, layer: int, ids: Tensor) -> Tensor:
         return self._table[self._row[layer]][ids.long().clamp(min=0)].long().clamp(min=0)
 
-    def each(self, op: Op, experts: list[int]) -> Callable[[int], Matrices]:
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
         return lambda e: self.matrices(op, e)
+
+    def done(self) -> None:
+        pass
 
     def slot(self, layer: int, e: int) -> int | None:
         slot = int(self._slot_of[self._row[layer], e])

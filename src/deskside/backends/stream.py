@@ -3,14 +3,17 @@
 A batch of many tokens uses every expert of a layer often enough that bringing it to a device takes
 less time than computing it on the host (`plan_stream` has the numbers). Experts pass through a few
 slots of the device's memory, several at a time; while one slot is computed on, the next ones are
-filled.
+filled. Behind a layer's last experts come the first ones of the next layer, before it is known
+which of them are chosen, if the batch is so large that it must be nearly all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from deskside.backends.torch_experts import Matrices
 from deskside.backends.torch_ops import FEW_PAIRS
 from deskside.errors import DesksideError
 from deskside.tape import Op
+
+SURE = 8  # pairs of token and expert for each expert, from which on all are expected to be chosen
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,16 @@ class StreamOptions:
         return self.slots * self.slot_bytes
 
 
+@dataclass(frozen=True)
+class Fetch:
+    """Experts of a layer that are or will be side by side in a slot."""
+
+    layer: int
+    experts: list[int]
+    slot: Tensor
+    job: Future[Any]
+
+
 class Streamer:
     """Lends a device the experts of one layer after another. layouts: by layer."""
 
@@ -84,6 +99,10 @@ class Streamer:
                 for _ in range(options.slots)
             ]
         self._copier = Copier(device.device, source, options.slot_bytes, options.slots)
+        self._turn = 0
+        self._following = dict(pairwise(layouts))  # layer -> the next one that streams
+        self._ahead: list[Fetch] = []
+        self._pass: _Pass | None = None
 
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         chosen = ids.long()
@@ -105,53 +124,103 @@ class Streamer:
     def places(self, layer: int, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def each(self, op: Op, experts: list[int]) -> Callable[[int], Matrices]:
-        return _Pass(self, op, experts).matrices
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
+        if self._pass is not None:
+            self._pass.done()
+        self._pass = _Pass(self, op, experts, pairs)
+        return self._pass.matrices
+
+    def done(self) -> None:
+        """The layer is computed: its last slot is free."""
+        if self._pass is not None:
+            self._pass.done()
+        self._pass = None
 
     def drain(self) -> None:
+        """Nothing is under way any more, nor expected."""
         self._copier.drain()
+        self._pass = None
+        self._ahead = []
+
+    def coming(self, layer: int, experts: Iterable[int]) -> list[list[int]]:
+        """Those that are not resident, in groups of a slot."""
+        left = [e for e in experts if not self._is_resident(layer, e)]
+        size = self.options.slot_bytes // self._layouts[layer].nbytes
+        return [left[i : i + size] for i in range(0, len(left), size)]
+
+    def _is_resident(self, layer: int, e: int) -> bool:
+        return self._residents is not None and self._residents.slot(layer, e) is not None
+
+    def fetch(self, layer: int, group: list[int]) -> Fetch:
+        """Into the next slot in turn, which must be free."""
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        layout = self._layouts[layer]
+        self.experts += len(group)
+        self.nbytes += len(group) * layout.nbytes
+        return Fetch(layer, group, slot, self._copier.bring(layout, group, slot))
+
+    def fetch_ahead(self, layer: int) -> bool:
+        """Of the layer behind this one, what it is sure to need; False if there is no more."""
+        following = self._following.get(layer)
+        if following is None:
+            return False
+        n_expert = self._layouts[following].parts[0][0].shape[2]
+        groups = self.coming(following, range(n_expert))[len(self._ahead) :]
+        if not groups:
+            return False
+        self._ahead.append(self.fetch(following, groups[0]))
+        return True
+
+    def take_ahead(self, layer: int, groups: list[list[int]]) -> list[Fetch]:
+        """What was fetched ahead, if it is what is needed."""
+        ahead, self._ahead = self._ahead, []
+        needed = groups[: len(ahead)]
+        return (
+            ahead if [(f.layer, f.experts) for f in ahead] == [(layer, g) for g in needed] else []
+        )
 
 
 class _Pass:
-    """A layer's experts on their way through the slots."""
+    """A layer's experts on their way through the slots; those of the next layer follow where so
+    many pairs of token and expert leave hardly one of its experts out."""
 
-    def __init__(self, streamer: Streamer, op: Op, experts: list[int]) -> None:
+    def __init__(self, streamer: Streamer, op: Op, experts: list[int], pairs: int) -> None:
         self._s = streamer
         self._op = op
         self._layout = streamer._layouts[op.layer]
-        residents = streamer._residents
-        there = {e for e in experts if residents and residents.slot(op.layer, e) is not None}
-        streamer.resident += len(there)
-        coming = [e for e in experts if e not in there]
-        size = streamer.options.slot_bytes // self._layout.nbytes
-        self._groups = [coming[i : i + size] for i in range(0, len(coming), size)]
-        self._jobs: list[Future[Any]] = []
-        self._here = -1  # the group that is being computed
-        while len(self._jobs) < min(len(self._groups), streamer.options.slots):
-            self._fetch()
+        groups = streamer.coming(op.layer, experts)
+        streamer.resident += len(experts) - sum(map(len, groups))
+        self._fetched = deque(streamer.take_ahead(op.layer, groups))
+        self._left = deque(groups[len(self._fetched) :])
+        self._current: Fetch | None = None
+        n_expert = op.weights[0].shape[2]
+        self._sure = pairs >= SURE * n_expert and streamer.options.host_below <= 1
+        while len(self._fetched) + len(streamer._ahead) < streamer.options.slots:
+            if not self._fill():
+                break
 
-    def _fetch(self) -> None:
-        n = len(self._jobs)
-        group = self._groups[n]
-        slot = self._s._slots[n % len(self._s._slots)]
-        self._jobs.append(self._s._copier.bring(self._layout, group, slot))
-        self._s.experts += len(group)
-        self._s.nbytes += len(group) * self._layout.nbytes
+    def _fill(self) -> bool:
+        """A slot is free; False if nothing is to come."""
+        if self._left:
+            self._fetched.append(self._s.fetch(self._op.layer, self._left.popleft()))
+            return True
+        return self._sure and self._s.fetch_ahead(self._op.layer)
 
     def matrices(self, e: int) -> Matrices:
-        s, residents = self._s, self._s._residents
-        if residents is not None and residents.slot(self._op.layer, e) is not None:
-            return residents.matrices(self._op, e)
-        if self._here < 0 or e not in self._groups[self._here]:
-            self._next()
-        i = self._groups[self._here].index(e)
-        slot = s._slots[self._here % len(s._slots)]
-        return self._layout.matrices(slot[i * self._layout.nbytes :])
+        s = self._s
+        if s._residents is not None and s._is_resident(self._op.layer, e):
+            return s._residents.matrices(self._op, e)
+        if self._current is None or e not in self._current.experts:
+            self.done()
+            self._current = self._fetched.popleft()
+            s.device.beat(f"streaming experts of layer {self._op.layer}")
+            s._copier.arrived(self._current.job.result())
+        at = self._current.experts.index(e) * self._layout.nbytes
+        return self._layout.matrices(self._current.slot[at:])
 
-    def _next(self) -> None:
-        """The slot computed on is free: its next group comes, and the one after it is awaited."""
-        if self._here >= 0 and len(self._jobs) < len(self._groups):
-            self._fetch()
-        self._here += 1
-        self._s.device.beat(f"streaming experts of layer {self._op.layer}")
-        self._s._copier.arrived(self._jobs[self._here].result())
+    def done(self) -> None:
+        """The slot computed on is free."""
+        if self._current is not None:
+            self._current = None
+            self._fill()

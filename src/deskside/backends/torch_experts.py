@@ -41,8 +41,11 @@ class Lender(Protocol):
     def places(self, layer: int, ids: Tensor) -> Tensor:
         """The place in `stacks` of every id (any for -1), int64 of its shape."""
 
-    def each(self, op: Op, experts: list[int]) -> Callable[[int], Matrices]:
-        """Gives the matrices of `experts`, asked for in that order; each until the next."""
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
+        """Gives the matrices of `experts`, asked for in that order; each until the next, the last
+        until `done`. pairs: of token and expert."""
+
+    def done(self) -> None: ...
 
 
 class HostLender:
@@ -66,9 +69,12 @@ class HostLender:
     def places(self, layer: int, ids: Tensor) -> Tensor:
         return ids.long().clamp(min=0)
 
-    def each(self, op: Op, experts: list[int]) -> Callable[[int], Matrices]:
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
         gate, up, down = self.stacks(op)
         return lambda e: (gate[e], up[e], down[e])
+
+    def done(self) -> None:
+        pass
 
 
 def expert_divide(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
@@ -149,7 +155,7 @@ def _terms(
     """(tokens, their slots, W_down h) expert by expert, in the order of their numbers."""
     gate, up, down = op.weights
     parts = by_expert(ids)
-    matrices = lender.each(op, [e for e, _, _ in parts])
+    matrices = lender.each(op, [e for e, _, _ in parts], ids.numel())
     for_gate = rounded(x, gate.type)
     for_up = for_gate if up.type is gate.type else rounded(x, up.type)
     for e, token, slot in parts:
@@ -157,6 +163,7 @@ def _terms(
         h = torch.nn.functional.silu(multiply(for_gate[token], w[0], gate, step.matmul))
         h = h * multiply(for_up[token], w[1], up, step.matmul)
         yield token, slot, multiply(rounded(h, down.type), w[2], down, step.matmul)
+    lender.done()
 
 
 EXPERT_OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
