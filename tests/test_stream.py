@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside.errors import DesksideError
-from deskside.gguf import GGUF
+from deskside.gguf import GGUF, TensorInfo
 from deskside.models import build_tape
 from lent import (
     EXPERT,
     N_EXPERT,
     NAMES,
     TABLE,
-    TAPE,
     TOP_K,
     assert_same,
     needed,
@@ -30,7 +29,7 @@ from lent import (
 )
 from models import tiny
 from placements import IDS, batch, cache_options
-from torch_devices import ExpertCache, FileSource, Layout, StreamOptions, stream_module
+from torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
 
 ALWAYS = StreamOptions("emu0", 1, 3 * EXPERT)  # from 17 tokens on: fewer pairs are not sorted
 
@@ -225,39 +224,49 @@ def test_a_device_lost_while_experts_pass_empties_the_sequence(after: int) -> No
 def test_a_file_that_cannot_be_read_any_more_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = placed(native=False, stream=ALWAYS)
     cache = backend.new_cache(**cache_options("f16"))
-    whole, calls = FileSource.read, []
+    whole, calls = Source.read, []
 
-    def broken(self: FileSource, layout: Layout, expert: int, to: np.ndarray) -> None:
+    def broken(self: Source, info: TensorInfo, expert: int, to: np.ndarray) -> None:
         calls.append(expert)
-        if len(calls) == 7:
+        if len(calls) == 25:
             raise DesksideError("model.gguf: tensor x ends early")
-        whole(self, layout, expert, to)
+        whole(self, info, expert, to)
 
-    monkeypatch.setattr(FileSource, "read", broken)
+    monkeypatch.setattr(Source, "read", broken)
     with pytest.raises(DesksideError, match="tensor x ends early"):
         backend.run(batch((0, 0, IDS[:20])), cache)
     assert_same(results(backend), plain())
 
 
 def test_experts_are_read_as_they_lie_in_the_file(tmp_path: Path) -> None:
-    op = next(op for op in TAPE.ops if op.kind == "experts")
-    layout = Layout.of(op)
-    file = GGUF.open(tiny("tiny-moe"))
-    to = np.zeros(layout.nbytes, np.uint8)
-    FileSource().read(layout, 5, to)
-    for info, at, n in layout.parts:
-        expected = file.raw(info.name).reshape(N_EXPERT, -1)[5]
-        np.testing.assert_array_equal(to[at : at + n], expected)
-    short = tmp_path / "short.gguf"
-    short.write_bytes(tiny("tiny-moe").read_bytes())
-    op = next(op for op in build_tape(GGUF.open(short)).ops if op.kind == "experts")
-    layout = Layout.of(op)
-    last = max(info.offset + 5 * n for info, _, n in layout.parts)
-    with short.open("r+b") as f:
+    path = tmp_path / "short.gguf"
+    path.write_bytes(tiny("tiny-moe").read_bytes())
+    file = GGUF.open(path)
+    op = next(op for op in build_tape(file).ops if op.kind == "experts")
+    for info, _, n in Layout.of(op).parts:
+        to = np.zeros(n, np.uint8)
+        Source().read(info, 5, to)
+        np.testing.assert_array_equal(to, file.raw(info.name).reshape(N_EXPERT, n)[5])
+    last = max(w.offset for w in op.weights)
+    with path.open("r+b") as f:
         f.truncate(last + 10)
+    info = next(w for w in op.weights if w.offset == last)
     with pytest.raises(DesksideError, match=r"short\.gguf: tensor blk.* ends early") as error:
-        FileSource().read(layout, 5, to)
+        Source().read(info, 0, to)
     assert "\n" not in str(error.value)
-    short.unlink()
+    path.unlink()
     with pytest.raises(DesksideError, match=r"short\.gguf: tensor .* No such file"):
-        FileSource().read(layout, 5, to)
+        Source().read(info, 0, to)
+
+
+@pytest.mark.parametrize("types", ["", "BF16"])
+def test_the_cpus_packed_weights_are_a_source_too(types: str) -> None:
+    backend = placed(types, stream=StreamOptions("emu0", 1, 8 * EXPERT))
+    file = GGUF.open(tiny("tiny-moe", types))
+    source = backend.lent.streamer._copier._source
+    for op in backend.lent.ops[:2]:
+        for info, _, n in backend.lent.layouts[op.layer].parts:
+            assert info.name in source.packed
+            to = np.zeros(n, np.uint8)
+            source.read(info, 3, to)
+            np.testing.assert_array_equal(to, file.raw(info.name).reshape(N_EXPERT, n)[3])

@@ -12,7 +12,7 @@ import_module("torch").set_num_threads(1)
 PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
 ExpertCache = import_module("deskside.backends.expert_cache").ExpertCache
 expert_copies = import_module("deskside.backends.expert_copies")
-FileSource, Layout = expert_copies.FileSource, expert_copies.Layout
+Layout, Source = expert_copies.Layout, expert_copies.Source
 stream_module = import_module("deskside.backends.stream")
 StreamOptions = stream_module.StreamOptions
 torch_device = import_module("deskside.backends.torch_device")

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deskside.backends.expert_copies import Copier, FileSource, Layout
+from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
 from deskside.errors import DesksideError
@@ -117,7 +117,8 @@ class Residents:
         device: TorchDevice,
         ops: Sequence[Op],
         layouts: Mapping[int, Layout],
-        source: FileSource,
+        source: Source,
+        n_threads: int,
         max_tokens: int,
     ) -> None:
         self.options = options
@@ -139,7 +140,7 @@ class Residents:
         self._owner: list[tuple[int, int] | None] = [None] * n
         self._free = list(range(n - 1, -1, -1))
         self._coming: dict[tuple[int, int], tuple[int, Future[Any]]] = {}
-        self._copier = Copier(device.device, source, size, STAGED)
+        self._copier = Copier(device.device, source, size, STAGED, n_threads)
         self.heat = np.zeros(shape)  # lfu: uses, older ones counting less; lru: the last step
         self._step = 0
         self._changed = True  # the host's table, since the device's was made equal to it

@@ -1,18 +1,20 @@
 """Single experts on their way from the host's memory to a device.
 
-Bytes are read from the model's file into a pinned buffer, and from there go to the device: on CUDA
-on a stream of its own, beside what computes. The file's pages are in the system's page cache as
-long as nothing else needs that memory; they count as free there. What is not cached is read from
-the disk.
+Several threads write a file's bytes into a pinned buffer, and from there they go to the device: on
+CUDA on a stream of its own, beside what computes. They come from the CPU's packed weights, whose
+panels are unpacked on the way, so that no second copy of a model has to be in memory. Where the CPU
+has none (torch runs its part), they are read from the model's file, that is from the page cache
+unless the system needed that memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deskside import _native
 from deskside.backends.torch_experts import Matrices
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
@@ -54,16 +57,20 @@ class Layout:
         return gate, up, down
 
 
-class FileSource:
-    """Reads experts out of the model's files."""
+class Source:
+    """One expert's matrices, in the file's bytes. packed: by name, the tensors that the CPU has."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Mapping[str, _native.Weights] = MappingProxyType({})) -> None:
+        self.packed = packed
         self._files: dict[Path, int] = {}
 
-    def read(self, layout: Layout, expert: int, to: Bytes) -> None:
-        """Expert `expert` into `to`; DesksideError where the file cannot be read."""
-        for info, at, n in layout.parts:
-            self._read(info, info.offset + expert * n, to[at : at + n])
+    def read(self, info: TensorInfo, expert: int, to: Bytes) -> None:
+        """Expert `expert` of a tensor into `to`, uint8 (rows * row_bytes,); DesksideError where its
+        file cannot be read."""
+        if (weights := self.packed.get(info.name)) is not None:
+            weights.unpack(expert, to.reshape(info.shape[1], info.row_bytes))
+        else:
+            self._read(info, info.offset + expert * len(to), to)
 
     def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
         try:
@@ -87,9 +94,12 @@ class FileSource:
 
 
 class Copier:
-    """A thread that brings experts to one device, through `slots` buffers of `nbytes` in turn."""
+    """A thread that brings experts to one device, through `slots` buffers of `nbytes` in turn;
+    `n_threads` more fill those."""
 
-    def __init__(self, device: torch.device, source: FileSource, nbytes: int, slots: int) -> None:
+    def __init__(
+        self, device: torch.device, source: Source, nbytes: int, slots: int, n_threads: int
+    ) -> None:
         self.device = device
         self._source = source
         cuda = device.type == "cuda"
@@ -98,6 +108,7 @@ class Copier:
         self._turn = 0
         self._stream = torch.cuda.Stream(device) if cuda else None
         self._worker = ThreadPoolExecutor(1, "deskside-experts")
+        self._readers = ThreadPoolExecutor(n_threads, "deskside-unpack")
         self._jobs: list[Future[Any]] = []
 
     def bring(self, layout: Layout, experts: Sequence[int], target: Tensor) -> Future[Any]:
@@ -134,8 +145,14 @@ class Copier:
         if self._sent[buffer] is not None:
             self._sent[buffer].synchronize()
         array = host.numpy()
-        for i, e in enumerate(experts):
-            self._source.read(layout, e, array[i * size : (i + 1) * size])
+
+        def read(job: tuple[int, int, tuple[TensorInfo, int, int]]) -> None:
+            i, e, (info, at, n) = job
+            self._source.read(info, e, array[i * size + at :][:n])
+
+        jobs = [(i, e, part) for i, e in enumerate(experts) for part in layout.parts]
+        for _ in self._readers.map(read, jobs):
+            pass
         n = len(experts) * size
         if self._stream is None:
             target[:n].copy_(host[:n])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from deskside._native import Weights
 from deskside.backends.expert_cache import (
     STAGED,
     ExpertCache,
@@ -17,7 +18,7 @@ from deskside.backends.expert_cache import (
     Residents,
     table_bytes,
 )
-from deskside.backends.expert_copies import FileSource, Layout
+from deskside.backends.expert_copies import Layout, Source
 from deskside.backends.sections import Helper, borrowed
 from deskside.backends.stream import Streamer, StreamOptions
 from deskside.backends.torch_device import TorchDevice, show
@@ -63,7 +64,6 @@ class LentExperts:
             least = stream.least(min(op.inputs[1].width for op in self.ops))
         self.stream = stream if 0 < least <= max_tokens else None
         self.cache = cache if self.ops else None
-        self._source = FileSource()
         self._devices = devices
         small = max_tokens if self.stream is None else least - 1
         helper = None if self.cache is None else Helper(self.cache.device, all=False)
@@ -97,19 +97,21 @@ class LentExperts:
             what = f"staging slots and expert cache of {show(own)} beside weights and work memory"
             device.expect(f"{what}, together", own + weights + work)
 
-    def load(self) -> None:
-        """Take the memory, and fill a cache that has a profile."""
+    def load(self, packed: Mapping[str, Weights], n_threads: int) -> None:
+        """Take the memory, and fill a cache that has a profile. packed: the CPU's weights."""
+        source = Source(packed)
         small = self.ways[0].max_tokens
         if self.cache is not None:
             device = self._devices[self.cache.device]
             self.residents = Residents(
-                self.cache, device, self.ops, self.layouts, self._source, small
+                self.cache, device, self.ops, self.layouts, source, n_threads, small
             )
         if self.stream is not None:
             device = self._devices[self.stream.device]
             shared = self.cache is not None and self.cache.device == self.stream.device
+            residents = self.residents if shared else None
             self.streamer = Streamer(
-                self.stream, device, self.layouts, self._source, self.residents if shared else None
+                self.stream, device, self.layouts, source, n_threads, residents
             )
 
     def release(self) -> None:

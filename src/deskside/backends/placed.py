@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from functools import cache as cached
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deskside._native import Weights
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.expert_cache import ExpertCache, ExpertMetrics
 from deskside.backends.lent_experts import LentExperts
@@ -122,7 +122,7 @@ class PlacedBackend:
                 )
                 work = self._work(device) + self.lent.nbytes(device.name)
                 device.load(file, self._weights(device.name), work, progress)
-            packed: Mapping[str, Any] = {}
+            packed: Mapping[str, Weights] = {}
             for route in self.routes:
                 if not route.native:
                     continue
@@ -138,7 +138,7 @@ class PlacedBackend:
                     progress=progress,
                 )
                 packed = route.cpu.weights
-            self.lent.load()
+            self.lent.load(packed, n_threads)
         except BaseException:
             self.lent.release()
             for device in self.devices.values():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deskside.backends.expert_cache import Residents
-from deskside.backends.expert_copies import Copier, FileSource, Layout
+from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
 from deskside.backends.torch_ops import FEW_PAIRS
@@ -85,7 +85,8 @@ class Streamer:
         options: StreamOptions,
         device: TorchDevice,
         layouts: Mapping[int, Layout],
-        source: FileSource,
+        source: Source,
+        n_threads: int,
         residents: Residents | None,
     ) -> None:
         self.options = options
@@ -98,7 +99,7 @@ class Streamer:
                 torch.empty(options.slot_bytes, dtype=torch.uint8, device=device.device)
                 for _ in range(options.slots)
             ]
-        self._copier = Copier(device.device, source, options.slot_bytes, options.slots)
+        self._copier = Copier(device.device, source, options.slot_bytes, options.slots, n_threads)
         self._turn = 0
         self._following = dict(pairwise(layouts))  # layer -> the next one that streams
         self._ahead: list[Fetch] = []
