@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.models import build_tape
+from deskside.plan_stream import expert_bytes
 from lent import (
     EXPERT,
     N_EXPERT,
@@ -28,7 +29,7 @@ from lent import (
     results,
 )
 from models import tiny
-from placements import IDS, batch, cache_options
+from placements import IDS, batch, cache_options, drawn
 from torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
 
 ALWAYS = StreamOptions("emu0", 1, 3 * EXPERT)  # from 17 tokens on: fewer pairs are not sorted
@@ -62,6 +63,21 @@ def test_beside_the_native_program_float_models_agree(host_below: int) -> None:
     size = EXPERT * 8  # float32
     stream = StreamOptions("emu0", 1, size, host_below=host_below)
     got, expected = results(placed("F32", stream=stream), "f32"), plain("F32", "f32", True)
+    assert relative(got, expected) < 1e-5
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a.argmax(-1), b.argmax(-1))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_placement_beside_the_native_program_agrees(seed: int) -> None:
+    """All that is not experts lies anywhere; cache and slots are on one device or on two."""
+    placement = drawn(NAMES, 300 + seed)
+    placement |= {name: "cpu" for name in NAMES if "_exps" in name and "blk.2" not in name}
+    stream = StreamOptions("emu0", 1, 8 * EXPERT, host_below=3 * seed)
+    cache = ExpertCache(f"emu{seed}", 400 * EXPERT, max_promotions=40)
+    backend = placed("F32", placement=placement, stream=stream, expert_cache=cache)
+    got, expected = results(backend, "f32"), plain("F32", "f32", True)
+    assert backend.expert_metrics.hits > 0 and backend.expert_metrics.streamed > 0
     assert relative(got, expected) < 1e-5
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a.argmax(-1), b.argmax(-1))
@@ -243,6 +259,7 @@ def test_experts_are_read_as_they_lie_in_the_file(tmp_path: Path) -> None:
     path.write_bytes(tiny("tiny-moe").read_bytes())
     file = GGUF.open(path)
     op = next(op for op in build_tape(file).ops if op.kind == "experts")
+    assert Layout.of(op).nbytes == expert_bytes(op)  # as planned
     for info, _, n in Layout.of(op).parts:
         to = np.zeros(n, np.uint8)
         Source().read(info, 5, to)

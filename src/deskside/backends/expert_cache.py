@@ -137,7 +137,8 @@ class Residents:
         self._host_table = torch.full(shape, -1, dtype=torch.int32)
         # By row and expert; -1 where it is not here.
         self._slot_of: NDArray[np.int32] = self._host_table.numpy()
-        self._owner: list[tuple[int, int] | None] = [None] * n
+        self._owner = np.zeros((n, 2), np.int64)  # the row and expert of a slot that is settled
+        self._settled = np.zeros(n, bool)  # neither free nor on its way
         self._free = list(range(n - 1, -1, -1))
         self._coming: dict[tuple[int, int], tuple[int, Future[Any]]] = {}
         self._copier = Copier(device.device, source, size, STAGED, n_threads)
@@ -240,23 +241,27 @@ class Residents:
         if self.device.device.type == "cuda":  # most often the logits have been waited for
             torch.cuda.current_stream(self.device.device).synchronize()
         self._step += 1
-        missed: list[tuple[int, int]] = []
-        hits = misses = 0
-        counts = np.zeros_like(self.heat)
-        for row, (n, top_k) in self._noted.items():
-            ids = self._chosen[row, :n, :top_k].numpy().astype(np.int64)
-            counts[row] = np.bincount(ids.reshape(-1), minlength=counts.shape[1])
-            here = self._slot_of[row] >= 0
-            hits += int(counts[row, here].sum())
-            misses += int(counts[row, ~here].sum())
-            missed += [(row, int(e)) for e in np.flatnonzero((counts[row] > 0) & ~here)]
+        shape = self.heat.shape
+        flat = np.concatenate(
+            [
+                self._chosen[row, :n, :top_k].numpy().reshape(-1).astype(np.int64) + row * shape[1]
+                for row, (n, top_k) in self._noted.items()
+            ]
+        )
+        counts = np.bincount(flat, minlength=self.heat.size).reshape(shape).astype(np.float64)
+        here = self._slot_of >= 0
+        hits = int(counts[here].sum())
         self._metrics = replace(
-            self._metrics, hits=self._metrics.hits + hits, misses=self._metrics.misses + misses
+            self._metrics,
+            hits=self._metrics.hits + hits,
+            misses=self._metrics.misses + len(flat) - hits,
         )
         self._warm(counts, max(n for n, _ in self._noted.values()))
         # The hottest first; of equals those that this step wanted more, then by their numbers.
-        missed.sort(key=lambda at: (-self.heat[at], -counts[at], at))
-        for at in missed[: self.options.max_promotions]:
+        rows, experts = np.nonzero((counts > 0) & ~here)
+        order = np.lexsort((-counts[rows, experts], -self.heat[rows, experts]))
+        for i in order[: self.options.max_promotions].tolist():
+            at = (int(rows[i]), int(experts[i]))
             if at not in self._coming:
                 self._replace(at)
         if self.device.device.type != "cuda":
@@ -275,17 +280,15 @@ class Residents:
     def _replace(self, at: tuple[int, int]) -> None:
         """Start to bring an expert in, if that is worth what has to go for it."""
         if not self._free:
-            residents = [(self.heat[o], o, s) for s, o in enumerate(self._owner) if o is not None]
-            residents = [r for r in residents if r[1] not in self._coming]
-            if not residents:
-                return
-            coldest, owner, slot = min(residents)
+            heat = np.where(self._settled, self.heat[self._owner[:, 0], self._owner[:, 1]], np.inf)
+            slot = int(heat.argmin())
             margin = self.options.margin if self.options.policy == "lfu" else 1.0
-            if self.heat[at] <= coldest * margin:
+            if self.heat[at] <= heat[slot] * margin:
                 return
+            owner = tuple(self._owner[slot])
             self._slot_of[owner] = -1
             self._changed = True
-            self._owner[slot] = None
+            self._settled[slot] = False
             self._free.append(slot)
             self._metrics = replace(self._metrics, evictions=self._metrics.evictions + 1)
         self._promote(*at)
@@ -318,11 +321,11 @@ class Residents:
                 failed = lost
             if failed is not None:
                 error = error or failed
-                self._owner[slot] = None
                 self._free.append(slot)
                 continue
             self._copier.arrived(job.result())
             self._slot_of[at] = slot
+            self._settled[slot] = True
             self._changed = True
             self._metrics = replace(
                 self._metrics,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +64,7 @@ class Source:
     def __init__(self, packed: Mapping[str, _native.Weights] = MappingProxyType({})) -> None:
         self.packed = packed
         self._files: dict[Path, int] = {}
+        self._lock = Lock()  # of _files
 
     def read(self, info: TensorInfo, expert: int, to: Bytes) -> None:
         """Expert `expert` of a tensor into `to`, uint8 (rows * row_bytes,); DesksideError where its
@@ -74,11 +76,13 @@ class Source:
 
     def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
         try:
-            if info.path not in self._files:
-                self._files[info.path] = os.open(info.path, os.O_RDONLY)
+            with self._lock:
+                if info.path not in self._files:
+                    self._files[info.path] = os.open(info.path, os.O_RDONLY)
+                fd = self._files[info.path]
             done = 0
             while done < len(to):
-                got = os.preadv(self._files[info.path], [to[done:].data], offset + done)
+                got = os.preadv(fd, [to[done:].data], offset + done)
                 if got == 0:
                     raise OSError("ends early: it was cut off after it was opened")
                 done += got
@@ -151,8 +155,10 @@ class Copier:
             self._source.read(info, e, array[i * size + at :][:n])
 
         jobs = [(i, e, part) for i, e in enumerate(experts) for part in layout.parts]
-        for _ in self._readers.map(read, jobs):
-            pass
+        reads = [self._readers.submit(read, job) for job in jobs]
+        wait(reads)  # also after an error: nothing may still write to the buffer
+        for done in reads:
+            done.result()
         n = len(experts) * size
         if self._stream is None:
             target[:n].copy_(host[:n])
