@@ -32,8 +32,12 @@ def placed(types: str = "", *, size: str | int = "1GiB", **options: Any) -> Any:
 
 
 def results(backend: Any, kv: str = "f16") -> list[np.ndarray]:
-    """A prompt, tokens of it one by one, three sequences together."""
-    cache = backend.new_cache(**cache_options(kv))
+    """Of a session on a backend with devices: see `results_of`."""
+    return results_of(backend, backend.new_cache(**cache_options(kv)))
+
+
+def results_of(backend: Any, cache: Any) -> list[np.ndarray]:
+    """A prompt in two steps, tokens one by one, three sequences together."""
     steps = [
         batch((0, 0, IDS[:5]), outputs=[]),
         batch((0, 5, IDS[5:28])),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -145,6 +145,7 @@ class _Model:
     resident: float
     given_rest: Callable[[int], float] | None
     fill: float = 0.0
+    rests: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         cpu = self.machine.cpu
@@ -203,8 +204,11 @@ class _Model:
         return total
 
     def rest(self, n: int) -> float:
-        if self.given_rest is not None:
-            return self.given_rest(n)
+        if n not in self.rests:
+            self.rests[n] = self.given_rest(n) if self.given_rest else self._rest(n)
+        return self.rests[n]
+
+    def _rest(self, n: int) -> float:
         total = 0.0
         mine = {id(op) for op in self.ops}
         for op in self.tape.ops:

@@ -143,6 +143,7 @@ class Residents:
         self._coming: dict[tuple[int, int], tuple[int, Future[Any]]] = {}
         self._copier = Copier(device.device, source, size, STAGED, n_threads)
         self.heat = np.zeros(shape)  # lfu: uses, older ones counting less; lru: the last step
+        self.background = cuda  # promotions go on beside the next steps
         self._step = 0
         self._changed = True  # the host's table, since the device's was made equal to it
         # A token's use counts half after half_life tokens.
@@ -264,7 +265,7 @@ class Residents:
             at = (int(rows[i]), int(experts[i]))
             if at not in self._coming:
                 self._replace(at)
-        if self.device.device.type != "cuda":
+        if not self.background:
             self._take_in(wait=True)
         self._upload()
 
