@@ -21,6 +21,7 @@ namespace deskside {
 namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FloatMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Activations = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
@@ -38,6 +39,17 @@ struct PyWeights {
   std::shared_ptr<Arena> arena;
   Weights w;
   int64_t groups;  // matrices of the same shape, one after another
+
+  // Matrix `group` as the file has it, into `to` (rows, row bytes).
+  void unpack(int64_t group, OutBytes to) const {
+    const int64_t rows = w.rows / groups;
+    require(group >= 0 && group < groups, "unpack: no such matrix");
+    require(int64_t(to.shape(0)) == rows && int64_t(to.shape(1)) == file_row_bytes(w.type, w.cols),
+            "unpack: rows of a wrong number or length");
+    const uint8_t* from = w.data + group * panels_of(rows) * w.stride;
+    nb::gil_scoped_release release;
+    deskside::unpack(from, w.type, w.cols, rows, w.stride, to.data());
+  }
 };
 
 int64_t panel_bytes(int type, int64_t cols) {
@@ -461,7 +473,9 @@ NB_MODULE(_native, m) {
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
-  nb::class_<deskside::PyWeights>(m, "Weights");
+  nb::class_<deskside::PyWeights>(m, "Weights")
+      .def("unpack", &deskside::PyWeights::unpack, "group"_a, "to"_a,
+           "One matrix as the file has it, into uint8 (rows, row bytes).");
   nb::class_<deskside::PyArena>(m, "Arena")
       .def(nb::init<int64_t>(), "bytes"_a)
       .def("from_file", &deskside::PyArena::from_file, "fd"_a, "offset"_a, "type"_a, "cols"_a,

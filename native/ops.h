@@ -173,7 +173,7 @@ struct GatedDelta : Op {
 };
 
 // Which tokens an expert works for. A pair is one (token, chosen expert) and has the number
-// token * top_k + choice; pairs are sorted by expert.
+// token * top_k + choice; pairs are sorted by expert. Those with the id -1 are left out.
 struct Routing {
   int32_t *n_active;
   int32_t *active;  // experts with at least one token

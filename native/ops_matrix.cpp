@@ -111,10 +111,15 @@ Routing::Routing(uint8_t* base, int n_expert, int64_t pairs) {
 
 void SortExperts::row(const Run& r, int64_t) const {
   const Routing t = shape.routing(r);
-  const auto chosen = [&](int i) { return size_t(r.row(ids, i / shape.top_k)[i % shape.top_k]); };
+  // -1 stands for an expert that another device computes; no other number may reach memory either.
+  const auto chosen = [&](int i) {
+    const float id = r.row(ids, i / shape.top_k)[i % shape.top_k];
+    return id >= 0 && id < float(shape.n_expert) ? int(id) : -1;
+  };
   const int pairs = r.n_tokens() * shape.top_k;
   std::fill_n(t.count, shape.n_expert, 0);
-  for (int i = 0; i < pairs; i++) t.count[chosen(i)]++;
+  for (int i = 0; i < pairs; i++)
+    if (const int e = chosen(i); e >= 0) t.count[e]++;
   int32_t at = 0, n_active = 0;
   for (int e = 0; e < shape.n_expert; e++) {
     const int32_t own = t.count[e];
@@ -127,7 +132,9 @@ void SortExperts::row(const Run& r, int64_t) const {
   t.first[n_active] = at;
   *t.n_active = n_active;
   for (int i = 0; i < pairs; i++) {
-    const int32_t to = t.count[chosen(i)]++;
+    const int e = chosen(i);
+    if (e < 0) continue;
+    const int32_t to = t.count[e]++;
     t.pair[to] = i;
     t.token[to] = i / shape.top_k;
   }

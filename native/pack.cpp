@@ -14,6 +14,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "panel.h"
@@ -36,21 +37,26 @@ Arena::~Arena() { munmap(mapped_, size_t(mapped_bytes_)); }
 
 namespace {
 
-// Writes arrays over the 16 rows one after another.
-struct Writer {
-  uint8_t* to;
+// Moves arrays over the 16 rows, one after another: into a panel, or back (kBack).
+template <bool kBack> struct Mover {
+  using Row = std::conditional_t<kBack, uint8_t*, const uint8_t*>;
+  std::conditional_t<kBack, const uint8_t*, uint8_t*> panel;
 
   template <int Bytes, class F> void rows(F&& field) {
-    for (int r = 0; r < kPanelRows; r++, to += Bytes) std::memcpy(to, field(r), Bytes);
+    for (int r = 0; r < kPanelRows; r++, panel += Bytes) move<Bytes>(field(r), panel);
   }
   // `Vectors` times four bytes of every row.
   template <int Vectors, class F> void vectors(F&& field) {
     for (int r = 0; r < kPanelRows; r++) {
-      const uint8_t* from = field(r);
-      for (int j = 0; j < Vectors; j++) std::memcpy(to + j * kVector + 4 * r, from + 4 * j, 4);
+      const Row row = field(r);
+      for (int j = 0; j < Vectors; j++) move<4>(row + 4 * j, panel + j * kVector + 4 * r);
     }
-    to += Vectors * kVector;
+    panel += Vectors * kVector;
   }
+
+ private:
+  template <int Bytes> static void move(const uint8_t* row, uint8_t* at) { std::memcpy(at, row, Bytes); }
+  template <int Bytes> static void move(uint8_t* row, const uint8_t* at) { std::memcpy(row, at, Bytes); }
 };
 
 // Values below 16 of a block of 32 to the bytes of IQ4_NL's order: m low, m + 16 high.
@@ -58,11 +64,23 @@ void join_nibbles(const uint8_t* v, uint8_t* to) {
   for (int m = 0; m < 16; m++) to[m] = uint8_t((v[m] & 15) | v[m + 16] << 4);
 }
 
+void split_nibbles(const uint8_t* from, uint8_t* v) {
+  for (int m = 0; m < 16; m++) v[m] = from[m] & 15, v[m + 16] = from[m] >> 4;
+}
+
 void pack_q4_k(const uint8_t* qs, int b, uint8_t* to) {
   uint8_t v[32];
   const uint8_t* x = qs + 32 * (b / 2);
   for (int i = 0; i < 32; i++) v[i] = b % 2 ? x[i] >> 4 : x[i] & 15;
   join_nibbles(v, to);
+}
+
+// Blocks in ascending order: the even one writes the bytes that the odd one adds to.
+void unpack_q4_k(const uint8_t* from, int b, uint8_t* qs) {
+  uint8_t v[32];
+  split_nibbles(from, v);
+  uint8_t* x = qs + 32 * (b / 2);
+  for (int i = 0; i < 32; i++) x[i] = b % 2 ? uint8_t(x[i] | v[i] << 4) : v[i];
 }
 
 // Bit `b` of 32 bytes: bit g of byte i is that of weight 4g + i.
@@ -74,12 +92,28 @@ void gather_bits(const uint8_t* qh, int b, uint8_t* to) {
   }
 }
 
+// The inverse; bit 0 comes first and clears the others.
+void scatter_bits(const uint8_t* from, int b, uint8_t* qh) {
+  for (int i = 0; i < 4; i++)
+    for (int g = 0; g < 8; g++) {
+      const unsigned bit = from[i] >> g & 1u;
+      qh[4 * g + i] = uint8_t(b ? qh[4 * g + i] | bit << b : bit);
+    }
+}
+
 void gather_bits(uint32_t qh, uint8_t* to) {
   for (int i = 0; i < 4; i++) {
     unsigned f = 0;
     for (int g = 0; g < 8; g++) f |= (qh >> (4 * g + i) & 1) << g;
     to[i] = uint8_t(f);
   }
+}
+
+uint32_t scatter_bits(const uint8_t* from) {
+  uint32_t qh = 0;
+  for (int i = 0; i < 4; i++)
+    for (int g = 0; g < 8; g++) qh |= uint32_t(from[i] >> g & 1) << (4 * g + i);
+  return qh;
 }
 
 // The 256 weights of a block of Q6_K, as values 0..63 (FACTS 3.3).
@@ -95,6 +129,24 @@ void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
   }
 }
 
+void block_q6_k(const uint8_t* v, BlockQ6_K& q) {
+  for (int h = 0; h < 2; h++, v += 128) {
+    uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
+    for (int i = 0; i < 32; i++) {
+      ql[i] = uint8_t((v[i] & 15) | v[i + 64] << 4);
+      ql[i + 32] = uint8_t((v[i + 32] & 15) | v[i + 96] << 4);
+      qh[i] = uint8_t(v[i] >> 4 | v[i + 32] >> 4 << 2 | v[i + 64] >> 4 << 4 | v[i + 96] >> 4 << 6);
+    }
+  }
+}
+
+void add_top_bits(const uint8_t* from, uint8_t* v) {
+  for (int h = 0; h < 2; h++)
+    for (int i = 0; i < 4; i++)
+      for (int g = 0; g < 4; g++)
+        v[16 * h + 4 * g + i] |= uint8_t((from[4 * h + i] >> (2 * g) & 3) << 4);
+}
+
 void top_bits(const uint8_t* v, uint8_t* to) {
   for (int h = 0; h < 2; h++)
     for (int i = 0; i < 4; i++) {
@@ -104,63 +156,80 @@ void top_bits(const uint8_t* v, uint8_t* to) {
     }
 }
 
-template <Type T> void pack_superblock(const typename Panel<T>::Block* const* rows, uint8_t* to) {
-  Writer w{to};
-  const auto raw = [&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]); };
+template <Type T, bool kBack>
+using BlockOf = std::conditional_t<kBack, typename Panel<T>::Block, const typename Panel<T>::Block>;
+
+// A superblock of 16 rows into a panel, or back.
+template <Type T, bool kBack>
+void move_superblock(BlockOf<T, kBack>* const* rows, decltype(Mover<kBack>::panel) panel) {
+  using Row = typename Mover<kBack>::Row;
+  Mover<kBack> w{panel};
+  const auto raw = [&](int r) { return reinterpret_cast<Row>(rows[r]); };
+  const auto each = [](auto&& f) {
+    for (int r = 0; r < kPanelRows; r++) f(r);
+  };
   if constexpr (T == Type::Q4_0 || T == Type::IQ4_NL) {
-    w.rows<2>(raw);
-    w.vectors<4>([&](int r) { return rows[r]->qs; });
+    w.template rows<2>(raw);
+    w.template vectors<4>([&](int r) { return rows[r]->qs; });
   } else if constexpr (T == Type::Q8_0) {
-    w.rows<2>(raw);
-    w.vectors<8>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->qs); });
+    w.template rows<2>(raw);
+    w.template vectors<8>([&](int r) { return reinterpret_cast<Row>(rows[r]->qs); });
   } else if constexpr (T == Type::Q4_1) {
-    w.rows<2>(raw);
-    w.rows<2>([&](int r) { return raw(r) + 2; });
-    w.vectors<4>([&](int r) { return rows[r]->qs; });
+    w.template rows<2>(raw);
+    w.template rows<2>([&](int r) { return raw(r) + 2; });
+    w.template vectors<4>([&](int r) { return rows[r]->qs; });
   } else if constexpr (T == Type::Q5_0 || T == Type::Q5_1) {
-    w.rows<2>(raw);
-    if constexpr (T == Type::Q5_1) w.rows<2>([&](int r) { return raw(r) + 2; });
+    w.template rows<2>(raw);
+    if constexpr (T == Type::Q5_1) w.template rows<2>([&](int r) { return raw(r) + 2; });
     uint8_t fifth[kPanelRows][4];
-    for (int r = 0; r < kPanelRows; r++) gather_bits(rows[r]->qh, fifth[r]);
-    w.vectors<1>([&](int r) { return fifth[r]; });
-    w.vectors<4>([&](int r) { return rows[r]->qs; });
+    if constexpr (!kBack) each([&](int r) { gather_bits(rows[r]->qh, fifth[r]); });
+    w.template vectors<1>([&](int r) { return fifth[r]; });
+    if constexpr (kBack) each([&](int r) { rows[r]->qh = scatter_bits(fifth[r]); });
+    w.template vectors<4>([&](int r) { return rows[r]->qs; });
   } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
-    w.rows<2>(raw);
-    w.rows<2>([&](int r) { return raw(r) + 2; });
-    w.vectors<3>([&](int r) { return rows[r]->scales; });
+    w.template rows<2>(raw);
+    w.template rows<2>([&](int r) { return raw(r) + 2; });
+    w.template vectors<3>([&](int r) { return rows[r]->scales; });
     uint8_t part[kPanelRows][16];
+    const auto own = [&](int r) { return part[r]; };
     for (int b = 0; b < 8; b++) {
       if constexpr (T == Type::Q5_K) {
-        for (int r = 0; r < kPanelRows; r++) gather_bits(rows[r]->qh, b, part[r]);
-        w.vectors<1>([&](int r) { return part[r]; });
+        if constexpr (!kBack) each([&](int r) { gather_bits(rows[r]->qh, b, part[r]); });
+        w.template vectors<1>(own);
+        if constexpr (kBack) each([&](int r) { scatter_bits(part[r], b, rows[r]->qh); });
       }
-      for (int r = 0; r < kPanelRows; r++) pack_q4_k(rows[r]->qs, b, part[r]);
-      w.vectors<4>([&](int r) { return part[r]; });
+      if constexpr (!kBack) each([&](int r) { pack_q4_k(rows[r]->qs, b, part[r]); });
+      w.template vectors<4>(own);
+      if constexpr (kBack) each([&](int r) { unpack_q4_k(part[r], b, rows[r]->qs); });
     }
   } else if constexpr (T == Type::Q6_K) {
-    w.rows<2>([&](int r) { return reinterpret_cast<const uint8_t*>(&rows[r]->d); });
+    w.template rows<2>([&](int r) { return reinterpret_cast<Row>(&rows[r]->d); });
     for (int i = 0; i < 16; i++)
-      w.rows<1>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->scales + i); });
+      w.template rows<1>([&](int r) { return reinterpret_cast<Row>(rows[r]->scales + i); });
     uint8_t v[kPanelRows][256], part[kPanelRows][16];
-    for (int r = 0; r < kPanelRows; r++) values_q6_k(*rows[r], v[r]);
+    const auto own = [&](int r) { return part[r]; };
+    if constexpr (!kBack) each([&](int r) { values_q6_k(*rows[r], v[r]); });
     for (int b = 0; b < 8; b++) {
-      for (int r = 0; r < kPanelRows; r++) join_nibbles(v[r] + 32 * b, part[r]);
-      w.vectors<4>([&](int r) { return part[r]; });
-      for (int r = 0; r < kPanelRows; r++) top_bits(v[r] + 32 * b, part[r]);
-      w.vectors<2>([&](int r) { return part[r]; });
+      if constexpr (!kBack) each([&](int r) { join_nibbles(v[r] + 32 * b, part[r]); });
+      w.template vectors<4>(own);
+      if constexpr (kBack) each([&](int r) { split_nibbles(part[r], v[r] + 32 * b); });
+      if constexpr (!kBack) each([&](int r) { top_bits(v[r] + 32 * b, part[r]); });
+      w.template vectors<2>(own);
+      if constexpr (kBack) each([&](int r) { add_top_bits(part[r], v[r] + 32 * b); });
     }
+    if constexpr (kBack) each([&](int r) { block_q6_k(v[r], *rows[r]); });
   } else if constexpr (T == Type::IQ4_XS) {
-    w.rows<2>(raw);
-    w.rows<2>([&](int r) { return raw(r) + 2; });
-    w.vectors<1>([&](int r) { return rows[r]->scales_l; });
-    for (int b = 0; b < 8; b++) w.vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
+    w.template rows<2>(raw);
+    w.template rows<2>([&](int r) { return raw(r) + 2; });
+    w.template vectors<1>([&](int r) { return rows[r]->scales_l; });
+    for (int b = 0; b < 8; b++) w.template vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
   } else if constexpr (T == Type::IQ4_KS) {
-    for (int b = 0; b < 8; b++) w.rows<1>([&](int r) { return rows[r]->scales + b; });
-    for (int b = 0; b < 8; b++) w.vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
+    for (int b = 0; b < 8; b++) w.template rows<1>([&](int r) { return rows[r]->scales + b; });
+    for (int b = 0; b < 8; b++) w.template vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
   } else {
     static_assert(T == Type::IQ4_KSS);
     for (int b = 0; b < 8; b++)
-      w.vectors<4>([&](int r) { return reinterpret_cast<const uint8_t*>(rows[r]->qs + 8 * b); });
+      w.template vectors<4>([&](int r) { return reinterpret_cast<Row>(rows[r]->qs + 8 * b); });
   }
 }
 
@@ -173,23 +242,39 @@ template <Type T> void pack_panel(const uint8_t* const* rows, int64_t cols, uint
   for (int64_t b = 0; b < cols / (32 * P::blocks); b++, to += P::bytes) {
     for (int r = 0; r < kPanelRows; r++)
       block[r] = reinterpret_cast<const Block*>(rows[r] + P::header) + b;
-    pack_superblock<T>(block, to);
+    move_superblock<T, false>(block, to);
+  }
+}
+
+template <Type T> void unpack_panel(const uint8_t* from, int64_t cols, uint8_t* const* rows) {
+  using P = Panel<T>;
+  using Block = typename P::Block;
+  if constexpr (P::header != 0)
+    for (int r = 0; r < kPanelRows; r++, from += P::header) std::memcpy(rows[r], from, P::header);
+  Block* block[kPanelRows];
+  for (int64_t b = 0; b < cols / (32 * P::blocks); b++, from += P::bytes) {
+    for (int r = 0; r < kPanelRows; r++) block[r] = reinterpret_cast<Block*>(rows[r] + P::header) + b;
+    move_superblock<T, true>(block, from);
   }
 }
 
 struct Format {
   Type type;
   int block, bytes, header;  // weights and bytes of a file's block, bytes before a row's first
-  void (*pack_panel)(const uint8_t* const* rows, int64_t cols, uint8_t* to);  // null: rows are copied
+  // Null where rows are copied.
+  void (*pack_panel)(const uint8_t* const* rows, int64_t cols, uint8_t* to);
+  void (*unpack_panel)(const uint8_t* from, int64_t cols, uint8_t* const* rows);
 };
 
 template <Type T> constexpr Format packed() {
   using P = Panel<T>;
-  return {T, 32 * P::blocks, int(sizeof(typename P::Block)), P::header, pack_panel<T>};
+  return {T, 32 * P::blocks, int(sizeof(typename P::Block)), P::header, pack_panel<T>,
+          unpack_panel<T>};
 }
 
 constexpr Format kFormats[] = {
-    {Type::F32, 1, 4, 0, nullptr}, {Type::F16, 1, 2, 0, nullptr}, {Type::BF16, 1, 2, 0, nullptr},
+    {Type::F32, 1, 4, 0, nullptr, nullptr}, {Type::F16, 1, 2, 0, nullptr, nullptr},
+    {Type::BF16, 1, 2, 0, nullptr, nullptr},
     packed<Type::Q4_0>(), packed<Type::Q4_1>(), packed<Type::Q5_0>(), packed<Type::Q5_1>(),
     packed<Type::Q8_0>(), packed<Type::Q4_K>(), packed<Type::Q5_K>(), packed<Type::Q6_K>(),
     packed<Type::IQ4_NL>(), packed<Type::IQ4_XS>(), packed<Type::IQ4_KS>(), packed<Type::IQ4_KSS>(),
@@ -276,6 +361,24 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   work();
   for (std::thread& t : threads) t.join();
   if (error) std::rethrow_exception(error);
+}
+
+void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t stride, uint8_t* to) {
+  const Format* const f = format(type);
+  if (!f) throw std::invalid_argument("unpack: a type without a layout");
+  const int64_t row_bytes = file_row_bytes(type, cols);
+  std::vector<uint8_t> none;  // for rows that the last panel is filled up with
+  for (int64_t r0 = 0; r0 < rows; r0 += kPanelRows, from += stride, to += kPanelRows * row_bytes) {
+    const int64_t n = std::min<int64_t>(kPanelRows, rows - r0);
+    if (!f->unpack_panel) {
+      std::memcpy(to, from, size_t(n * row_bytes));
+      continue;
+    }
+    if (n < kPanelRows) none.resize(size_t(row_bytes));
+    uint8_t* row[kPanelRows];
+    for (int r = 0; r < kPanelRows; r++) row[r] = r < n ? to + r * row_bytes : none.data();
+    f->unpack_panel(from, cols, row);
+  }
 }
 
 }  // namespace deskside

@@ -24,6 +24,7 @@ LAYERS = [
     {"config", "convert", "synth"},
     {"backends", "rules", "plan_units"},
     {"plan_memory", "plan_speed"},
+    {"plan_stream"},
     {"plan"},
     {"plan_ways", "plan_emit"},
     {"placing", "plan_table"},

@@ -72,6 +72,27 @@ def matmul(w: np.ndarray, t: QuantType, x: np.ndarray, isa: str, threads: int = 
     return out
 
 
+@pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
+@pytest.mark.parametrize("rows", [16, 37])
+def test_unpacked_weights_are_the_files_bytes(name: str, rows: int) -> None:
+    """Every bit of three matrices, whose last panel may lack rows, interleaved with others."""
+    t, n, rng = BY_NAME[name], 512, np.random.default_rng(4)
+    w = rng.integers(0, 256, (3 * rows, t.row_bytes(n)), np.uint8)
+    other = rng.integers(0, 256, w.shape, np.uint8)
+    panel = _native.panel_bytes(t.id, n)
+    arena = _native.Arena(2 * 3 * -(-rows // 16) * panel)
+    first = arena.from_array(w, t.id, n, 3, 0, 2 * panel, 1)
+    second = arena.from_array(other, t.id, n, 3, panel, 2 * panel, 1)
+    for weights, expected in ((first, w), (second, other)):
+        for e in (2, 0, 1):
+            to = np.full((rows, t.row_bytes(n)), 7, np.uint8)
+            weights.unpack(e, to)
+            np.testing.assert_array_equal(to, expected[e * rows : (e + 1) * rows])
+    for e, shape in ((3, to.shape), (-1, to.shape), (0, (rows + 1, to.shape[1])), (0, (rows, 8))):
+        with pytest.raises(ValueError, match="unpack"):
+            first.unpack(e, np.zeros(shape, np.uint8))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
 @pytest.mark.parametrize(("rows", "m"), [(7, 1), (64, 2), (5, 3), (9, 4), (131, 5), (6, 38)])

@@ -179,7 +179,7 @@ def needed(backend: PlacedBackend, name: str, kv: str = "f16") -> int:
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
     states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
-    work = backend._work_bytes(name)
+    work = backend._work(backend.devices[name])
     return backend.weight_bytes()[name] + states + work
 
 

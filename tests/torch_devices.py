@@ -13,6 +13,11 @@ packages("torch")
 import_module("torch").set_num_threads(1)
 
 PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
+ExpertCache = import_module("deskside.backends.expert_cache").ExpertCache
+expert_copies = import_module("deskside.backends.expert_copies")
+Layout, Source = expert_copies.Layout, expert_copies.Source
+stream_module = import_module("deskside.backends.stream")
+StreamOptions = stream_module.StreamOptions
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
 torch_quants = import_module("deskside.backends.torch_quants")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ class CpuBackend:
     isa: name of a compiled instruction set, None for the fastest that this machine runs;
     DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
     stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
+    packed: another backend's `weights`, which serve here too.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class CpuBackend:
         isa: str | None = None,
         reserve: int = 0,
         stretches: Sequence[Stretch] | None = None,
+        packed: Mapping[str, _native.Weights] | None = None,
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -67,8 +69,14 @@ class CpuBackend:
         reserve += 4 * arena
         try:
             self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
-            weights = load(self.steps, n_threads=n_threads, reserve=reserve, progress=progress)
-            lowering = _Lowering(self.program, file, tape, offsets, weights)
+            self.weights = load(
+                self.steps,
+                n_threads=n_threads,
+                reserve=reserve,
+                progress=progress,
+                packed=packed or {},
+            )
+            lowering = _Lowering(self.program, file, tape, offsets, self.weights)
             self._lower(lowering)
             self.program.finish()
         except MemoryError:

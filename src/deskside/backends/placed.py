@@ -19,9 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deskside._native import Weights
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.sections import HOST, HOST_TORCH, Section, cut, hops, state_homes
+from deskside.backends.expert_cache import ExpertCache, ExpertMetrics
+from deskside.backends.lent_experts import LentExperts
+from deskside.backends.sections import BORROWING, HOST, HOST_TORCH, Section, cut, hops, state_homes
 from deskside.backends.steps import Stretch
+from deskside.backends.stream import StreamOptions
 from deskside.backends.torch_device import Arrays, TorchDevice, show
 from deskside.backends.torch_ops import TorchStep
 from deskside.backends.work import work_bytes
@@ -42,13 +46,38 @@ class Traffic:
     nbytes: int
 
 
+class Route:
+    """One way to run the tape, for steps of at most `max_tokens` tokens.
+
+    lends: whether a device computes experts of the host in it, and whether they stream.
+    """
+
+    def __init__(
+        self, sections: tuple[Section, ...], max_tokens: int, *, lends: bool, streams: bool
+    ) -> None:
+        self.sections = sections
+        self.max_tokens = max_tokens
+        self.lends = lends
+        self.streams = streams
+        # The number of a native section among its program's stretches.
+        native = [i for i, s in enumerate(sections) if s.device == HOST]
+        self.native = {i: n for n, i in enumerate(native)}
+        self.cpu: CpuBackend | None = None
+
+    def stretches(self) -> list[Stretch]:
+        own = (self.sections[i] for i in self.native)
+        return [Stretch(s.ops, s.imports, s.exports) for s in own]
+
+
 class PlacedBackend:
     """A tape over several devices, at most `max_tokens` tokens a step.
 
     placement: the device's name for every tensor: "cpu" or one of `devices`. max_outputs: most
     tokens of a step whose logits are wanted, None for all. reserve: bytes of the system's memory
     that must stay free, for a cache. native: False has torch run the CPU's part too, with which
-    every placement gives the same bits. DesksideError where something does not fit.
+    every placement gives the same bits. stream: large batches have the CPU's experts computed by a
+    device through which they pass. expert_cache: a device's memory for some of them, in all other
+    batches. DesksideError where something does not fit.
     """
 
     def __init__(
@@ -64,6 +93,8 @@ class PlacedBackend:
         isa: str | None = None,
         reserve: int = 0,
         native: bool = True,
+        stream: StreamOptions | None = None,
+        expert_cache: ExpertCache | None = None,
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -71,37 +102,53 @@ class PlacedBackend:
         self.max_outputs = max_outputs or max_tokens
         placement = {name: device.lower() for name, device in placement.items()}
         _check(tape, placement, devices)
-        self.sections = cut(tape, placement, native=native)
         self.devices = {d.name: d for d in devices}
-        if any(s.device == HOST_TORCH for s in self.sections):
-            self.devices[HOST_TORCH] = TorchDevice(HOST_TORCH, torch.device("cpu"))
-        self._expect_host_memory(reserve)
-        stretches = [
-            Stretch(s.ops, s.imports, s.exports) for s in self.sections if s.device == HOST
+        self.lent = LentExperts(tape, placement, self.devices, stream, expert_cache, max_tokens)
+        self.routes = [
+            Route(
+                cut(tape, placement, native=native, helper=way.helper),
+                way.max_tokens,
+                lends=way.helper is not None,
+                streams=way.streams,
+            )
+            for way in self.lent.ways
         ]
-        self._native = {i: n for n, i in enumerate(self._indices(HOST))}
-        self.cpu: CpuBackend | None = None
+        self.sections = self.routes[0].sections
+        if any(s.device == HOST_TORCH for s in self._all_sections()):
+            self.devices[HOST_TORCH] = TorchDevice(HOST_TORCH, torch.device("cpu"))
+        reserve += self.lent.host_bytes()
+        self._expect_host_memory(reserve)
+        self._active: Route | None = None
         try:
             for device in self.devices.values():
-                device.plan(self.sections)
-                device.load(
-                    file, self._weights(device.name), self._work_bytes(device.name), progress
+                self.lent.expect(
+                    device, sum(w.nbytes for w in self._weights(device.name)), self._work(device)
                 )
-            if stretches:
-                self.cpu = CpuBackend(
+                work = self._work(device) + self.lent.nbytes(device.name)
+                device.load(file, self._weights(device.name), work, progress)
+            packed: Mapping[str, Weights] = {}
+            for route in self.routes:
+                if not route.native:
+                    continue
+                route.cpu = CpuBackend(
                     file,
                     tape,
                     n_threads=n_threads,
-                    max_tokens=max_tokens,
+                    max_tokens=route.max_tokens,
                     isa=isa,
                     reserve=reserve,
-                    stretches=stretches,
+                    stretches=route.stretches(),
+                    packed=packed,
                     progress=progress,
                 )
+                packed = route.cpu.weights
+            self.lent.load(packed, n_threads)
         except BaseException:
+            self.lent.release()
             for device in self.devices.values():
                 device.weights.clear()
             raise
+        self.cpu = self.routes[0].cpu
         self._worker = ThreadPoolExecutor(1, "deskside-cpu")
 
     def _expect_host_memory(self, reserve: int) -> None:
@@ -116,30 +163,49 @@ class PlacedBackend:
                 "emulate fewer tensors, or lower -c"
             )
 
-    def _indices(self, device: str) -> list[int]:
-        return [i for i, s in enumerate(self.sections) if s.device == device]
+    def _all_sections(self) -> list[Section]:
+        return [s for route in self.routes for s in route.sections]
 
     def _weights(self, device: str) -> list[TensorInfo]:
-        ops = [op for s in self.sections if s.device == device for op in s.ops]
-        return list({w.name: w for op in ops for w in op.weights}.values())
+        """What a device holds; what it borrows is not among it."""
+        ops = [op for s in self._all_sections() if s.device == device for op in s.ops]
+        held = (w for op in ops if op.kind not in BORROWING for w in op.weights)
+        return list({w.name: w for w in held}.values())
 
-    def _work_bytes(self, device: str) -> int:
-        return work_bytes(self.sections, device, self.max_tokens, self.max_outputs)
+    def _work(self, device: TorchDevice) -> int:
+        return max(
+            work_bytes(r.sections, device.name, r.max_tokens, min(self.max_outputs, r.max_tokens))
+            for r in self.routes
+        )
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of weights on every device."""
-        names = dict.fromkeys(s.device for s in self.sections)
+        names = dict.fromkeys(s.device for s in self._all_sections())
         return {name: sum(w.nbytes for w in self._weights(name)) for name in names}
 
     def state_homes(self) -> dict[int, str]:
         """The device of every state, by its index."""
         return state_homes(self.sections)
 
+    def route(self, tokens: int) -> Route:
+        """How a step of so many tokens runs."""
+        return next(r for r in self.routes if tokens <= r.max_tokens)
+
     def traffic(self, tokens: int = 1, outputs: int = 1) -> Traffic:
-        """What a step of so many tokens and wanted logits moves between devices."""
+        """What a step of so many tokens and wanted logits moves between devices; no experts."""
+        sections = self.route(tokens).sections
         return Traffic(
-            *hops(self.sections, lambda v: 4 * v.width * (outputs if v.per_output else tokens))
+            *hops(sections, lambda v: 4 * v.width * (outputs if v.per_output else tokens))
         )
+
+    @property
+    def expert_metrics(self) -> ExpertMetrics:
+        """What came of `stream` and `expert_cache` so far."""
+        return self.lent.metrics
+
+    def expert_usage(self) -> dict[int, list[float]]:
+        """By layer, how often a token chose each expert of late: a profile for `ExpertCache`."""
+        return self.lent.residents.usage() if self.lent.residents else {}
 
     def new_cache(self, *, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType) -> Cache:
         """A cache whose states lie beside their ops; `run` takes no other."""
@@ -148,8 +214,8 @@ class PlacedBackend:
             for i, home in self.state_homes().items()
             if home not in (HOST, HOST_TORCH)
         }
-        for name, device in self.devices.items():
-            device.expect("work memory", self._work_bytes(name))
+        for device in self.devices.values():
+            device.expect("work memory", self._work(device))
         return Cache(
             self.tape.states,
             n_slots=n_slots,
@@ -166,7 +232,7 @@ class PlacedBackend:
         return self._run(batch, cache, out, None)
 
     def profile(self, batch: Batch, cache: Cache) -> tuple[NDArray[np.float32], list[float]]:
-        """As `run`, with the microseconds of each of `sections`, run one after another."""
+        """As `run`, with the microseconds of each section of its route, run one after another."""
         micros: list[float] = []
         return self._run(batch, cache, None, micros), micros
 
@@ -185,9 +251,16 @@ class PlacedBackend:
         cache.check(batch)
         shape = (len(batch.outputs), self.tape.n_vocab)
         logits = np.empty(shape, np.float32) if out is None else out
-        run = _Run(self, batch, cache, logits)
+        route = self.route(len(batch.tokens))
+        if route is not self._active:
+            for device in self.devices.values():
+                device.plan(route.sections)
+            self._active = route
+        run = _Run(self, route, batch, cache, logits)
         try:
+            self.lent.begin_step()
             run.all(micros)
+            self.lent.end_step()
         except BaseException:
             run.settle()
             for segment in batch.segments:
@@ -200,9 +273,15 @@ class _Run:
     """One step on its way through the sections."""
 
     def __init__(
-        self, backend: PlacedBackend, batch: Batch, cache: Cache, logits: NDArray[np.float32]
+        self,
+        backend: PlacedBackend,
+        route: Route,
+        batch: Batch,
+        cache: Cache,
+        logits: NDArray[np.float32],
     ) -> None:
         self.backend = backend
+        self.route = route
         self.batch = batch
         self.cache = cache
         self.logits = logits
@@ -227,10 +306,11 @@ class _Run:
             self.cache.k_type,
             self.cache.v_type,
             device.matmul,
+            self.backend.lent.lender(self.route.streams) if self.route.lends else None,
         )
 
     def all(self, micros: list[float] | None) -> None:
-        for i, section in enumerate(self.backend.sections):
+        for i, section in enumerate(self.route.sections):
             began = time.perf_counter()
             if section.device == HOST:
                 self._native(i, section)
@@ -251,6 +331,7 @@ class _Run:
     def settle(self) -> None:
         """Nothing may still write to the states when they are cleared."""
         wait_for(self.jobs)
+        self.backend.lent.drain()
 
     def _native(self, i: int, section: Section) -> None:
         imports = {v.id: self.arrived[v.id] for v in section.imports}
@@ -261,11 +342,11 @@ class _Run:
     def _native_job(
         self, i: int, section: Section, imports: Mapping[int, Callable[[], Arrays]]
     ) -> Arrays:
-        cpu = self.backend.cpu
+        cpu = self.route.cpu
         assert cpu is not None
         for value in section.imports:
             cpu.values(value, self._rows(value))[:] = imports[value.id]()[value.id]
-        stretch = self.backend._native[i]
+        stretch = self.route.native[i]
         cpu.run_stretch(stretch, self.batch, self.cache, self.logits)
         # Copies: the program's next stretch may use their place.
         return {v.id: cpu.values(v, self._rows(v)).copy() for v in section.exports}

@@ -24,6 +24,20 @@ HOST = "cpu"  # the native program
 # Ops on the host that no native kernel has: a convolution apart from its linear, and experts whose
 # matrices lie on several devices. Torch runs them, on the file's mapped bytes.
 HOST_TORCH = "cpu (torch)"
+# Ops whose weights the placement leaves on the host, and a helper brings in by itself.
+BORROWING = frozenset({"expert_own", "expert_own_pairs"})
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A device that computes experts which the placement has on the host.
+
+    all: every expert that is chosen; else those that the device picks as it runs, and the host
+    computes the rest.
+    """
+
+    device: str
+    all: bool
 
 
 @dataclass(frozen=True)
@@ -38,17 +52,37 @@ class Section:
     waits: tuple[int, ...] = ()
 
 
-def cut(tape: Tape, placement: Mapping[str, str], *, native: bool = True) -> tuple[Section, ...]:
+def cut(
+    tape: Tape,
+    placement: Mapping[str, str],
+    *,
+    native: bool = True,
+    helper: Helper | None = None,
+) -> tuple[Section, ...]:
     """The sections of `tape`, in an order in which they can run.
 
     placement: the device of every tensor that the tape reads; DesksideError if one is missing.
-    native: whether the host has the native program; else torch runs there too.
+    native: whether the host has the native program; else torch runs there too. helper: see there.
     """
     for name in tape.weights():
         if name not in placement:
             raise DesksideError(f"the placement has no device for tensor {name}")
     ops = list(_split_experts(tape, placement))
-    devices = _devices(ops, placement)
+    pinned: dict[int, str] = {}
+    if helper is not None:
+        helped = {id(op) for op in borrowed(tape, placement)}
+        next_id = 1 + max(v.id for op in ops for v in op.outputs)
+        whole, ops = ops, []
+        for op in whole:
+            if id(op) not in helped:
+                ops.append(op)
+                continue
+            parts = _helped(op, helper, native, next_id)
+            next_id += 4
+            own = [o for o in parts if o.kind.startswith("expert_") and o.kind != "expert_pairs"]
+            pinned.update({id(o): helper.device for o in own})
+            ops += parts
+    devices = _devices(ops, placement, pinned)
     if not native:
         devices = {op: HOST_TORCH if d == HOST else d for op, d in devices.items()}
     return _link(_order(_sections(ops, devices), devices), tape.logits)
@@ -75,21 +109,66 @@ def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
         yield Op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
 
 
-def _home(op: Op, placement: Mapping[str, str]) -> str | None:
-    """The device that an op's weights bind it to."""
-    return placement[op.weights[0].name] if op.weights and op.kind != "rope" else None
+def borrowed(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
+    """The experts that a helper can compute: whole layers that the placement has on the host."""
+    return [
+        op
+        for op in tape.ops
+        if op.kind == "experts" and all(placement[w.name] == HOST for w in op.weights)
+    ]
 
 
-def _devices(ops: Sequence[Op], placement: Mapping[str, str]) -> dict[int, str]:
-    """The device of each op, by its id()."""
+def _helped(op: Op, helper: Helper, native: bool, next_id: int) -> list[Op]:
+    """What a layer's experts become where a helper computes some of them.
+
+    expert_divide     ids             own, rest: the ids of either part, -1 in the place of others
+    expert_own        x, own, p; W    sum over a token's own experts, as `experts`; brings in W
+    expert_own_pairs  x, own; W       the terms of that sum side by side, without p
+    expert_pairs      x, rest; W      the same of the host's part
+    expert_merge      y, z, ids, p    the sum over both parts' terms, in `experts`' own order
+
+    The native program adds up its part by itself: then the parts' sums are added.
+    """
+    x, ids, p = op.inputs
+    (out,) = op.outputs
+    if helper.all:
+        return [Op("expert_own", op.layer, (x, ids, p), (out,), op.weights)]
+    own, rest = (Value(next_id + i, ids.width) for i in range(2))
+    width = out.width if native else out.width * ids.width
+    y, z = (Value(next_id + 2 + i, width) for i in range(2))
+    divide = Op("expert_divide", op.layer, (ids,), (own, rest))
+    if native:
+        return [
+            divide,
+            Op("expert_own", op.layer, (x, own, p), (y,), op.weights),
+            Op("experts", op.layer, (x, rest, p), (z,), op.weights),
+            Op("add", op.layer, (y, z), (out,)),
+        ]
+    return [
+        divide,
+        Op("expert_own_pairs", op.layer, (x, own), (y,), op.weights),
+        Op("expert_pairs", op.layer, (x, rest), (z,), op.weights),
+        Op("expert_merge", op.layer, (y, z, ids, p), (out,)),
+    ]
+
+
+def _devices(
+    ops: Sequence[Op], placement: Mapping[str, str], pinned: Mapping[int, str]
+) -> dict[int, str]:
+    """The device of each op, by its id(); `pinned` ones are known."""
+
+    def home(op: Op) -> str | None:
+        bound = op.weights and op.kind != "rope"
+        return pinned.get(id(op)) or (placement[op.weights[0].name] if bound else None)
+
     needed: dict[int, str] = {}  # by value: where it is read first
     for op in reversed(ops):
-        reader = _home(op, placement) or needed.get(op.outputs[0].id, "")
+        reader = home(op) or needed.get(op.outputs[0].id, "")
         needed.update({v.id: reader for v in op.inputs})
     made: dict[int, str] = {}
     devices: dict[int, str] = {}
     for op in ops:
-        device = _home(op, placement) or made[op.inputs[0].id]
+        device = home(op) or made[op.inputs[0].id]
         if op.kind == "add" and needed.get(op.outputs[0].id) in {made[v.id] for v in op.inputs}:
             device = needed[op.outputs[0].id]
         apart = op.kind == "conv_silu" and made[op.inputs[0].id] != HOST

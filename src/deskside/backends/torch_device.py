@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
+from deskside.backends.torch_experts import EXPERT_OPS
 from deskside.backends.torch_ops import OPS, Matmul, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.backends.work import ALIGN
@@ -34,6 +35,7 @@ from deskside.quants import QuantType
 from deskside.tape import KVState, Op, State
 
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
+ALL_OPS = {**OPS, **EXPERT_OPS}
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
 
@@ -205,7 +207,7 @@ class TorchDevice:
                 if op.outputs[0].per_output and rows == 0:
                     made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
                 else:
-                    made = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
+                    made = ALL_OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
             values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
             del made
             self._forget(op, section, values)
@@ -214,6 +216,12 @@ class TorchDevice:
         for value in (*op.inputs, *op.outputs):
             if self._last.get(value.id) is op and value not in section.exports:
                 values.pop(value.id, None)
+
+    def beat(self, doing: str) -> None:
+        """For work beside the ops, where the device may be lost too: DesksideError if it is."""
+        self._count_down()
+        if self.lost:
+            raise self._gone(doing)
 
     def _count_down(self) -> None:
         if self.ops_until_loss is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class TorchStep:
     k_type: QuantType
     v_type: QuantType
     matmul: Matmul | None = None
+    lent: Any = None  # experts that the device computes for the host: see torch_experts.py
     _rotations: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def floats(self, info: TensorInfo) -> Tensor:
@@ -314,9 +316,10 @@ def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tens
     x = rounded(x, info.type)
     if n * top_k <= FEW_PAIRS:
         per_pair = x.repeat_interleave(top_k, dim=0)
-        return _gathered(per_pair, ids.reshape(-1).long(), w, info).reshape(n, -1)
+        matrices = w.reshape(-1, rows, w.shape[1])
+        return gathered(per_pair, ids.reshape(-1).long(), matrices, info).reshape(n, -1)
     out = x.new_empty(n, top_k, rows)
-    for e, token, slot in _by_expert(ids):
+    for e, token, slot in by_expert(ids):
         out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.matmul)
     return out.reshape(n, -1)
 
@@ -328,35 +331,38 @@ def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: Torc
     w = step.weights[info.name]
     h = rounded(h.reshape(n * top_k, info.row_len), info.type)
     if n * top_k <= FEW_PAIRS:
-        y = _gathered(h, ids.reshape(-1).long(), w, info).reshape(n, top_k, rows)
+        matrices = w.reshape(-1, rows, w.shape[1])
+        y = gathered(h, ids.reshape(-1).long(), matrices, info).reshape(n, top_k, rows)
         return (p[:, :, None] * y).sum(1)
     h = h.reshape(n, top_k, info.row_len)
     out = h.new_zeros(n, rows)
-    for e, token, slot in _by_expert(ids):
+    for e, token, slot in by_expert(ids):
         y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.matmul)
         # An expert has a token once, so the order of the sum is that of the experts' numbers.
         out[token] += p[token, slot][:, None] * y
     return out
 
 
-def _by_expert(ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, its tokens, their slots) of every expert that is chosen. Waits for the device."""
+def by_expert(ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens, their slots) of every expert that is chosen, by its number; ids below 0
+    are left out. Waits for the device."""
     order = ids.reshape(-1).sort(stable=True).indices
     chosen, counts = ids.long().cpu().unique(return_counts=True)
     parts = order.split(counts.tolist())
     top_k = ids.shape[1]
-    return [(e, i // top_k, i % top_k) for e, i in zip(chosen.tolist(), parts, strict=True)]
+    found = zip(chosen.tolist(), parts, strict=True)
+    return [(e, i // top_k, i % top_k) for e, i in found if e >= 0]
 
 
-def _gathered(x: Tensor, ids: Tensor, w: Tensor, info: TensorInfo) -> Tensor:
-    """Row i of x, already rounded, by the matrix of expert ids[i]: (pairs, rows). Nothing waits."""
+def gathered(x: Tensor, ids: Tensor, matrices: Tensor, info: TensorInfo) -> Tensor:
+    """Row i of x, already rounded, by matrix ids[i] of `matrices` (n, rows, row_bytes):
+    (pairs, rows). Nothing waits."""
     rows, pairs = info.shape[1], len(ids)
-    matrices = w.reshape(-1, rows, w.shape[1])
     out = x.new_empty(pairs, rows)
     step = max(1, PIECE // (4 * info.row_len * pairs))
     for i in range(0, rows, step):
         piece = matrices[:, i : i + step][ids]
-        decoded = dequantize(piece.reshape(-1, w.shape[1]), info.type, info.row_len)
+        decoded = dequantize(piece.reshape(-1, matrices.shape[2]), info.type, info.row_len)
         decoded = decoded.reshape(pairs, -1, info.row_len)
         out[:, i : i + step] = (decoded @ x[:, :, None])[:, :, 0]
     return out

@@ -9,9 +9,10 @@ never a second copy of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from deskside import _native
 from deskside.backends.steps import Step
@@ -72,13 +73,21 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], in
 
 
 def load(
-    steps: Sequence[Step], *, n_threads: int, reserve: int = 0, progress: Progress = silent
+    steps: Sequence[Step],
+    *,
+    n_threads: int,
+    reserve: int = 0,
+    progress: Progress = silent,
+    packed: Mapping[str, _native.Weights] = MappingProxyType({}),
 ) -> dict[str, _native.Weights]:
-    """All matrices of `steps` by name, with `reserve` bytes left free.
+    """All matrices of `steps` by name, with `reserve` bytes left free; those in `packed` as they
+    are.
 
     DesksideError where they do not fit or cannot be read.
     """
-    placements, total = layout(matrices(steps))
+    placements, total = layout(
+        together for together in matrices(steps) if any(t.name not in packed for t in together)
+    )
     free = available_memory()
     too_large = DesksideError(
         f"the weights take {total / 1e9:.1f} GB, cache and work memory {reserve / 1e9:.1f} GB, of "
@@ -90,7 +99,7 @@ def load(
         arena = _native.Arena(total)
     except MemoryError:
         raise too_large from None
-    weights: dict[str, _native.Weights] = {}
+    weights = dict(packed)
     files: dict[Path, int] = {}
     done, whole = 0, sum(p.info.nbytes for p in placements)
     # What is packed is not read from the file again; a large file must not push the arena out.

@@ -52,12 +52,13 @@ def _scratch(op: Op, rows: int, outputs: int) -> int:
     # products are written where they stay
     values = op.inputs if op.kind == "linear" else (*op.inputs, *op.outputs)
     scratch = 6 * sum(_bytes(v, rows, outputs) for v in values) + (1 << 16)
-    if op.kind in ("linear", "experts", "expert_linear", "expert_sum"):
+    routed = op.kind.startswith("expert") and bool(op.weights)
+    if op.kind == "linear" or routed:
         largest = max(4 * w.row_len * w.n_rows for w in op.weights)
         # A piece is at least one row, of every gathered pair.
         least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
         scratch += 7 * min(max(PIECE, least), max(largest, least))
-    if op.kind in ("experts", "expert_linear", "expert_sum"):
+    if routed:
         top_k = op.inputs[1].width
         widest = max(w.row_len + w.shape[1] for w in op.weights)
         scratch += 16 * rows * top_k * widest

@@ -1,0 +1,172 @@
+"""Single experts on their way from the host's memory to a device.
+
+Several threads write a file's bytes into a pinned buffer, and from there they go to the device: on
+CUDA on a stream of its own, beside what computes. They come from the CPU's packed weights, whose
+panels are unpacked on the way, so that no second copy of a model has to be in memory. Where the CPU
+has none (torch runs its part), they are read from the model's file, that is from the page cache
+unless the system needed that memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deskside import _native
+from deskside.backends.torch_experts import Matrices
+from deskside.errors import DesksideError
+from deskside.gguf import TensorInfo
+from deskside.tape import Op
+
+ALIGN = 256  # bytes: a matrix starts on such a border
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One expert of a layer in a run of `nbytes`: `parts` are (tensor, start, bytes)."""
+
+    parts: tuple[tuple[TensorInfo, int, int], ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, op: Op) -> Layout:
+        parts, at = [], 0
+        for info in op.weights:
+            own = info.shape[1] * info.row_bytes
+            parts.append((info, at, own))
+            at += -(-own // ALIGN) * ALIGN
+        return cls(tuple(parts), at)
+
+    def matrices(self, memory: Tensor) -> Matrices:
+        """Views of `memory`, uint8 (..., at least nbytes): (..., rows, row_bytes) each."""
+        gate, up, down = (
+            memory[..., at : at + n].unflatten(-1, (info.shape[1], info.row_bytes))
+            for info, at, n in self.parts
+        )
+        return gate, up, down
+
+
+class Source:
+    """One expert's matrices, in the file's bytes. packed: by name, the tensors that the CPU has."""
+
+    def __init__(self, packed: Mapping[str, _native.Weights] = MappingProxyType({})) -> None:
+        self.packed = packed
+        self._files: dict[Path, int] = {}
+        self._lock = Lock()  # of _files
+
+    def read(self, info: TensorInfo, expert: int, to: Bytes) -> None:
+        """Expert `expert` of a tensor into `to`, uint8 (rows * row_bytes,); DesksideError where its
+        file cannot be read."""
+        if (weights := self.packed.get(info.name)) is not None:
+            weights.unpack(expert, to.reshape(info.shape[1], info.row_bytes))
+        else:
+            self._read(info, info.offset + expert * len(to), to)
+
+    def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
+        try:
+            with self._lock:
+                if info.path not in self._files:
+                    self._files[info.path] = os.open(info.path, os.O_RDONLY)
+                fd = self._files[info.path]
+            done = 0
+            while done < len(to):
+                got = os.preadv(fd, [to[done:].data], offset + done)
+                if got == 0:
+                    raise OSError("ends early: it was cut off after it was opened")
+                done += got
+        except OSError as error:
+            raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Copier:
+    """A thread that brings experts to one device, through `slots` buffers of `nbytes` in turn;
+    `n_threads` more fill those."""
+
+    def __init__(
+        self, device: torch.device, source: Source, nbytes: int, slots: int, n_threads: int
+    ) -> None:
+        self.device = device
+        self._source = source
+        cuda = device.type == "cuda"
+        self._host = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda) for _ in range(slots)]
+        self._sent: list[Any] = [None] * slots  # events: the last copy out of a buffer is over
+        self._turn = 0
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._worker = ThreadPoolExecutor(1, "deskside-experts")
+        self._readers = ThreadPoolExecutor(n_threads, "deskside-unpack")
+        self._jobs: list[Future[Any]] = []
+
+    def bring(self, layout: Layout, experts: Sequence[int], target: Tensor) -> Future[Any]:
+        """Copies `experts` side by side into `target`, uint8, once what now uses it is over.
+
+        The result is an event for `arrived`; it raises what went wrong.
+        """
+        buffer = self._turn
+        self._turn = (buffer + 1) % len(self._host)
+        after = None
+        if self._stream is not None:
+            after = torch.cuda.Event()
+            after.record(torch.cuda.current_stream(self.device))
+        self._jobs = [job for job in self._jobs if not job.done()]
+        job = self._worker.submit(self._bring, layout, experts, target, buffer, after)
+        self._jobs.append(job)
+        return job
+
+    def arrived(self, event: Any) -> None:
+        """What is computed from now on sees the copy."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def drain(self) -> None:
+        """Wait until no copy is under way; errors are somebody else's to report."""
+        for job in self._jobs:
+            job.exception()
+        self._jobs = []
+
+    def _bring(
+        self, layout: Layout, experts: Sequence[int], target: Tensor, buffer: int, after: Any
+    ) -> Any:
+        host, size = self._host[buffer], layout.nbytes
+        if self._sent[buffer] is not None:
+            self._sent[buffer].synchronize()
+        array = host.numpy()
+
+        def read(job: tuple[int, int, tuple[TensorInfo, int, int]]) -> None:
+            i, e, (info, at, n) = job
+            self._source.read(info, e, array[i * size + at :][:n])
+
+        jobs = [(i, e, part) for i, e in enumerate(experts) for part in layout.parts]
+        reads = [self._readers.submit(read, job) for job in jobs]
+        wait(reads)  # also after an error: nothing may still write to the buffer
+        for done in reads:
+            done.result()
+        n = len(experts) * size
+        if self._stream is None:
+            target[:n].copy_(host[:n])
+            return None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            target[:n].copy_(host[:n], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        self._sent[buffer] = event
+        return event

@@ -1,0 +1,157 @@
+"""What `PlacedBackend` needs to let devices compute experts of the host.
+
+There are up to two ways to run a step: small batches with an expert cache, or without any, and
+large ones that stream. Each is a list of sections of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from deskside._native import Weights
+from deskside.backends.expert_cache import (
+    STAGED,
+    ExpertCache,
+    ExpertMetrics,
+    Residents,
+    table_bytes,
+)
+from deskside.backends.expert_copies import Layout, Source
+from deskside.backends.sections import Helper, borrowed
+from deskside.backends.stream import Streamer, StreamOptions
+from deskside.backends.torch_device import TorchDevice, show
+from deskside.backends.torch_experts import Lender
+from deskside.errors import DesksideError
+from deskside.tape import Tape
+
+
+@dataclass(frozen=True)
+class Way:
+    """Steps of up to `max_tokens` that the ways before it do not take."""
+
+    helper: Helper | None
+    max_tokens: int
+    streams: bool = False
+
+
+class LentExperts:
+    """The experts of the host that devices compute: options, memory, metrics.
+
+    Where the host has no layer's experts, or no batch is large enough to stream, options do nothing
+    and take no memory. DesksideError for a device that is not there, or a slot or a cache that
+    holds no expert.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        placement: Mapping[str, str],
+        devices: Mapping[str, TorchDevice],
+        stream: StreamOptions | None,
+        cache: ExpertCache | None,
+        max_tokens: int,
+    ) -> None:
+        self.ops = borrowed(tape, placement)
+        self.layouts = {op.layer: Layout.of(op) for op in self.ops}
+        self.streamer: Streamer | None = None
+        self.residents: Residents | None = None
+        stream = _known(stream, devices, "streaming experts")
+        cache = _known(cache, devices, "expert cache")
+        least = 0
+        if stream is not None and self.ops:
+            least = stream.least(min(op.inputs[1].width for op in self.ops))
+        self.stream = stream if 0 < least <= max_tokens else None
+        self.cache = cache if self.ops else None
+        self._devices = devices
+        small = max_tokens if self.stream is None else least - 1
+        helper = None if self.cache is None else Helper(self.cache.device, all=False)
+        self.ways = [Way(helper, small)]
+        if self.stream is not None:
+            whole = self.stream.host_below <= 1
+            helper = Helper(self.stream.device, all=whole)
+            self.ways.append(Way(helper, max_tokens, streams=True))
+        # Both are refused before anything is read.
+        self._slot_bytes = self.stream.nbytes(self.layouts) if self.stream else 0
+        self._cache_bytes = 0
+        if self.cache is not None:
+            n, size = self.cache.slots(self.layouts)
+            self._cache_bytes = n * size + table_bytes(self.layouts)
+
+    def nbytes(self, device: str) -> int:
+        """What all this takes of a device's memory."""
+        slots = self._slot_bytes if self.stream and self.stream.device == device else 0
+        cached = self._cache_bytes if self.cache and self.cache.device == device else 0
+        return slots + cached
+
+    def host_bytes(self) -> int:
+        """Of the system's memory: buffers on the way, and what emulated devices hold."""
+        emulated = sum(self.nbytes(d.name) for d in self._devices.values() if d.budget is not None)
+        staged = STAGED * self.cache.slots(self.layouts)[1] if self.cache else 0
+        return self._slot_bytes + staged + emulated
+
+    def expect(self, device: TorchDevice, weights: int, work: int) -> None:
+        """DesksideError unless it fits beside so many bytes of weights and work memory."""
+        if own := self.nbytes(device.name):
+            what = f"staging slots and expert cache of {show(own)} beside weights and work memory"
+            device.expect(f"{what}, together", own + weights + work)
+
+    def load(self, packed: Mapping[str, Weights], n_threads: int) -> None:
+        """Take the memory, and fill a cache that has a profile. packed: the CPU's weights."""
+        source = Source(packed)
+        small = self.ways[0].max_tokens
+        if self.cache is not None:
+            device = self._devices[self.cache.device]
+            self.residents = Residents(
+                self.cache, device, self.ops, self.layouts, source, n_threads, small
+            )
+        if self.stream is not None:
+            device = self._devices[self.stream.device]
+            shared = self.cache is not None and self.cache.device == self.stream.device
+            residents = self.residents if shared else None
+            self.streamer = Streamer(
+                self.stream, device, self.layouts, source, n_threads, residents
+            )
+
+    def release(self) -> None:
+        self.residents = self.streamer = None
+
+    def lender(self, streams: bool) -> Lender | None:
+        return self.streamer if streams else self.residents
+
+    def begin_step(self) -> None:
+        if self.residents is not None:
+            self.residents.begin_step()
+
+    def end_step(self) -> None:
+        if self.residents is not None:
+            self.residents.end_step()
+
+    def drain(self) -> None:
+        """After an error: nothing is under way any more."""
+        for part in (self.streamer, self.residents):
+            if part is not None:
+                part.drain()
+
+    @property
+    def metrics(self) -> ExpertMetrics:
+        found = self.residents.metrics if self.residents is not None else ExpertMetrics()
+        if (s := self.streamer) is None:
+            return found
+        return replace(found, streamed=s.experts, streamed_bytes=s.nbytes, spared=s.resident)
+
+
+Options = TypeVar("Options", StreamOptions, ExpertCache)
+
+
+def _known(
+    options: Options | None, devices: Mapping[str, TorchDevice], what: str
+) -> Options | None:
+    if options is None:
+        return None
+    name = options.device.lower()
+    if name not in devices:
+        known = ", ".join(sorted(devices)) or "none"
+        raise DesksideError(f"{what}: there is no device {options.device}; the devices are {known}")
+    return replace(options, device=name)

@@ -1,0 +1,171 @@
+"""Routed experts that a device computes for the host: the ops, and what lends them matrices.
+
+`sections._helped` has the ops. A device's own part of a layer's experts is computed exactly as the
+`experts` op computes it: the same products for the same tokens, added in the same order, so on
+torch alone it changes no bit who computes what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deskside.backends.torch_ops import (
+    FEW_PAIRS,
+    TorchStep,
+    by_expert,
+    gathered,
+    multiply,
+    rounded,
+)
+from deskside.tape import Op
+
+Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up, down of one expert: uint8 (rows, row_bytes)
+
+
+class Lender(Protocol):
+    """What has experts' matrices on a device for the time of a step."""
+
+    def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (tokens, top_k) -> those computed here, those left to the host; -1 for the others."""
+
+    def gathers(self) -> bool:
+        """Whether `stacks` serves, so that few tokens need not wait for their experts' numbers."""
+
+    def stacks(self, op: Op) -> Matrices:
+        """gate, up, down of all that is here: uint8 (n, rows, row_bytes) each."""
+
+    def places(self, layer: int, ids: Tensor) -> Tensor:
+        """The place in `stacks` of every id (any for -1), int64 of its shape."""
+
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
+        """Gives the matrices of `experts`, asked for in that order; each until the next, the last
+        until `done`. pairs: of token and expert."""
+
+    def done(self) -> None: ...
+
+
+class HostLender:
+    """The host's own weights, for `expert_pairs`."""
+
+    def __init__(self, step: TorchStep) -> None:
+        self.step = step
+
+    def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def gathers(self) -> bool:
+        return True
+
+    def stacks(self, op: Op) -> Matrices:
+        gate, up, down = (
+            self.step.weights[w.name].reshape(w.shape[2], w.shape[1], -1) for w in op.weights
+        )
+        return gate, up, down
+
+    def places(self, layer: int, ids: Tensor) -> Tensor:
+        return ids.long().clamp(min=0)
+
+    def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
+        gate, up, down = self.stacks(op)
+        return lambda e: (gate[e], up[e], down[e])
+
+    def done(self) -> None:
+        pass
+
+
+def expert_divide(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    return list(step.lent.divide(op.layer, inputs[0]))
+
+
+def expert_own(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, ids, p = inputs
+    if _few(ids, step.lent):
+        return [(p[:, :, None] * _gathered_terms(op, x, ids, step.lent)).sum(1)]
+    out = x.new_zeros(len(x), op.weights[2].shape[1])
+    for token, slot, y in _terms(op, x, ids, step, step.lent):
+        out[token] += p[token, slot][:, None] * y
+    return [out]
+
+
+def expert_own_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, ids = inputs
+    return [_pairs(op, x, ids, step, step.lent)]
+
+
+def expert_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    x, ids = inputs
+    return [_pairs(op, x, ids, step, HostLender(step))]
+
+
+def expert_merge(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """Of a pair's two terms one is 0; the sum goes as in `torch_ops._sum_experts`."""
+    own, rest, ids, p = inputs
+    n, top_k = ids.shape
+    y = (own + rest).reshape(n, top_k, -1)
+    if n * top_k <= FEW_PAIRS:
+        return [(p[:, :, None] * y).sum(1)]
+    order = ids.argsort(dim=1)  # a token has an expert once
+    out = y.new_zeros(n, y.shape[2])
+    token = torch.arange(n, device=y.device)
+    for j in range(top_k):
+        slot = order[:, j]
+        out += p[token, slot][:, None] * y[token, slot]
+    return [out]
+
+
+def _few(ids: Tensor, lender: Lender) -> bool:
+    return ids.numel() <= FEW_PAIRS and lender.gathers()
+
+
+def _pairs(op: Op, x: Tensor, ids: Tensor, step: TorchStep, lender: Lender) -> Tensor:
+    """Every pair's W_down h, or 0 for the id -1: (tokens, top_k * rows)."""
+    if _few(ids, lender):
+        return _gathered_terms(op, x, ids, lender).reshape(len(x), -1)
+    out = x.new_zeros(*ids.shape, op.weights[2].shape[1])
+    for token, slot, y in _terms(op, x, ids, step, lender):
+        out[token, slot] = y
+    return out.reshape(len(x), -1)
+
+
+def _gathered_terms(op: Op, x: Tensor, ids: Tensor, lender: Lender) -> Tensor:
+    """(tokens, top_k, rows). Pairs that are not computed here take some matrix, whatever it holds:
+    then shapes do not depend on the ids, and nothing waits."""
+    n, top_k = ids.shape
+    down = op.weights[2]
+    stacks = lender.stacks(op)
+    places = lender.places(op.layer, ids).reshape(-1)
+
+    def per_pair(stack: Tensor, i: int) -> Tensor:
+        rows = rounded(x, op.weights[i].type).repeat_interleave(top_k, dim=0)
+        return gathered(rows, places, stack, op.weights[i]).reshape(n, -1)
+
+    h = torch.nn.functional.silu(per_pair(stacks[0], 0)) * per_pair(stacks[1], 1)
+    h = rounded(h.reshape(n * top_k, down.row_len), down.type)
+    y = gathered(h, places, stacks[2], down).reshape(n, top_k, -1)
+    return y.masked_fill((ids < 0)[:, :, None], 0.0)
+
+
+def _terms(
+    op: Op, x: Tensor, ids: Tensor, step: TorchStep, lender: Lender
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(tokens, their slots, W_down h) expert by expert, in the order of their numbers."""
+    gate, up, down = op.weights
+    parts = by_expert(ids)
+    matrices = lender.each(op, [e for e, _, _ in parts], ids.numel())
+    for_gate = rounded(x, gate.type)
+    for_up = for_gate if up.type is gate.type else rounded(x, up.type)
+    for e, token, slot in parts:
+        w = matrices(e)
+        h = torch.nn.functional.silu(multiply(for_gate[token], w[0], gate, step.matmul))
+        h = h * multiply(for_up[token], w[1], up, step.matmul)
+        yield token, slot, multiply(rounded(h, down.type), w[2], down, step.matmul)
+    lender.done()
+
+
+EXPERT_OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
+    f.__name__: f for f in (expert_divide, expert_own, expert_own_pairs, expert_pairs, expert_merge)
+}

@@ -1,0 +1,329 @@
+"""When to bring experts of the host to a device, how many tokens at a time, and what comes of it.
+
+A pass computes n tokens. Its experts on the host are brought to the device once, whatever n is, so
+the rate grows with n until the device's arithmetic takes as long as the transfer (FACTS 4.4: for
+the 397B on PCIe 5 130 tok/s at 512 tokens, 4144 at 16384). The CPU takes time for every token
+instead; where both take the same time is the break-even.
+
+    transfer = bytes of the chosen experts / min(transfer rate, sustained read rate of the host / 3)
+    device   = the larger of products / arithmetic and bytes / bandwidth, of experts and the rest
+    cpu      = bytes / (bandwidth * e_bytes) + products / (arithmetic * e_macs)
+
+A byte on its way is read from the host's memory, written to pinned memory and read again: hence the
+third. Copies run beside everything that the device computes, but for the first slot of a pass.
+
+Near the break-even an expert is better off on either side according to its tokens. `host_below` is
+the count that makes a pass shortest if every token chooses at random (counts are then nearly
+Poisson's); with a real router's uneven counts a cut gains more than predicted. As the host then
+takes part in every layer, nothing is brought ahead of the layer it is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+
+import numpy as np
+
+from deskside.cost import Experts
+from deskside.devices import CPU, Device, Efficiency, Machine
+from deskside.errors import DesksideError
+from deskside.plan_speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
+from deskside.tape import Op, Tape
+
+SLOTS = 2
+SLOT_SECONDS = 1e-3  # of one transfer at least: launches and hand-overs are some 1 % of it
+MOST_TOKENS = 1 << 20
+CLOSE = 0.98  # of the best rate: a smaller chunk that reaches it takes less memory
+DRAM_PASSES = 3
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What `StreamOptions` needs, and a prediction. Bytes, tokens, seconds, tokens per second.
+
+    nbytes: of all experts that may pass. break_even: the smallest batch that takes no longer by
+    streaming than on the CPU; None where no batch does, and then nothing should stream. chunk:
+    tokens of a pass. host_below: experts with fewer tokens stay on the CPU in a pass of `chunk`; 0
+    for none. rate: of the prompt, with its limiting resource. seconds: of one pass by resource,
+    which overlap. rates: of the same prompt by other chunks, and cpu_rate with all on the CPU.
+    """
+
+    device: str
+    nbytes: int
+    slot_bytes: int
+    slots: int
+    break_even: int | None
+    chunk: int
+    host_below: int
+    rate: float
+    limit: str
+    seconds: Mapping[str, float]
+    rates: Mapping[int, float]
+    cpu_rate: float
+
+
+def plan_stream(
+    machine: Machine,
+    tape: Tape,
+    placement: Mapping[str, str],
+    *,
+    device: str,
+    prompt: int = LONG_PROMPT,
+    max_chunk: int = LONG_PROMPT,
+    free_bytes: int | None = None,
+    resident: float = 0.0,
+    rest: Callable[[int], float] | None = None,
+) -> StreamPlan | None:
+    """How experts that `placement` has on the CPU should stream to `device`; None if it has none.
+
+    placement: tensor -> device name. prompt: tokens of the prompt to be fast for. max_chunk: the
+    largest batch whose activations fit. free_bytes: of the device, for slots; no limit without.
+    resident: the share of these experts that an expert cache holds (0 to 1). rest: seconds of all
+    other ops in a pass of n tokens (say, from `SpeedModel`); without it, products and bytes at the
+    rates of the devices, attention's scores not counted. DesksideError for a machine without the
+    device, counts below 1, or less room than two slots of one expert.
+    """
+    if prompt < 1 or max_chunk < 1 or not 0 <= resident <= 1:
+        raise DesksideError(
+            "streaming experts: expected a prompt and a chunk of at least 1 token and a resident "
+            f"share of 0 to 1, got {prompt}, {max_chunk}, {resident:g}"
+        )
+    if device not in {d.name for d in machine.gpus}:
+        known = ", ".join(d.name for d in machine.gpus) or "none"
+        raise DesksideError(f"streaming experts: there is no device {device}; there are {known}")
+    ops = [
+        op
+        for op in tape.ops
+        if op.kind == "experts" and all(placement.get(w.name, CPU) == CPU for w in op.weights)
+    ]
+    if not ops:
+        return None
+    model = _Model(machine, tape, placement, ops, machine.device(device), resident, rest)
+    slot_bytes = model.slot_bytes(free_bytes)
+    model.fill = slot_bytes / model.transfer
+    break_even = _first(lambda n: model.stream(n) <= model.cpu(n))
+    cpu_rate = prompt / model.prompt_seconds(prompt, min(prompt, max_chunk), model.cpu)
+
+    rates: dict[int, float] = {}
+    best: dict[int, int] = {}
+    for n in _chunks(prompt, max_chunk):
+        best[n] = model.best_cut(n)
+        rates[n] = prompt / model.prompt_seconds(prompt, n, partial(model.step, h=best[n]))
+    top = max(rates.values())
+    chunk = min(n for n, rate in rates.items() if rate >= CLOSE * top)
+    host_below = best[chunk]
+    seconds = model.parts(chunk, host_below)
+    return StreamPlan(
+        device=device,
+        nbytes=sum(w.nbytes for op in ops for w in op.weights),
+        slot_bytes=slot_bytes,
+        slots=SLOTS,
+        break_even=break_even,
+        chunk=chunk,
+        host_below=host_below,
+        rate=rates[chunk],
+        limit=max(seconds, key=lambda name: seconds[name]),
+        seconds=seconds,
+        rates=rates,
+        cpu_rate=cpu_rate,
+    )
+
+
+@dataclass
+class _Model:
+    """Seconds of passes. `fill`: of the first slot, which nothing hides."""
+
+    machine: Machine
+    tape: Tape
+    placement: Mapping[str, str]
+    ops: list[Op]
+    gpu: Device
+    resident: float
+    given_rest: Callable[[int], float] | None
+    fill: float = 0.0
+    rests: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cpu = self.machine.cpu
+        self.read_rate = cpu.bandwidth.value * cpu.sustained
+        self.transfer = min(self.gpu.transfer.value, self.read_rate / DRAM_PASSES)
+        self.efficiency = self.machine.efficiency.get("experts", EFFICIENCY["experts"])
+        # Layers that are alike are reckoned once.
+        alike = Counter((_experts(op), _macs(op)) for op in self.ops)
+        self.layers = [(experts, macs, count) for (experts, macs), count in alike.items()]
+
+    def slot_bytes(self, free: int | None) -> int:
+        """Whole experts that take SLOT_SECONDS, at most a layer of them and what fits."""
+        one = max(expert_bytes(op) for op in self.ops)
+        most = min(op.weights[0].shape[2] for op in self.ops)
+        n = min(max(1, math.ceil(SLOT_SECONDS * self.transfer / one)), most)
+        if free is not None:
+            n = min(n, free // (SLOTS * one))
+            if n < 1:
+                raise DesksideError(
+                    f"streaming experts: {self.gpu.name} has {free} bytes left, {SLOTS} slots take "
+                    f"{SLOTS * one} and more; place fewer tensors on it"
+                )
+        return n * one
+
+    # Experts of all streamed layers in a pass of n tokens; below h tokens on the host.
+
+    def copy(self, n: int, h: int = 0) -> float:
+        nbytes = 0.0
+        for experts, _, count in self.layers:
+            read = experts.nbytes * _many(experts, n, h)[0] if h > 0 else experts.read(n)
+            nbytes += count * (1 - self.resident) * read
+        return nbytes / self.transfer
+
+    def on_gpu(self, n: int, h: int = 0) -> float:
+        total = 0.0
+        for experts, macs, count in self.layers:
+            share = _many(experts, n, h)[1] if h > 0 else 1.0
+            share += self.resident * (1 - share)  # what is resident is the device's in any case
+            arithmetic = share * n * macs / self.gpu.compute.value
+            reading = experts.read(n) / (self.gpu.bandwidth.value * self.gpu.sustained)
+            total += count * max(arithmetic, reading)
+        return total
+
+    def on_cpu(self, n: int, h: int | None = None) -> float:
+        """Experts with fewer than h tokens that are not resident; None for all."""
+        e = self.efficiency
+        total = 0.0
+        for experts, macs, count in self.layers:
+            nbytes, share = experts.read(n), 1.0
+            if h is not None:
+                many, tokens = _many(experts, n, h)
+                nbytes = max(0.0, nbytes - many * experts.nbytes) * (1 - self.resident)
+                share = (1 - tokens) * (1 - self.resident)
+            total += count * nbytes / (self.read_rate * e.bytes)
+            total += count * share * n * macs / (self.machine.cpu.compute.value * e.macs)
+        return total
+
+    def rest(self, n: int) -> float:
+        if n not in self.rests:
+            self.rests[n] = self.given_rest(n) if self.given_rest else self._rest(n)
+        return self.rests[n]
+
+    def _rest(self, n: int) -> float:
+        total = 0.0
+        mine = {id(op) for op in self.ops}
+        for op in self.tape.ops:
+            if not op.weights or op.kind == "embed" or id(op) in mine:
+                continue
+            d = self.machine.device(self.placement.get(op.weights[0].name, CPU))
+            nbytes, macs = float(sum(w.nbytes for w in op.weights)), 0.0
+            if op.kind == "linear":
+                rows = 1 if op.inputs[0].per_output else n
+                macs = float(rows * op.weights[0].row_len * op.weights[0].n_rows)
+            elif op.kind == "experts":
+                nbytes, macs = _experts(op).read(n), float(n * _macs(op))
+            floats = op.weights[0].type.name in FLOAT_TYPES
+            rate = (d.float_compute if floats else d.compute).value
+            e = self.efficiency if d.is_cpu else Efficiency(1.0, 1.0)
+            reading = nbytes / (d.bandwidth.value * d.sustained * e.bytes)
+            arithmetic = macs / (rate * e.macs)
+            total += reading + arithmetic if d.is_cpu else max(reading, arithmetic)
+        return total
+
+    def hops(self, n: int) -> float:
+        """To the host and back in every layer, with the activations."""
+        each = sum(self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer
+                   for op in self.ops)  # fmt: skip
+        return 2 * each
+
+    # Whole passes.
+
+    def stream(self, n: int, h: int = 0) -> float:
+        if h <= 1:
+            return self.fill + max(self.copy(n), self.rest(n) + self.on_gpu(n))
+        parts = max(self.copy(n, h), self.on_gpu(n, h), self.on_cpu(n, h))
+        return self.rest(n) + len(self.ops) * self.fill + self.hops(n) + parts
+
+    def cpu(self, n: int) -> float:
+        return self.rest(n) + self.hops(n) + self.on_cpu(n)
+
+    def step(self, n: int, h: int) -> float:
+        """As the backend would: by streaming from the break-even on, or else on the CPU."""
+        return min(self.stream(n, h), self.cpu(n))
+
+    def best_cut(self, n: int) -> int:
+        """The `host_below` of the shortest pass; 0 where none is shorter than without."""
+        mean = max(n * op.inputs[1].width / op.weights[0].shape[2] for op in self.ops)
+        wide = math.ceil(4 * math.sqrt(mean)) + 2
+        low, high = max(2, int(mean) - wide), int(mean) + wide
+        cuts = sorted({0, *range(low, high + 1, max(1, (high - low) // 32))})
+        seconds = [(self.stream(n, h), h) for h in cuts]
+        return int(min(seconds)[1])
+
+    def prompt_seconds(self, prompt: int, chunk: int, seconds: Callable[[int], float]) -> float:
+        whole, left = divmod(prompt, chunk)
+        return (whole * seconds(chunk) if whole else 0.0) + (seconds(left) if left else 0.0)
+
+    def parts(self, n: int, h: int) -> dict[str, float]:
+        """Seconds of one pass by resource."""
+        name = self.gpu.name
+        if self.cpu(n) <= self.stream(n, h):
+            return {"cpu": self.on_cpu(n), f"{name} arithmetic": self.rest(n)}
+        found = {
+            f"transfer to {name}": self.copy(n, h if h > 1 else 0),
+            f"{name} arithmetic": self.rest(n) + self.on_gpu(n, h if h > 1 else 0),
+        }
+        if h > 1:
+            found["cpu"] = self.on_cpu(n, h)
+        return found
+
+
+def expert_bytes(op: Op) -> int:
+    """Of one expert in a slot, where each of its matrices starts on a border of 256 bytes."""
+    return sum(-(-w.shape[1] * w.row_bytes // 256) * 256 for w in op.weights)
+
+
+def _experts(op: Op) -> Experts:
+    nbytes = sum(w.nbytes for w in op.weights)
+    return Experts(nbytes, op.inputs[1].width, op.weights[0].shape[2])
+
+
+def _macs(op: Op) -> int:
+    """Of one token."""
+    return op.inputs[1].width * sum(w.row_len * w.shape[1] for w in op.weights)
+
+
+def _many(experts: Experts, n: int, h: int) -> tuple[float, float]:
+    """The share of experts with at least h tokens, and the share of pairs that are theirs."""
+    return _above(n * experts.used / experts.total, h)
+
+
+@lru_cache(4096)
+def _above(mean: float, h: int) -> tuple[float, float]:
+    """Of a Poisson distribution, and of its mean, what h and larger counts have."""
+    k = np.arange(h)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(h, 2))))])[:h]
+    few = np.exp(k * math.log(mean) - mean - log_factorial)
+    return max(0.0, 1 - float(few.sum())), max(0.0, 1 - float((k * few).sum()) / mean)
+
+
+def _first(holds: Callable[[int], bool]) -> int | None:
+    """The smallest count of tokens that it holds for, if then for all larger ones."""
+    high = 1
+    while not holds(high):
+        high *= 2
+        if high > MOST_TOKENS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _chunks(prompt: int, most: int) -> list[int]:
+    """Sizes that cut the prompt in even parts, and powers of two."""
+    most = min(prompt, most)
+    fewest = -(-prompt // most)
+    even = {-(-prompt // parts) for parts in range(fewest, fewest + 6)}
+    powers = {1 << i for i in range(6, 21) if 1 << i <= most}
+    return sorted({n for n in even | powers if 1 <= n <= most} | {most})
