@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch
+from deskside.cli_flags import CacheK, CacheV, HugePages, Isa, Model, Numa, Threads, Ubatch
 from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
@@ -79,6 +79,8 @@ def run(
         list[str] | None, Option("-r", "--stop", "--reverse-prompt", help="end at this text")
     ] = None,
     isa: Isa = DEFAULTS.isa,
+    numa: Numa = DEFAULTS.numa,
+    huge_pages: HugePages = DEFAULTS.huge_pages,
     backend: Annotated[
         str, Option("--backend", help="cpu, or reference (NumPy, slow)")
     ] = DEFAULTS.backend,
@@ -106,6 +108,8 @@ def run(
         "ctk": ctk,
         "ctv": ctv,
         "isa": isa,
+        "numa": numa,
+        "huge_pages": huge_pages,
         "backend": backend,
     }
     _main(model, prompt, file, system, not no_chat, think, params, options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deskside.cache import kv_type
 from deskside.errors import DesksideError
+from deskside.pages import check_options
 from deskside.system import usable_cores
 
 # Tokens, where neither the user nor a shorter model says otherwise.
@@ -25,6 +26,9 @@ class EngineConfig:
     ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
     isa        a compiled instruction set; None for the fastest one here
+    numa       memory of the weights: "none" (where the kernel puts it), or "interleave" (over all
+               NUMA nodes in turn)
+    huge_pages for the weights: "auto" (transparent ones), "off", or "2MiB", "1GiB" (reserved ones)
     """
 
     ctx: int | None = None
@@ -34,6 +38,8 @@ class EngineConfig:
     ctv: str = "f16"
     backend: str = "cpu"
     isa: str | None = None
+    numa: str = "none"
+    huge_pages: str = "auto"
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -43,11 +49,12 @@ class EngineConfig:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
-        for name in ("ctk", "ctv", "backend"):
+        for name in ("ctk", "ctv", "backend", "numa", "huge_pages"):
             if not isinstance(getattr(self, name), str):
                 raise DesksideError(f"{name} is {getattr(self, name)!r}; expected text")
         if not isinstance(self.isa, str | None):
             raise DesksideError(f"isa is {self.isa!r}; expected a name or None")
+        check_options(self.huge_pages, self.numa)
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):

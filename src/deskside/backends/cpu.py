@@ -29,6 +29,7 @@ class CpuBackend:
     isa: name of a compiled instruction set, None for the fastest that this machine runs;
     DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
     stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
+    huge_pages, numa: how memory for the weights is taken, as in `EngineConfig`.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class CpuBackend:
         isa: str | None = None,
         reserve: int = 0,
         stretches: Sequence[Stretch] | None = None,
+        huge_pages: str = "auto",
+        numa: str = "none",
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -66,8 +69,18 @@ class CpuBackend:
             raise too_large
         reserve += 4 * arena
         try:
-            self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
-            weights = load(self.steps, n_threads=n_threads, reserve=reserve, progress=progress)
+            try:
+                self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+            except RuntimeError as error:  # the system's
+                raise DesksideError(f"-t {n_threads}: threads cannot be started: {error}") from None
+            weights = load(
+                self.steps,
+                n_threads=n_threads,
+                reserve=reserve,
+                huge_pages=huge_pages,
+                numa=numa,
+                progress=progress,
+            )
             lowering = _Lowering(self.program, file, tape, offsets, weights)
             self._lower(lowering)
             self.program.finish()
