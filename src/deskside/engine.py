@@ -18,7 +18,7 @@ from deskside.backends.reference import ReferenceBackend
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.chat import ChatTemplate
 from deskside.config import DEFAULT_CTX, EngineConfig
-from deskside.errors import DamagedLogits, DesksideError
+from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
@@ -104,10 +104,24 @@ class LLM:
         progress: Progress = silent,
         **options: Any,
     ) -> None:
+        try:
+            self._load(path, placement, progress, options)
+        except BaseException as failure:  # Ctrl-C, too: a failed load keeps no memory
+            self.__dict__.clear()
+            drop_frames(failure)
+            raise
+
+    def _load(
+        self,
+        path: str | Path,
+        placement: Mapping[str, str] | None,
+        progress: Progress,
+        options: dict[str, Any],
+    ) -> None:
         devices = options.get("devices", "")
         ignored = sorted(PLACEMENT & options.keys()) if placement is None else []
         if ignored:
-            warnings.warn(f"{', '.join(ignored)}: deskside runs on the CPU only", stacklevel=2)
+            warnings.warn(f"{', '.join(ignored)}: deskside runs on the CPU only", stacklevel=3)
         options = {name: value for name, value in options.items() if name not in PLACEMENT}
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
@@ -146,6 +160,8 @@ class LLM:
             max_tokens=self.ubatch,
             isa=self.config.isa,
             reserve=sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type)),
+            huge_pages=self.config.huge_pages,
+            numa=self.config.numa,
             progress=progress,
         )
 
