@@ -115,13 +115,14 @@ def _store(limits: CpuLimits, gpus: Sequence[DeviceLimits]) -> str:
 def advice(limits: CpuLimits, other_cpu: float | None = None) -> list[str]:
     """What would make models run faster here, a sentence each. other_cpu: cores that other
     programs kept busy meanwhile."""
-    found = []
     if other_cpu is not None and other_cpu > BUSY:
-        found.append(
+        found = [
             f"other programs kept {other_cpu:.1f} cores busy meanwhile: the figures are too low; "
             "measure again when the machine is quiet"
-        )
-    return [*found, _threads(limits), *_pages(limits), *_nodes(), _memlock()]
+        ]
+    else:
+        found = [_threads(limits)]
+    return [*found, *_pages(limits), *_nodes(), _memlock()]
 
 
 def _threads(limits: CpuLimits) -> str:
@@ -225,10 +226,12 @@ def _show(
 ) -> None:
     _rows(out, facts())
     out.print()
+    out.print("read bandwidth in GB/s and share of the best; `deskside plan` takes the one with *")
     out.print(_bandwidth_table(limits))
     for kind, why in limits.skipped.items():
         out.print(f"  {KINDS[kind]} pages: {why}", style="dim", markup=False)
     if limits.nodes:
+        out.print("GB/s of a node's threads (rows) on a node's memory (columns)")
         out.print(_node_table(limits))
     elif len(pages.nodes()) == 1:
         out.print("  NUMA: one node, all memory is as near", style="dim")
@@ -252,8 +255,7 @@ def _rows(out: Console, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _bandwidth_table(limits: CpuLimits) -> Table:
-    title = "read bandwidth in GB/s, and its share of the best; * is what `deskside plan` takes"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("threads", justify="right")
     for kind in limits.bandwidth:
         table.add_column(f"{KINDS[kind]} pages", justify="right")
@@ -267,8 +269,7 @@ def _bandwidth_table(limits: CpuLimits) -> Table:
 
 
 def _node_table(limits: CpuLimits) -> Table:
-    title = "GB/s of a node's threads (rows) on a node's memory (columns)"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("node", justify="right")
     columns = sorted({memory for _, memory in limits.nodes})
     for memory in columns:

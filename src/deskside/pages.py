@@ -61,7 +61,7 @@ def need_reserved(name: str, nbytes: int) -> None:
         enough = pool.total - pool.free + needed
         boot = f", or boot with hugepagesz=1G hugepages={enough}" if name == "1GiB" else ""
         raise DesksideError(
-            f"--huge-pages {name}: {needed:,} pages are needed, {pool.free:,} are free; as root: "
+            f"--huge-pages {name}: pages needed: {needed:,}, free: {pool.free:,}; as root: "
             f"echo {enough} > {pool.folder / 'nr_hugepages'}{boot}"
         )
 

@@ -67,7 +67,7 @@ class CpuLimits:
 
 def thread_counts(n_threads: int) -> list[int]:
     """1, 2, 4, ... and all."""
-    return sorted({n_threads, *(1 << i for i in range(n_threads.bit_length() - 1)), 1})
+    return sorted({n_threads, *(1 << i for i in range(n_threads.bit_length()))})
 
 
 def measure_cpu(
