@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from deskside import cli, doctor, pages
+from deskside import cli, pages
+from deskside.bench import doctor, machine
 from deskside.bench import limits as measured
-from deskside.bench import machine
 from deskside.bench.limits import CpuLimits, as_measured, measure_cpu, thread_counts
 from deskside.devices import Efficiency, Figure, Machine, assumed_gpu
 from deskside.machines import machine_file, store, this_machine
