@@ -182,10 +182,11 @@ def test_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     thp.write_text("[always] madvise never\n")
     rates = {**limits().bandwidth, "2MiB": {1: 13e9, 2: 26e9, 4: 30e9}}
-    text = "\n".join(doctor.advice(limits(bandwidth=rates), other_cpu=0.5))
+    text = "\n".join(doctor.advice(limits(bandwidth=rates, other_cpu=0.5, huge_share=0.4)))
     assert "other programs kept 0.5 cores busy" in text and "-t 2" not in text
     assert "are on (always); 29 % faster than 4 KiB" in text
     assert "--huge-pages 2MiB: 22 % faster" in text
+    assert "only 40 % of the memory came in huge pages" in text
 
     monkeypatch.setattr(pages, "nodes", lambda: [Node(0, (0,), 1), Node(1, (1,), 1)])
     (tmp_path / "sys/kernel").mkdir(parents=True)
@@ -194,6 +195,14 @@ def test_advice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = "\n".join(doctor.advice(limits(bandwidth=slow)))
     assert "-t 4 (the default)" in text
     assert "--numa interleave" in text and "echo 0 > /proc/sys/kernel/numa_balancing" in text
+
+
+def test_a_disturbed_measurement_says_so_in_the_plan() -> None:
+    base = this_machine(4)
+    quiet, busy = (as_measured(base, limits(other_cpu=n)).cpu for n in (0.02, 1.3))
+    assert "other programs" not in quiet.bandwidth.source
+    assert busy.bandwidth.source.startswith("measured ")
+    assert "4 threads while other programs kept 1.3 cores busy" in busy.compute.source
 
 
 def test_last_caches_of_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -176,3 +176,14 @@ def test_native_arguments_are_checked() -> None:
     for isa, supported in _native.instruction_sets():
         if supported:
             assert _native.compute_limit(1, isa, 1, True) > 0
+
+
+def test_options_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not reserved is left out, with the reason."""
+    from benchmarks import memory_options
+
+    words = [str(tiny("tiny-dense", "F32")), "--rounds", "1", "--tokens", "3", "--threads", "1"]
+    assert memory_options.main(words) == 0
+    out = capsys.readouterr().out
+    assert "| auto | none |" in out.splitlines()[2] and "| off | none |" in out
+    assert "+0.0 %" in out.splitlines()[2]

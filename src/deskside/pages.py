@@ -123,6 +123,14 @@ def transparent() -> str:
     return chosen if chosen in ("always", "madvise", "never") else ""
 
 
+def transparent_bytes() -> int | None:
+    """What this process has in transparent huge pages; None if not told."""
+    for line in lines(PROC / "self/smaps_rollup"):
+        if line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def numa_balancing() -> bool | None:
     """Whether the kernel moves pages between nodes by itself; None if not told."""
     text = lines(PROC / "sys/kernel/numa_balancing")

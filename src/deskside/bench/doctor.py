@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,10 @@ from deskside.system import (
 if TYPE_CHECKING:
     from deskside.bench.torch_limits import DeviceLimits
 
-BUSY = 0.1  # cores of other programs that spoil a measurement
 # Without one of these torch finds no GPU, and importing it takes seconds.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 WORTH = 1.03  # times faster before pages are recommended
+FEW = 0.9  # of memory in huge pages, where they were asked for
 
 
 def main(n_threads: int, *, quick: bool, keep: bool, as_json: bool) -> None:
@@ -49,7 +49,8 @@ def main(n_threads: int, *, quick: bool, keep: bool, as_json: bool) -> None:
         except MemoryError:
             raise DesksideError("no memory to measure with: end other programs") from None
         gpus, why = _measure_gpus(progress)
-    hints = advice(limits, watch.load.other_cpu)
+    limits = replace(limits, other_cpu=watch.load.other_cpu)
+    hints = advice(limits)
     if as_json:
         values = to_dict(limits, gpus, hints)
         values["stored"] = _store(limits, gpus) if keep else None
@@ -99,16 +100,14 @@ def _store(limits: CpuLimits, gpus: Sequence[DeviceLimits]) -> str:
 # --- what is recommended ------------------------------------------------------------------------
 
 
-def advice(limits: CpuLimits, other_cpu: float | None = None) -> list[str]:
-    """What would make models run faster here, a sentence each. other_cpu: cores that other
-    programs kept busy meanwhile."""
-    if other_cpu is not None and other_cpu > BUSY:
+def advice(limits: CpuLimits) -> list[str]:
+    """What would make models run faster here, a sentence each."""
+    found = [_threads(limits)]
+    if limits.disturbed:
         found = [
-            f"other programs kept {other_cpu:.1f} cores busy meanwhile: the figures are too low; "
-            "measure again when the machine is quiet"
+            f"other programs kept {limits.other_cpu:.1f} cores busy meanwhile: the figures are "
+            "too low; measure again when the machine is quiet"
         ]
-    else:
-        found = [_threads(limits)]
     return [*found, *_pages(limits), *_nodes(), _memlock()]
 
 
@@ -136,6 +135,11 @@ def _pages(limits: CpuLimits) -> list[str]:
         small = limits.bandwidth.get("off", {}).get(limits.n_threads)
         gain = f"; {_percent(taken / small - 1)} faster than 4 KiB pages" if small else ""
         found.append(f"transparent huge pages are on ({state}){gain}")
+    if state not in ("", "never") and limits.huge_share is not None and limits.huge_share < FEW:
+        found.append(
+            f"only {_percent(limits.huge_share)} of the memory came in huge pages: it is "
+            "fragmented; as root: echo 1 > /proc/sys/vm/compact_memory"
+        )
     for kind in pages.RESERVED:
         rate = limits.bandwidth.get(kind, {}).get(limits.n_threads)
         pool = pages.reserved(kind)
@@ -231,7 +235,7 @@ def _show(
         out.print(f"  GPUs: none measured; {no_gpu}", style="dim", markup=False)
     out.print("\nrecommended")
     for hint in hints:
-        out.print(f"- {hint}", markup=False)
+        out.print(f"- {hint}", markup=False, soft_wrap=True)
 
 
 def _rows(out: Console, rows: Sequence[tuple[str, str]]) -> None:
@@ -305,6 +309,8 @@ def to_dict(
         },
         "not_measured": dict(limits.skipped),
         "bytes_read": limits.nbytes,
+        "in_huge_pages": limits.huge_share,
+        "other_cpu": limits.other_cpu,
         "nodes": [
             {"threads": node, "memory": memory, "bandwidth": rate}
             for (node, memory), rate in limits.nodes.items()

@@ -23,6 +23,7 @@ KINDS = {"off": "4 KiB", "auto": "transparent", "2MiB": "2 MiB", "1GiB": "1 GiB"
 TAKEN = "auto"  # how weights lie in memory unless somebody asks otherwise
 ENOUGH = 0.97  # of the best bandwidth: more threads are not worth it
 BARRIER_SECONDS = 0.2
+BUSY = 0.1  # cores of other programs that spoil a measurement
 NODE_PASSES = 2
 SPARE = 256 << 20  # bytes that a node keeps free
 
@@ -37,6 +38,8 @@ class CpuLimits:
     n_threads  of compute, float_compute (multiply-adds, 8-bit and float32) and barrier
     isa        instruction set of the multiply-adds
     nbytes     that were read
+    huge_share of what the kernel was asked for in transparent huge pages it gave so; None: not told
+    other_cpu  cores that other programs kept busy meanwhile; None if not known
     """
 
     n_threads: int
@@ -48,6 +51,13 @@ class CpuLimits:
     nbytes: int
     skipped: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    huge_share: float | None = None
+    other_cpu: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs spoiled the figures."""
+        return self.other_cpu is not None and self.other_cpu > BUSY
 
     @property
     def best(self) -> float:
@@ -91,10 +101,12 @@ def measure_cpu(
 
     bandwidth: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
+    huge_share = None
     for kind in kinds:
         step(f"memory in {KINDS[kind]} pages")
         size, why = _readable(kind, nbytes)
         if not why:
+            huge = pages.transparent_bytes()
             try:
                 reader = machine.reader(n_threads, kind, size)
             except MemoryError:
@@ -105,6 +117,8 @@ def measure_cpu(
             skipped[kind] = why
             done += len(counts)
             continue
+        if kind == TAKEN and huge is not None:
+            huge_share = min(1.0, ((pages.transparent_bytes() or 0) - huge) / size)
         bandwidth[kind] = {}
         for n in counts:
             step(f"read bandwidth, {KINDS[kind]} pages, {n} thread{'s' if n > 1 else ''}")
@@ -119,7 +133,16 @@ def measure_cpu(
     barrier = _native.barrier_seconds(n_threads, BARRIER_SECONDS)
     progress("done", total, total)
     return CpuLimits(
-        n_threads, bandwidth, compute, floats, barrier, _native.choose(), nbytes, skipped, between
+        n_threads=n_threads,
+        bandwidth=bandwidth,
+        compute=compute,
+        float_compute=floats,
+        barrier=barrier,
+        isa=_native.choose(),
+        nbytes=nbytes,
+        skipped=skipped,
+        nodes=between,
+        huge_share=huge_share,
     )
 
 
@@ -170,6 +193,8 @@ def as_measured(base: Machine, limits: CpuLimits, gpus: Sequence[Device] = ()) -
     when = f"{MEASURED} {datetime.date.today()}, {limits.n_threads} threads"
     if limits.n_threads == 1:
         when = when.removesuffix("s")
+    if limits.disturbed:
+        when += f" while other programs kept {limits.other_cpu:.1f} cores busy"
     read = f"{when}, {limits.nbytes / 1e9:.1f} GB in transparent huge pages"
     cpu = replace(
         base.cpu,
