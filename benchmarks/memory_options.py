@@ -1,8 +1,8 @@
 """Decode and loading with weights in each sort of memory: `python -m benchmarks.memory_options`.
 
-Page sizes (4 KiB, transparent, reserved 2 MiB and 1 GiB where enough are reserved) and, with several
-NUMA nodes, spread over them or not. In every round each is loaded afresh, so that what drifts meets
-all of them. A default is changed on figures from here. Run it on a quiet machine.
+Page sizes (4 KiB, transparent, reserved 2 MiB and 1 GiB where enough are reserved) and, with
+several NUMA nodes, spread over them or not. In every round each is loaded afresh, so that what
+drifts meets all of them. A default is changed on figures from here. Run it on a quiet machine.
 """
 
 from __future__ import annotations
