@@ -8,6 +8,7 @@ from typer import Option
 
 from deskside.cli_flags import Threads
 from deskside.config import EngineConfig
+from deskside.console import note
 
 
 def doctor(
@@ -22,6 +23,8 @@ def doctor(
 ) -> None:
     """Show what this machine has and measure what limits it; keep that for `deskside plan`."""
     n_threads = EngineConfig(threads=threads).n_threads
+    if threads > n_threads:
+        note(f"-t {threads} is more than the usable cores; measuring with {n_threads}")
     from deskside.bench import doctor as check
 
     check.main(n_threads, quick=quick, keep=not no_store, as_json=json_)

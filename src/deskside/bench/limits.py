@@ -168,6 +168,7 @@ def _between_nodes(
     """Bandwidth of each node's threads, one a CPU of it that this process may use, on each node's
     memory; pairs that have no threads or too little memory are left out."""
     usable = os.sched_getaffinity(0)
+    nbytes = max(min(nbytes, 1 << 27), nbytes // len(nodes))  # as a node has its share of caches
     found: dict[tuple[int, int], float] = {}
     cpus = {node.number: [c for c in node.cpus if c in usable] for node in nodes}
     for memory in nodes:
