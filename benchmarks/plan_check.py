@@ -56,7 +56,7 @@ def measured_machine(threads: int, samples: int = 3) -> Machine:
     bandwidth = statistics.median(measure.bandwidth(threads) for _ in range(samples))
     compute = statistics.median(measure.compute(threads) for _ in range(samples))
     cpu = replace(base.cpu, bandwidth=Figure(bandwidth, when), compute=Figure(compute, when))
-    return replace(base, devices=(cpu,))
+    return replace(base, devices=(cpu, *base.gpus))
 
 
 def shares(llm: LLM, machine: Machine, progress: Progress) -> dict[str, Efficiency]:
@@ -153,8 +153,15 @@ def main() -> int:
         del llm
         gc.collect()  # a model and its last stream hold each other
     if a.store:
-        source = f"measured {datetime.date.today()}" if efficiency else ""
-        note(f"stored in {store(replace(machine, efficiency_source=source))}")
+        if efficiency:
+            source = f"measured {datetime.date.today()}"
+            machine = replace(machine, efficiency_source=source)
+        else:  # those of an earlier run stay
+            kept = this_machine(machine.cores)
+            machine = replace(
+                machine, efficiency=kept.efficiency, efficiency_source=kept.efficiency_source
+            )
+        note(f"stored in {store(machine)}")
     return int(worst > TARGET)
 
 

@@ -111,6 +111,8 @@ struct Kernels {
   // Runs `rounds` of integer dot products on registers and returns how many products that were: with
   // the time it took, what no matrix kernel of this instruction set can exceed.
   int64_t (*dot_peak)(int64_t rounds, int32_t* result);
+  // The same of float32 multiply-adds.
+  int64_t (*float_peak)(int64_t rounds, float* result);
 
   void (*rms_norm)(const float* x, const float* w, int n, float eps, float* y);
   void (*gated_norm)(const float* x, const float* z, const float* w, int n, float eps, float* y);

@@ -11,6 +11,7 @@
 
 #include "bandwidth.h"
 #include "dispatch.h"
+#include "memory.h"
 #include "ops.h"
 #include "pack.h"
 
@@ -58,12 +59,25 @@ int64_t panel_bytes(int type, int64_t cols) {
   return row * kPanelRows;
 }
 
+// pages: "auto" (transparent huge pages), "off" (4 KiB), "2MiB" or "1GiB" (reserved ones).
+MemoryKind memory_kind(const std::string& pages, const std::vector<int>& nodes, bool strict) {
+  const char* const names[] = {"off", "auto", "2MiB", "1GiB"};
+  for (int node : nodes) require(node >= 0 && node < 4096, "nodes: numbers from 0 to 4095");
+  for (int i = 0; i < 4; i++)
+    if (pages == names[i]) return {Pages(i), nodes, strict};
+  throw std::invalid_argument("pages: off, auto, 2MiB or 1GiB");
+}
+
 // Memory for weights, filled tensor by tensor.
 class PyArena {
  public:
-  // MemoryError if there is no room.
-  explicit PyArena(int64_t bytes)
-      : arena_((require(bytes >= 0, "arena: negative size"), std::make_shared<Arena>(bytes))) {}
+  // MemoryError if there is no room, or too few pages are reserved.
+  PyArena(int64_t bytes, const std::string& pages, const std::vector<int>& nodes, bool strict) {
+    require(bytes >= 0, "arena: negative size");
+    const MemoryKind kind = memory_kind(pages, nodes, strict);
+    nb::gil_scoped_release release;
+    arena_ = std::make_shared<Arena>(bytes, kind);
+  }
 
   PyWeights from_file(int fd, int64_t offset, int type, int64_t cols, int64_t rows, int64_t groups,
                       int64_t at, int64_t stride, int n_threads) {
@@ -80,6 +94,7 @@ class PyArena {
   }
 
   int64_t nbytes() const { return arena_->bytes(); }
+  int nodes_error() const { return arena_->nodes_error(); }
 
  private:
   PyWeights fill(const Source& from, int type, int64_t cols, int64_t rows, int64_t groups,
@@ -98,6 +113,31 @@ class PyArena {
   }
 
   std::shared_ptr<Arena> arena_;
+};
+
+class PyReader {
+ public:
+  PyReader(int64_t bytes, int n_threads, const std::string& pages, const std::vector<int>& nodes,
+           const std::vector<int>& cpus) {
+    const MemoryKind kind = memory_kind(pages, nodes, true);
+    nb::gil_scoped_release release;
+    reader_ = std::make_unique<Reader>(bytes, kind, n_threads, checked(cpus));
+  }
+
+  double read(int n_threads, int repeats, const std::vector<int>& cpus) const {
+    nb::gil_scoped_release release;
+    return reader_->read(n_threads, repeats, checked(cpus));
+  }
+
+  int nodes_error() const { return reader_->memory().nodes_error(); }
+
+ private:
+  static const std::vector<int>& checked(const std::vector<int>& cpus) {
+    for (int cpu : cpus) require(cpu >= 0 && cpu < 1024, "cpus: numbers from 0 to 1023");
+    return cpus;
+  }
+
+  std::unique_ptr<Reader> reader_;
 };
 
 // A row is a task of Team::share, which counts to 2^20.
@@ -464,12 +504,24 @@ NB_MODULE(_native, m) {
   }, "(name, supported) of every compiled instruction set, slowest first.");
   m.def("choose", [](const std::string& isa) { return std::string(deskside::choose_kernels(isa).name); },
         "isa"_a = "", "The instruction set that would run.");
-  m.def("read_bandwidth", &deskside::read_bandwidth, "n_threads"_a, "bytes"_a, "repeats"_a,
-        nb::call_guard<nb::gil_scoped_release>(),
+  m.def("read_bandwidth", [](int n_threads, int64_t bytes, int repeats) {
+    return deskside::Reader(bytes, {}, n_threads, {}).read(n_threads, repeats, {});
+  }, "n_threads"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
         "Best bytes per second of `repeats` passes of n_threads over `bytes` of memory.");
   m.def("compute_limit", &deskside::compute_limit, "n_threads"_a, "isa"_a = "", "repeats"_a = 5,
-        nb::call_guard<nb::gil_scoped_release>(),
-        "Best 8-bit products per second of n_threads on registers: the limit of any matrix kernel.");
+        "floats"_a = false, nb::call_guard<nb::gil_scoped_release>(),
+        "Best 8-bit or float32 products per second of n_threads on registers: the limit of any "
+        "matrix kernel.");
+  m.def("barrier_seconds", &deskside::barrier_seconds, "n_threads"_a, "seconds"_a = 0.1,
+        nb::call_guard<nb::gil_scoped_release>(), "Seconds of an undisturbed barrier of n_threads.");
+  nb::class_<deskside::PyReader>(m, "Reader")
+      .def(nb::init<int64_t, int, const std::string&, const std::vector<int>&,
+                    const std::vector<int>&>(),
+           "bytes"_a, "n_threads"_a, "pages"_a = "auto", "nodes"_a = std::vector<int>(),
+           "cpus"_a = std::vector<int>())
+      .def("read", &deskside::PyReader::read, "n_threads"_a, "repeats"_a,
+           "cpus"_a = std::vector<int>())
+      .def_prop_ro("nodes_error", &deskside::PyReader::nodes_error);
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
@@ -477,12 +529,14 @@ NB_MODULE(_native, m) {
       .def("unpack", &deskside::PyWeights::unpack, "group"_a, "to"_a,
            "One matrix as the file has it, into uint8 (rows, row bytes).");
   nb::class_<deskside::PyArena>(m, "Arena")
-      .def(nb::init<int64_t>(), "bytes"_a)
+      .def(nb::init<int64_t, const std::string&, const std::vector<int>&, bool>(), "bytes"_a,
+           "pages"_a = "auto", "nodes"_a = std::vector<int>(), "strict"_a = false)
       .def("from_file", &deskside::PyArena::from_file, "fd"_a, "offset"_a, "type"_a, "cols"_a,
            "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a)
       .def("from_array", &deskside::PyArena::from_array, "data"_a, "type"_a, "cols"_a, "groups"_a,
            "at"_a, "stride"_a, "n_threads"_a)
-      .def_prop_ro("nbytes", &deskside::PyArena::nbytes);
+      .def_prop_ro("nbytes", &deskside::PyArena::nbytes)
+      .def_prop_ro("nodes_error", &deskside::PyArena::nodes_error);
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<int, int, int64_t, const std::string&>(), "n_threads"_a, "max_tokens"_a,
            "arena_floats"_a, "isa"_a = "")

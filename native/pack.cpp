@@ -1,6 +1,5 @@
 #include "pack.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,7 +8,6 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -20,20 +18,6 @@
 #include "panel.h"
 
 namespace deskside {
-
-Arena::Arena(int64_t bytes) : bytes_(bytes) {
-  constexpr int64_t kHuge = int64_t(2) << 20;
-  mapped_bytes_ = (bytes + kHuge - 1) / kHuge * kHuge + kHuge;
-  mapped_ = mmap(nullptr, size_t(mapped_bytes_), PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped_ == MAP_FAILED) throw std::bad_alloc();
-  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<intptr_t>(mapped_) + kHuge - 1) & ~(kHuge - 1));
-#if defined(MADV_HUGEPAGE)
-  madvise(mapped_, size_t(mapped_bytes_), MADV_HUGEPAGE);
-#endif
-}
-
-Arena::~Arena() { munmap(mapped_, size_t(mapped_bytes_)); }
 
 namespace {
 

@@ -1,29 +1,11 @@
-// Weights in memory: an arena in huge pages, and the way from a file's rows to panels (panel.h).
+// The way of weights from a file's rows to panels in memory (panel.h).
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "kernels.h"
 
 namespace deskside {
-
-// Zeroed memory in huge pages where the system has them; pages are taken when first touched.
-class Arena {
- public:
-  explicit Arena(int64_t bytes);
-  ~Arena();
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-
-  uint8_t* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  void* mapped_;
-  uint8_t* data_;
-  int64_t bytes_, mapped_bytes_;
-};
 
 // Bytes of a row of `cols` weights in a file; -1 for a type without a kernel or rows that are no
 // whole blocks.

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "pack.h"
+#include "memory.h"
 #include "thread_pool.h"
 
 namespace deskside {

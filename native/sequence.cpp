@@ -22,6 +22,22 @@ template <class F> inline void each(int64_t n, const float* a, const float* b, f
   }
 }
 
+int64_t float_peak(int64_t rounds, float* result) {
+  constexpr int kSums = 12;  // enough to hide the latency of a multiply-add
+  vf sum[kSums], w = splat(1.0f), x = splat(0.5f);
+  for (int i = 0; i < kSums; i++) sum[i] = splat(1.0f + i);
+  for (int64_t r = 0; r < rounds; r++) {
+    // Other operands each time as far as the compiler knows, as in dot_peak.
+#if defined(__x86_64__) && !defined(DESKSIDE_EMULATED)
+    asm volatile("" : "+v"(x), "+v"(w));
+#endif
+    for (int i = 0; i < kSums; i++) sum[i] = sum[i] * x + w;
+  }
+  for (int i = 1; i < kSums; i++) sum[0] += sum[i];
+  *result = sum[0][0];
+  return rounds * kSums * kLanes;
+}
+
 float inverse_rms(const float* x, int n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / n + eps); }
 
 void rms_norm(const float* x, const float* w, int n, float eps, float* y) {
@@ -129,6 +145,7 @@ extern const Kernels DESKSIDE_TABLE(DESKSIDE_ISA) = {
     DESKSIDE_ISA::matmul,
     DESKSIDE_ISA::matmul_pair,
     DESKSIDE_ISA::dot_peak,
+    float_peak,
     rms_norm,
     gated_norm,
     unit_norm,

@@ -13,7 +13,7 @@ ROOT = Path(deskside.__file__).parent
 # From the bottom to the top; a module imports only from layers below its own.
 LAYERS = [
     {"errors", "progress", "system", "_native"},
-    {"devices", "files"},
+    {"devices", "files", "pages"},
     {"machines"},
     {"quants", "tokenizer", "chat", "template_worker", "sampler", "checkpoint", "logprobs"},
     {"gguf_header", "encoders", "hf_vocab", "hf_source"},

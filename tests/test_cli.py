@@ -156,13 +156,6 @@ def test_synth_quantize_and_run(tmp_path: Path) -> None:
     assert deskside("run", "-m", smaller, "-p", "x", "-n", "3").returncode == 0
 
 
-def test_doctor_tells_what_there_is() -> None:
-    done = deskside("doctor")
-    assert done.returncode == 0
-    for part in ("kernels chosen", "scalar", "read bandwidth", "GB/s", "memory", "cores"):
-        assert part in done.stdout.decode()
-
-
 def test_a_locale_without_unicode_is_no_traceback(model: Path) -> None:
     command = [*COMMAND, "run", "-m", str(model), "-p", "x", "-n", "40", "--ignore-eos"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -66,6 +67,23 @@ def _options(
     pass
 
 
+_show_warning = warnings.showwarning
+
+
+def _note_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if category is UserWarning:
+        console.note(str(message))
+    else:
+        _show_warning(message, category, filename, lineno, file, line)
+
+
 def main() -> None:
     """Entry point: bad input is one line and exit code 2, an interruption exit code 130."""
     if sys.stdout is None or sys.stderr is None:
@@ -78,7 +96,11 @@ def main() -> None:
         console.note(line)
     code = 0
     try:
-        result = app(args=arguments, prog_name="deskside", standalone_mode=False)
+        with warnings.catch_warnings():
+            # those of the library, such as of options that a system does not offer
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _note_warning
+            result = app(args=arguments, prog_name="deskside", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except DesksideError as failure:
         console.error(str(failure))

@@ -85,6 +85,10 @@ def bench(
     ctk: Annotated[str | None, Option("-ctk", "--cache-type-k", help="f16, q8_0 or f32")] = None,
     ctv: Annotated[str | None, Option("-ctv", "--cache-type-v", help="f16, q8_0 or f32")] = None,
     isa: Annotated[str | None, Option("--isa", help="force an instruction set")] = None,
+    numa: Annotated[str | None, Option("--numa", help="none or interleave")] = None,
+    huge_pages: Annotated[
+        str | None, Option("--huge-pages", help="auto, off, 2MiB or 1GiB")
+    ] = None,
     temp: Annotated[float | None, Option("--temp", help="instead of the workload's")] = None,
     top_k: Annotated[int | None, Option("--top-k")] = None,
     top_p: Annotated[float | None, Option("--top-p")] = None,

@@ -24,6 +24,15 @@ CacheV = Annotated[
     str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
 ]
 Isa = Annotated[str | None, Option("--isa", help="force an instruction set")]
+Numa = Annotated[
+    str, Option("--numa", help="memory of the weights: none, or interleave over all NUMA nodes")
+]
+HugePages = Annotated[
+    str,
+    Option(
+        "--huge-pages", help="for the weights: auto (transparent), off, or reserved 2MiB or 1GiB"
+    ),
+]
 TensorTypes = Annotated[
     list[str] | None, Option("--tensor-type", metavar="REGEX=TYPE", help="may be repeated")
 ]

@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
+from deskside.cli_flags import (
+    CacheK,
+    CacheV,
+    HugePages,
+    Isa,
+    Model,
+    Numa,
+    Threads,
+    Ubatch,
+    placeable,
+)
 from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
@@ -81,6 +91,8 @@ def run(
         list[str] | None, Option("-r", "--stop", "--reverse-prompt", help="end at this text")
     ] = None,
     isa: Isa = DEFAULTS.isa,
+    numa: Numa = DEFAULTS.numa,
+    huge_pages: HugePages = DEFAULTS.huge_pages,
     backend: Annotated[
         str, Option("--backend", help="cpu, or reference (NumPy, slow)")
     ] = DEFAULTS.backend,
@@ -109,6 +121,8 @@ def run(
         "ctk": ctk,
         "ctv": ctv,
         "isa": isa,
+        "numa": numa,
+        "huge_pages": huge_pages,
         "backend": backend,
         **placing,
     }

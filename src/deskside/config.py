@@ -10,6 +10,7 @@ from typing import Any
 
 from deskside.cache import kv_type
 from deskside.errors import DesksideError
+from deskside.pages import check_options
 from deskside.system import usable_cores
 
 # Tokens, where neither the user nor a shorter model says otherwise.
@@ -46,6 +47,9 @@ class EngineConfig:
     ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
     isa        a compiled instruction set; None for the fastest one here
+    numa       memory of the weights: "none" (where the kernel puts it), or "interleave" (over all
+               NUMA nodes in turn)
+    huge_pages for the weights: "auto" (transparent ones), "off", or "2MiB", "1GiB" (reserved ones)
 
     Where tensors go (docs/PLANNER.md), with llama.cpp's meanings:
 
@@ -65,6 +69,8 @@ class EngineConfig:
     ctv: str = "f16"
     backend: str = "cpu"
     isa: str | None = None
+    numa: str = "none"
+    huge_pages: str = "auto"
     devices: str | Sequence[str] | None = None
     override_tensor: str | Sequence[str] = ()
     cpu_moe: bool = False
@@ -82,11 +88,12 @@ class EngineConfig:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
-        for name in ("ctk", "ctv", "backend"):
+        for name in ("ctk", "ctv", "backend", "numa", "huge_pages"):
             if not isinstance(getattr(self, name), str):
                 raise DesksideError(f"{name} is {getattr(self, name)!r}; expected text")
         if not isinstance(self.isa, str | None):
             raise DesksideError(f"isa is {self.isa!r}; expected a name or None")
+        check_options(self.huge_pages, self.numa)
         for name, kinds, expected in _KINDS:
             value = getattr(self, name)
             whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)

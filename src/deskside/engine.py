@@ -19,7 +19,7 @@ from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.chat import ChatTemplate
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.devices import CPU
-from deskside.errors import DamagedLogits, DesksideError
+from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.placing import place
@@ -96,6 +96,14 @@ class LLM:
     """
 
     def __init__(self, path: str | Path, *, progress: Progress = silent, **options: Any) -> None:
+        try:
+            self._load(path, progress, options)
+        except BaseException as failure:  # Ctrl-C, too: a failed load keeps no memory
+            self.__dict__.clear()
+            drop_frames(failure)
+            raise
+
+    def _load(self, path: str | Path, progress: Progress, options: dict[str, Any]) -> None:
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
             raise DesksideError(f"unknown option {', '.join(unknown)}")
@@ -137,6 +145,8 @@ class LLM:
             max_tokens=self.ubatch,
             isa=self.config.isa,
             reserve=sum(cache_bytes(self.tape.states, self.ctx, k_type, v_type)),
+            huge_pages=self.config.huge_pages,
+            numa=self.config.numa,
             progress=progress,
         )
 
@@ -162,6 +172,8 @@ class LLM:
             max_outputs=self.max_outputs,
             isa=self.config.isa,
             reserve=usage[CPU].kv + usage[CPU].recurrent,
+            huge_pages=self.config.huge_pages,
+            numa=self.config.numa,
             progress=progress,
         )
         shape = {"n_slots": 1, "n_ctx": self.ctx}

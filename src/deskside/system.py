@@ -15,7 +15,7 @@ def usable_cores() -> int:
     """Logical CPUs that this process may keep busy: its affinity, within a container's quota."""
     cores = len(os.sched_getaffinity(0))
     # cgroup v2: microseconds of CPU per period of microseconds, or "max".
-    for line in _lines("/sys/fs/cgroup/cpu.max"):
+    for line in lines("/sys/fs/cgroup/cpu.max"):
         quota, _, period = line.partition(" ")
         if quota.isdigit() and period.isdigit() and int(period) > 0:
             cores = min(cores, max(1, int(quota) // int(period)))
@@ -23,7 +23,7 @@ def usable_cores() -> int:
 
 
 def cpu_name() -> str:
-    for line in _lines("/proc/cpuinfo"):
+    for line in lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags as the kernel names them; empty where it does not tell."""
-    for line in _lines("/proc/cpuinfo"):
+    for line in lines("/proc/cpuinfo"):
         if line.startswith("flags"):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
@@ -46,13 +46,13 @@ def available_memory() -> int:
     """Bytes that can be taken without swapping, within a container's limit; page cache counts as
     free."""
     free = total_memory()
-    for line in _lines("/proc/meminfo"):
+    for line in lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     # cgroup v2: a limit in bytes, or "max".
-    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used = (lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and used and limit[0].isdigit() and used[0].isdigit():
-        stat = dict(line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
+        stat = dict(line.split() for line in lines("/sys/fs/cgroup/memory.stat"))
         free = min(free, max(0, int(limit[0]) - int(used[0]) + int(stat.get("file", 0))))
     return free
 
@@ -68,7 +68,8 @@ def nvidia_gpus() -> list[int]:
     return [int(size) << 20 for size in sizes if size.isdigit() and int(size) > 0]
 
 
-def _lines(path: str) -> list[str]:
+def lines(path: str | Path) -> list[str]:
+    """Lines of a text file; none where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

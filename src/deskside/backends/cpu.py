@@ -30,6 +30,7 @@ class CpuBackend:
     DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
     stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
     packed: another backend's `weights`, which serve here too.
+    huge_pages, numa: how memory for the weights is taken, as in `EngineConfig`.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class CpuBackend:
         reserve: int = 0,
         stretches: Sequence[Stretch] | None = None,
         packed: Mapping[str, _native.Weights] | None = None,
+        huge_pages: str = "auto",
+        numa: str = "none",
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -68,11 +71,16 @@ class CpuBackend:
             raise too_large
         reserve += 4 * arena
         try:
-            self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+            try:
+                self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+            except RuntimeError as error:  # the system's
+                raise DesksideError(f"-t {n_threads}: threads cannot be started: {error}") from None
             self.weights = load(
                 self.steps,
                 n_threads=n_threads,
                 reserve=reserve,
+                huge_pages=huge_pages,
+                numa=numa,
                 progress=progress,
                 packed=packed or {},
             )

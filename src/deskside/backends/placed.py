@@ -77,7 +77,7 @@ class PlacedBackend:
     that must stay free, for a cache. native: False has torch run the CPU's part too, with which
     every placement gives the same bits. stream: large batches have the CPU's experts computed by a
     device through which they pass. expert_cache: a device's memory for some of them, in all other
-    batches. DesksideError where something does not fit.
+    batches. huge_pages, numa: as in `EngineConfig`. DesksideError where something does not fit.
     """
 
     def __init__(
@@ -95,6 +95,8 @@ class PlacedBackend:
         native: bool = True,
         stream: StreamOptions | None = None,
         expert_cache: ExpertCache | None = None,
+        huge_pages: str = "auto",
+        numa: str = "none",
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -139,6 +141,8 @@ class PlacedBackend:
                     reserve=reserve,
                     stretches=route.stretches(),
                     packed=packed,
+                    huge_pages=huge_pages,
+                    numa=numa,
                     progress=progress,
                 )
                 packed = route.cpu.weights

@@ -9,12 +9,13 @@ never a second copy of it.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from deskside import _native
+from deskside import _native, pages
 from deskside.backends.steps import Step
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
@@ -77,33 +78,27 @@ def load(
     *,
     n_threads: int,
     reserve: int = 0,
+    huge_pages: str = "auto",
+    numa: str = "none",
     progress: Progress = silent,
     packed: Mapping[str, _native.Weights] = MappingProxyType({}),
 ) -> dict[str, _native.Weights]:
     """All matrices of `steps` by name, with `reserve` bytes left free; those in `packed` as they
     are.
 
-    DesksideError where they do not fit or cannot be read.
+    huge_pages, numa: as in `EngineConfig`; a system without NUMA is worth a warning only.
+    DesksideError where they do not fit or cannot be read. Whatever fails, Ctrl-C included, nothing
+    is kept, even by those who hold the exception.
     """
     placements, total = layout(
         together for together in matrices(steps) if any(t.name not in packed for t in together)
     )
-    free = available_memory()
-    too_large = DesksideError(
-        f"the weights take {total / 1e9:.1f} GB, cache and work memory {reserve / 1e9:.1f} GB, of "
-        f"{free / 1e9:.1f} GB free; take a smaller file, lower -c, or use -ctk q8_0 -ctv q8_0"
-    )
-    if total + reserve > free:
-        raise too_large
-    try:
-        arena = _native.Arena(total)
-    except MemoryError:
-        raise too_large from None
+    arena = _arena(total, reserve, huge_pages, numa)
     weights = dict(packed)
     files: dict[Path, int] = {}
     done, whole = 0, sum(p.info.nbytes for p in placements)
     # What is packed is not read from the file again; a large file must not push the arena out.
-    forget = whole > free // 2
+    forget = whole > available_memory() // 2
     try:
         for p in placements:
             info = p.info
@@ -119,9 +114,43 @@ def load(
                 os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
             done += info.nbytes
         progress("loading", done, whole)
-    except (RuntimeError, OSError) as error:
-        raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+    except BaseException as error:
+        weights.clear()
+        del arena
+        if isinstance(error, MemoryError):
+            raise DesksideError(f"{info.path}: no memory to load tensor {info.name}") from None
+        if isinstance(error, RuntimeError | OSError):
+            raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+        raise
     finally:
         for fd in files.values():
             os.close(fd)
     return weights
+
+
+def _arena(total: int, reserve: int, huge_pages: str, numa: str) -> _native.Arena:
+    """Memory for `total` bytes of weights."""
+    free = available_memory()
+    from_pool = huge_pages in pages.RESERVED  # those count as taken already
+    if from_pool:
+        pages.need_reserved(huge_pages, total)
+    needed = reserve + (0 if from_pool else total)
+    sizes = f"the weights take {total / 1e9:.1f} GB, cache and work memory {reserve / 1e9:.1f} GB"
+    if needed > free:
+        raise DesksideError(
+            f"{sizes}, of {free / 1e9:.1f} GB free; take a smaller file, lower -c, or use "
+            "-ctk q8_0 -ctv q8_0"
+        )
+    nodes, note = pages.spread(numa)
+    try:
+        arena = _native.Arena(total, huge_pages, nodes)
+    except MemoryError:
+        why = "a limit (ulimit -v, overcommit) refuses them"
+        if from_pool:
+            why = f"the reserved pages are not there (--huge-pages {huge_pages})"
+        raise DesksideError(f"{sizes}; {why}") from None
+    if arena.nodes_error:
+        note = pages.not_spread(arena.nodes_error)
+    if note:
+        warnings.warn(note, stacklevel=2)
+    return arena

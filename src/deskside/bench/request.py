@@ -17,7 +17,7 @@ from deskside.errors import DesksideError
 
 DEFAULT_WORKLOAD = "article"
 # Of the request, by what they decide; the rest is how to go about it.
-ENGINE = ("ctx", "threads", "ubatch", "ctk", "ctv", "isa")
+ENGINE = ("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages")
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -53,6 +53,8 @@ class Request:
     ctk: str | None = None
     ctv: str | None = None
     isa: str | None = None
+    numa: str | None = None
+    huge_pages: str | None = None
     temp: float | None = None
     top_k: int | None = None
     top_p: float | None = None

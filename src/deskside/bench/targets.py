@@ -135,6 +135,8 @@ class InProcess:
                 "ctk": config.ctk,
                 "ctv": config.ctv,
                 "isa": config.isa,
+                "numa": config.numa,
+                "huge_pages": config.huge_pages,
                 "backend": config.backend,
                 **config.placing(),
             },
