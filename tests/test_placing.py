@@ -86,6 +86,38 @@ def test_devices_hold_what_the_plan_says(kv: str, options: dict[str, Any]) -> No
             assert llm.backend.devices[name].meter.peak <= usage[name].held
 
 
+def test_experts_stream_and_are_cached_as_the_plan_says() -> None:
+    path = tiny("tiny-moe", "F32")
+    expected = LLM(path, **EXACT).generate("word " * 90, GREEDY).tokens
+    options: dict[str, Any] = {"devices": "emu0:300MiB", "cpu_moe": True, **EXACT}
+    llm = LLM(path, stream_experts="auto", expert_cache="2MiB", **options)
+    assert llm.plan is not None and isinstance(llm.backend, PlacedBackend)
+    assert llm.ubatch > EXACT["ubatch"]  # the planner's chunk
+    usage = llm.plan.usage[1]
+    assert 2 << 20 < usage.reserved < 8 << 20
+    meter = llm.backend.devices["emu0"].meter
+    gc.collect()
+    meter.peak = meter.live
+    assert llm.generate("word " * 90, GREEDY).tokens == expected
+    metrics = llm.backend.expert_metrics
+    assert metrics.streamed > 0 and 0 < metrics.hit_rate < 1 and metrics.promotions > 0
+    assert meter.peak <= usage.held
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"stream_experts": "auto"}, "--stream-experts does nothing: no routed expert"),
+        ({"expert_cache": "1MiB"}, "--expert-cache does nothing: no routed expert"),
+        ({"cpu_moe": True, "stream_experts": "auto", "ctx": 8}, "no batch of up to 8 tokens"),
+    ],
+)
+def test_lending_that_helps_nobody_is_noted(options: dict[str, Any], part: str) -> None:
+    llm = LLM(tiny(), devices="emu0:300MiB", **options)
+    assert part in llm.notes[0] and llm.plan is not None
+    assert not any(u.reserved for u in llm.plan.usage)
+
+
 def test_a_plan_hops_as_often_as_it_reckons() -> None:
     """The search counts changes of device along the tape; sections are what runs."""
     tape = build_tape(GGUF.open(tiny("tiny-moe")))
@@ -138,6 +170,11 @@ def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypat
         ({"devices": "emu0:1GiB", "margin": "2GiB"}, "nothing is left"),
         ({"devices": "emu0:4MiB", "gpu_layers": "all"}, "emu0 lacks"),
         ({"devices": "emu0:1GiB", "backend": "reference"}, "--backend reference"),
+        ({"devices": "emu0:1GiB", "stream_experts": "0"}, "--stream-experts 0"),
+        ({"devices": "emu0:1GiB", "stream_experts": "x"}, "--stream-experts x"),
+        ({"devices": "emu0:1GiB", "expert_cache": "x"}, "--expert-cache 'x'"),
+        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "hold no expert"),
+        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "2GiB"}, "emu0 lacks"),
         ({"devices": 3}, "devices is 3"),
         ({"cpu_moe": 1}, "cpu_moe is 1"),
         ({"n_cpu_moe": True}, "n_cpu_moe is True"),

@@ -81,6 +81,19 @@ PLACING: dict[str, Any] = {
             show_default="256MiB on the CPU, 1GiB on a GPU",
         ),
     ],
+    "stream_experts": Annotated[
+        str | None,
+        Option(
+            "--stream-experts",
+            metavar="N|auto|off",
+            help="prompts of N tokens or more have the CPU's experts pass through a GPU",
+            show_default="off",
+        ),
+    ],
+    "expert_cache": Annotated[
+        str | None,
+        Option("--expert-cache", metavar="SIZE", help="of a GPU, for often chosen CPU experts"),
+    ],
 }
 
 

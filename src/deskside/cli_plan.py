@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,11 +71,11 @@ def plan(
     placing: Mapping[str, Any] = {},
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
-    from deskside import plan_emit, plan_table
+    from deskside import console, plan_emit, plan_table
     from deskside.machines import load_machine, this_machine
     from deskside.models import build_tape
-    from deskside.placing import machine_of, rules_of
-    from deskside.plan import DoesNotFit, Options, make_plan
+    from deskside.placing import lines, machine_of, plan_for, rules_of
+    from deskside.plan import DoesNotFit, Options
     from deskside.plan_picture import picture
 
     if emit is not None and emit not in plan_emit.KINDS:
@@ -93,18 +94,26 @@ def plan(
     )  # fmt: skip
     wishes = rules_of(config)
     try:
-        made = make_plan(tape, ours, wishes, options)
+        placed = plan_for(tape, config, ours, wishes, options)
     except DoesNotFit as refusal:
         return _refuse(refusal, tape, ours, wishes, options, name, as_json)
+    made = placed.plan
+    assert made is not None
+    for line in placed.notes:
+        console.note(line)
     known = preset or _preset_of(file)
     if svg is not None:
         svg.write_text(picture(made, name), encoding="utf-8")
     if emit is not None:
         _emit(plan_emit.emit(made, emit, str((model or Path(f"{preset}.gguf")).absolute())), out)
     elif as_json:
-        print(json.dumps(plan_table.to_dict(made, name, known), indent=1))
+        values = plan_table.to_dict(made, name, known)
+        lent = dataclasses.asdict(placed.lending) if placed.lending else None
+        print(json.dumps({**values, "lending": lent}, indent=1))
     else:
         plan_table.show(made, name, known)
+        for line in lines(placed):
+            print(line)
     return 0
 
 

@@ -20,7 +20,7 @@ DEFAULT_CTX = 4096
 # Options that decide where tensors go.
 PLACING = (
     "devices", "override_tensor", "cpu_moe", "n_cpu_moe", "gpu_layers", "tensor_split", "main_gpu",
-    "margin",
+    "margin", "stream_experts", "expert_cache",
 )  # fmt: skip
 
 _TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
@@ -33,6 +33,8 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("tensor_split", (str, *_OR_NONE), "shares such as 3,1"),
     ("main_gpu", (int, *_OR_NONE), "the number of a GPU"),
     ("margin", (str, *_OR_NONE), "a size such as 1GiB"),
+    ("stream_experts", (int, str), "a number of tokens, auto or off"),
+    ("expert_cache", (str, *_OR_NONE), "a size such as 8GiB"),
 )
 
 
@@ -60,6 +62,9 @@ class EngineConfig:
     gpu_layers       how many of the last layers on GPUs, the head as one more; "all" or "auto"
     tensor_split     the GPUs' shares of the layers, "3,1"; main_gpu: the one that takes the head
     margin           memory to leave free on every device, "1GiB"
+    stream_experts   long prompts have the CPU's experts pass through a GPU: batches of at least so
+                     many tokens; "auto" leaves that and the size of a batch to the planner, "off"
+    expert_cache     memory of a GPU for experts of the CPU that are chosen often, "8GiB"
     """
 
     ctx: int | None = None
@@ -79,6 +84,8 @@ class EngineConfig:
     tensor_split: str | None = None
     main_gpu: int | None = None
     margin: str | None = None
+    stream_experts: int | str = "off"
+    expert_cache: str | None = None
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -109,7 +116,8 @@ class EngineConfig:
         """The options that say where tensors go, as far as they were given, fit for JSON."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
-        return {n: v for n, v in found.items() if v is not None and v is not False and v != []}
+        return {n: v for n, v in found.items() if v not in ([], "off") and v is not None
+                and v is not False}  # fmt: skip
 
     @property
     def n_threads(self) -> int:

@@ -22,7 +22,7 @@ from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.models import build_tape
-from deskside.placing import place
+from deskside.placing import Lending, place
 from deskside.plan import Plan
 from deskside.progress import Progress, silent
 from deskside.quants import QuantType
@@ -116,12 +116,16 @@ class LLM:
         placing = place(self.tape, self.config, self.ctx, self.ubatch)
         self.notes = placing.notes
         self.plan = placing.plan if placing.over_devices else None
+        if self.plan is not None:
+            self.ubatch = self.plan.options.ubatch
         self._check_values()
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
         self.max_outputs = self.ubatch
         self.backend: Backend
         if self.plan is not None:
-            self.backend, self.cache = self._placed(self.plan, k_type, v_type, progress)
+            self.backend, self.cache = self._placed(
+                self.plan, placing.lending, k_type, v_type, progress
+            )
         else:
             self._check_memory(k_type, v_type)
             self.backend = self._backend(k_type, v_type, progress)
@@ -151,16 +155,31 @@ class LLM:
         )
 
     def _placed(
-        self, plan: Plan, k_type: QuantType, v_type: QuantType, progress: Progress
+        self,
+        plan: Plan,
+        lending: Lending | None,
+        k_type: QuantType,
+        v_type: QuantType,
+        progress: Progress,
     ) -> tuple[Backend, Cache]:
         try:
+            from deskside.backends.expert_cache import ExpertCache
             from deskside.backends.placed import PlacedBackend
+            from deskside.backends.stream import StreamOptions
             from deskside.backends.torch_device import open_devices
         except ImportError:
             raise DesksideError(
                 f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"
             ) from None
         self.max_outputs = min(self.ubatch, MOST_OUTPUTS)
+        stream = cache = None
+        if lending is not None and lending.stream is not None:
+            s = lending.stream
+            stream = StreamOptions(
+                lending.device, lending.min_tokens, s.slot_bytes, s.slots, s.host_below
+            )
+        if lending is not None and lending.cache_bytes:
+            cache = ExpertCache(lending.device, lending.cache_bytes)
         usage = {u.device.name: u for u in plan.usage}
         backend = PlacedBackend(
             self.file,
@@ -172,6 +191,8 @@ class LLM:
             max_outputs=self.max_outputs,
             isa=self.config.isa,
             reserve=usage[CPU].kv + usage[CPU].recurrent,
+            stream=stream,
+            expert_cache=cache,
             huge_pages=self.config.huge_pages,
             numa=self.config.numa,
             progress=progress,

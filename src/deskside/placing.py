@@ -7,14 +7,19 @@ does everything, for no GPU has run this code yet (README).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from deskside import rules
+from deskside.backends.sections import Helper
+from deskside.backends.work import FEW_PAIRS
 from deskside.config import EngineConfig
-from deskside.devices import CPU, Machine, choose_devices, parse_size
+from deskside.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.errors import DesksideError
 from deskside.machines import this_machine
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
+from deskside.plan_memory import Way
+from deskside.plan_speed import LONG_PROMPT
+from deskside.plan_stream import StreamPlan, plan_stream
 from deskside.plan_ways import ways_out
 from deskside.tape import Tape
 
@@ -22,11 +27,23 @@ _NO_GPU = "does nothing: there is no GPU to use"
 
 
 @dataclass(frozen=True)
+class Lending:
+    """Experts of the CPU that a GPU computes. stream: how they pass through it in long prompts,
+    from `min_tokens` tokens on; cache_bytes: of its memory, for those that are chosen often."""
+
+    device: str
+    stream: StreamPlan | None = None
+    min_tokens: int = 0
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Placing:
     """plan: None where there is nothing to decide; notes: lines for the user."""
 
     plan: Plan | None = None
-    notes: tuple[str, ...] = ()
+    lending: Lending | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def over_devices(self) -> bool:
@@ -38,27 +55,127 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Placing:
     """The plan of a model under an engine's options; nothing is loaded. ctx, ubatch: tokens, as the
     engine will have them. DesksideError for options that make no sense or cannot be met, with the
     ways out."""
-    wishes = rules_of(config)
-    if config.devices is None and wishes == rules.Rules() and config.margin is None:
+    if not config.placing():
         return Placing()
     if config.backend != "cpu":
         raise DesksideError(f"--backend {config.backend} computes everything in one place: leave "
                             "out --device and the rules of placement")  # fmt: skip
-    machine = this_machine(config.n_threads)
-    unasked = config.devices is None and not _wants_gpu(wishes)
-    machine = machine_of(config, machine, ["none"] if unasked else None)
-    notes: list[str] = []
-    if not machine.gpus:
-        wishes, notes = _without_gpu(wishes)
+    unasked = config.devices is None and not _wants_gpu(config)
+    machine = machine_of(config, this_machine(config.n_threads), ["none"] if unasked else None)
     options = Options(
         ctx=ctx, ubatch=ubatch, ctk=config.ctk, ctv=config.ctv, threads=config.n_threads
     )
+    wishes, notes = rules_of(config), list[str]()
+    if not machine.gpus:
+        wishes, notes = _without_gpu(wishes)
     try:
-        plan = make_plan(tape, machine, wishes, options)
+        placing = plan_for(tape, config, machine, wishes, options)
     except DoesNotFit as refusal:
         ways = "; or ".join(w.flags for w in ways_out(tape, machine, wishes, options))
         raise DesksideError(f"{refusal}{'; enough would be: ' if ways else ''}{ways}") from None
-    return Placing(plan, tuple(notes))
+    placing.notes.extend(notes)
+    return placing
+
+
+def plan_for(
+    tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
+) -> Placing:
+    """As `place`, of a machine and rules that are known; DoesNotFit."""
+    size = parse_size(config.expert_cache, "--expert-cache") if config.expert_cache else 0
+    least = _stream_from(config)
+    if not size and least is None:
+        return Placing(make_plan(tape, machine, wishes, options))
+    asked = "--expert-cache" if size else "--stream-experts"
+    if not machine.gpus:
+        plan = make_plan(tape, machine, wishes, options)
+        return Placing(plan, notes=[f"{asked} {_NO_GPU}"])
+    device = machine.gpus[wishes.main_gpu or 0].name
+    cached = replace(options, reserved={device: size}, ways=(Way(options.ubatch, _some(device)),))
+    plan = make_plan(tape, machine, wishes, cached if size else options)
+    if not any(_is_lent(name, d) for name, d in plan.placement.items()):
+        plan = make_plan(tape, machine, wishes, options)
+        return Placing(plan, notes=[f"{asked} does nothing: no routed expert is on the CPU"])
+    lending, notes = Lending(device, cache_bytes=size), list[str]()
+    if least is not None:
+        plan, lending, notes = _streaming(plan, lending, least)
+    return Placing(plan, lending if lending.stream or size else None, notes)
+
+
+def _streaming(plan: Plan, lending: Lending, least: int) -> tuple[Plan, Lending, list[str]]:
+    """With staging slots. least: tokens of a batch that streams, 0 to leave that and the size of a
+    batch to `plan_stream`; the largest batch that fits is taken then."""
+    o, device = plan.options, lending.device
+    prompt = min(LONG_PROMPT, o.ctx)
+    chunk = o.ubatch if least else prompt
+    while True:
+        found = plan_stream(
+            plan.machine, plan.tape, plan.placement, device=device, prompt=prompt, max_chunk=chunk
+        )
+        assert found is not None
+        if not least and (found.break_even is None or found.break_even > found.chunk):
+            note = (f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
+                    f"{device} than on the CPU")  # fmt: skip
+            return plan, lending, [note]
+        ubatch = o.ubatch if least else max(o.ubatch, found.chunk)
+        first = max(2, least or found.break_even or 1, FEW_PAIRS // found.top_k + 1)
+        small = Way(min(first - 1, ubatch), _some(device) if lending.cache_bytes else None)
+        large = Way(ubatch, Helper(device, all=found.host_below <= 1))
+        options = replace(
+            o,
+            ubatch=ubatch,
+            reserved={device: lending.cache_bytes + found.slots * found.slot_bytes},
+            ways=(small, large),
+        )
+        try:
+            made = make_plan(plan.tape, plan.machine, plan.rules, options)
+        except DoesNotFit:
+            if least or chunk <= o.ubatch:
+                raise
+            chunk = max(o.ubatch, chunk // 2)
+            continue
+        return made, replace(lending, stream=found, min_tokens=first), []
+
+
+def _some(device: str) -> Helper:
+    return Helper(device, all=False)
+
+
+def _is_lent(name: str, device: str) -> bool:
+    return "_exps" in name and device == CPU
+
+
+def _stream_from(config: EngineConfig) -> int | None:
+    """Least tokens of a batch that streams; 0 for the planner's choice, None for never."""
+    text = str(config.stream_experts).lower()
+    if text in ("off", "auto"):
+        return None if text == "off" else 0
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 20:
+        raise DesksideError(
+            f"--stream-experts {config.stream_experts}: expected a number of tokens, auto or off"
+        )
+    return int(text)
+
+
+def lines(placing: Placing) -> list[str]:
+    """What is lent, for people."""
+    found, lending = list[str](), placing.lending
+    if lending is None:
+        return found
+    if lending.stream:
+        s = lending.stream
+        below = f"; experts of fewer than {s.host_below} tokens stay" if s.host_below else ""
+        found.append(
+            f"batches of {lending.min_tokens:,} tokens or more have the CPU's experts "
+            f"({show_size(s.nbytes)}) pass through {lending.device}, in {s.slots} slots of "
+            f"{show_size(s.slot_bytes)}{below}: prefill of long prompts {s.rate:,.0f} tok/s by "
+            f"{s.chunk:,} tokens, limited by {s.limit}; {s.cpu_rate:,.0f} on the CPU"
+        )
+    if lending.cache_bytes:
+        found.append(
+            f"{show_size(lending.cache_bytes)} of {lending.device} hold the CPU's experts that are "
+            "chosen most often (not in the predictions: how often is not known before)"
+        )
+    return found
 
 
 def rules_of(config: EngineConfig) -> rules.Rules:
@@ -87,11 +204,14 @@ def machine_of(
     return choose_devices(machine, entries, margin)
 
 
-def _wants_gpu(wishes: rules.Rules) -> bool:
+def _wants_gpu(config: EngineConfig) -> bool:
+    wishes = rules_of(config)
     elsewhere = any(rule.device != CPU for rule in wishes.overrides)
     moe = wishes.cpu_moe or wishes.n_cpu_moe is not None
     layers = wishes.gpu_layers is not None and wishes.gpu_layers > 0
-    return elsewhere or moe or layers or bool(wishes.tensor_split) or wishes.main_gpu is not None
+    split = bool(wishes.tensor_split) or wishes.main_gpu is not None
+    lends = config.expert_cache is not None or _stream_from(config) is not None
+    return elsewhere or moe or layers or split or lends
 
 
 def _without_gpu(wishes: rules.Rules) -> tuple[rules.Rules, list[str]]:

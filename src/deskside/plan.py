@@ -22,7 +22,7 @@ from deskside.backends.sections import HOST_TORCH, state_homes
 from deskside.cache import cache_bytes, kv_type
 from deskside.devices import CPU, Device, Machine, show_size
 from deskside.errors import DesksideError
-from deskside.plan_memory import Memory, buffers
+from deskside.plan_memory import Memory, Way, buffers
 from deskside.plan_speed import Rate, SpeedModel, Step, predict
 from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut
 from deskside.rules import ALL_LAYERS, Rules, apply
@@ -37,7 +37,8 @@ Bytes = NDArray[np.int64]
 @dataclass(frozen=True)
 class Options:
     """ctx: tokens of one sequence; parallel: sequences; reserved: bytes by device for experts that
-    pass through it or are cached there; the rest as in `EngineConfig`."""
+    pass through it or are cached there; ways: how steps run where that is so; the rest as in
+    `EngineConfig`."""
 
     ctx: int
     ubatch: int = 512
@@ -48,6 +49,7 @@ class Options:
     mmap: bool = True
     mlock: bool = False
     reserved: Mapping[str, int] = field(default_factory=dict)
+    ways: tuple[Way, ...] = ()
 
     def __post_init__(self) -> None:
         for flag, value in (("-c", self.ctx), ("-ub", self.ubatch), ("--parallel", self.parallel)):
@@ -328,7 +330,8 @@ class _Search:
                 reasons[name] = self.pinned.reasons[name]
         in_order = self.tape.weights()
         o = self.options
-        taken, sections = buffers(self.tape, placement, threads=o.threads, ubatch=o.ubatch)
+        ways = o.ways or (Way(o.ubatch),)
+        taken, sections = buffers(self.tape, placement, ways, threads=o.threads)
         homes = state_homes(sections)
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)

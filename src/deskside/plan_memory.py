@@ -10,11 +10,12 @@ placement, `buffers` the figures of one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from deskside import _native
 from deskside.backends.buffers import plan_buffers
-from deskside.backends.sections import HOST, HOST_TORCH, Section, cut
+from deskside.backends.sections import HOST, HOST_TORCH, Helper, Section, cut
 from deskside.backends.steps import NativeOp, Step, Stretch, plan_steps
 from deskside.backends.weights import layout, matrices
 from deskside.backends.work import MOST_OUTPUTS, work_bytes
@@ -68,21 +69,33 @@ class Memory:
         return self.cpu[name] + (self.mapped.get(name, 0) if resident else 0)
 
 
+@dataclass(frozen=True)
+class Way:
+    """Steps of at most `rows` tokens, with a device that computes experts of the host, if any."""
+
+    rows: int
+    helper: Helper | None = None
+
+
 def buffers(
-    tape: Tape, placement: Mapping[str, str], *, threads: int, ubatch: int
+    tape: Tape, placement: Mapping[str, str], ways: Sequence[Way], *, threads: int
 ) -> tuple[dict[str, int], tuple[Section, ...]]:
-    """Bytes of activations and work memory on every device of a placement; its sections."""
-    sections = cut(tape, placement)
-    outputs = min(ubatch, MOST_OUTPUTS)
-    names = {s.device for s in sections} - {HOST, HOST_TORCH}
-    found = {name: work_bytes(sections, name, ubatch, outputs) for name in names}
-    native = [Stretch(s.ops, s.imports, s.exports) for s in sections if s.device == HOST]
-    found[HOST] = work_bytes(sections, HOST_TORCH, ubatch, outputs)
-    if native:
-        steps = plan_steps(tape, native if names else None)
-        _, arena = plan_buffers(steps, ubatch, tape.logits)
-        found[HOST] += 4 * arena + work_memory(steps, threads, ubatch)
-    return found, sections
+    """Bytes of activations and work memory on every device of a placement, for all ways to run it;
+    the sections of the first."""
+    cuts = [cut(tape, placement, helper=way.helper) for way in ways]
+    names = {s.device for sections in cuts for s in sections} - {HOST, HOST_TORCH}
+    found = dict.fromkeys((HOST, HOST_TORCH, *names), 0)
+    for way, sections in zip(ways, cuts, strict=True):
+        outputs = min(way.rows, MOST_OUTPUTS)
+        for name in (HOST_TORCH, *names):
+            found[name] = max(found[name], work_bytes(sections, name, way.rows, outputs))
+        native = [Stretch(s.ops, s.imports, s.exports) for s in sections if s.device == HOST]
+        if native:  # a program of its own
+            steps = plan_steps(tape, native if names else None)
+            _, arena = plan_buffers(steps, way.rows, tape.logits)
+            found[HOST] += 4 * arena + work_memory(steps, threads, way.rows)
+    found[HOST] += found.pop(HOST_TORCH)
+    return found, cuts[0]
 
 
 def _align64(n: int) -> int:

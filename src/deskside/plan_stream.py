@@ -50,6 +50,7 @@ class StreamPlan:
     tokens of a pass. host_below: experts with fewer tokens stay on the CPU in a pass of `chunk`; 0
     for none. rate: of the prompt, with its limiting resource. seconds: of one pass by resource,
     which overlap. rates: of the same prompt by other chunks, and cpu_rate with all on the CPU.
+    top_k: experts of a token.
     """
 
     device: str
@@ -64,6 +65,7 @@ class StreamPlan:
     seconds: Mapping[str, float]
     rates: Mapping[int, float]
     cpu_rate: float
+    top_k: int
 
 
 def plan_stream(
@@ -130,6 +132,7 @@ def plan_stream(
         seconds=seconds,
         rates=rates,
         cpu_rate=cpu_rate,
+        top_k=min(op.inputs[1].width for op in ops),
     )
 
 

@@ -23,7 +23,7 @@ from deskside.backends.expert_cache import Residents
 from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
-from deskside.backends.torch_ops import FEW_PAIRS
+from deskside.backends.work import FEW_PAIRS
 from deskside.errors import DesksideError
 from deskside.tape import Op
 
