@@ -365,9 +365,13 @@ def _scratch(op: Op, rows: int) -> int:
         least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
         scratch += 7 * min(max(PIECE, least), max(largest, least))
     if routed:
-        top_k = op.inputs[1].width
+        pairs = rows * op.inputs[1].width
         widest = max(w.row_len + w.shape[1] for w in op.weights)
-        scratch += 16 * rows * top_k * widest
+        # Borrowed experts are computed one by one, of many pairs, and all tokens may choose one.
+        if op.kind in EXPERT_OPS:
+            scratch += 64 * pairs + 32 * widest * max(rows, min(pairs, FEW_PAIRS))
+        else:
+            scratch += 16 * pairs * widest
     if op.kind == "attention":
         scratch += 4 * PIECE
     return scratch
