@@ -173,7 +173,7 @@ def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypat
         ({"devices": "emu0:1GiB", "stream_experts": "0"}, "--stream-experts 0"),
         ({"devices": "emu0:1GiB", "stream_experts": "x"}, "--stream-experts x"),
         ({"devices": "emu0:1GiB", "expert_cache": "x"}, "--expert-cache 'x'"),
-        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "hold no expert"),
+        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "that holds no expert"),
         ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "2GiB"}, "emu0 lacks"),
         ({"devices": 3}, "devices is 3"),
         ({"cpu_moe": 1}, "cpu_moe is 1"),

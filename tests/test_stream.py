@@ -180,6 +180,21 @@ def test_a_device_never_holds_more_than_was_reckoned(host_below: int) -> None:
     assert backend.weight_bytes()["emu0"] + 6 * EXPERT < meter.peak <= limit
 
 
+@pytest.mark.parametrize("helped", ["stream", "cache"])
+def test_a_batch_whose_tokens_all_choose_the_same_experts_fits_too(helped: str) -> None:
+    stream, cache = StreamOptions("emu1", 1, EXPERT), ExpertCache("emu1", 20 * EXPERT)
+    options = {"stream": stream} if helped == "stream" else {"expert_cache": cache}
+    backend = placed(max_tokens=600, **options)
+    own = backend.new_cache(**(cache_options("f16") | {"n_ctx": 640, "n_slots": 1}))
+    gc.collect()
+    device = backend.devices["emu1"]
+    device.meter.peak = device.meter.live
+    for pos in (0, 600):
+        backend.run(batch((0, pos, [7] * (600 if pos == 0 else 1)), outputs=[]), own)
+    limit = backend._work(device) + backend.lent.nbytes("emu1")
+    assert 600 * 4 * 4 * 256 < device.meter.peak <= limit
+
+
 def test_what_was_reckoned_is_enough_and_a_byte_less_is_refused() -> None:
     limit = needed(placed(native=False, stream=ALWAYS))
     assert_same(results(placed(native=False, stream=ALWAYS, size=limit)), plain())

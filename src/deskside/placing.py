@@ -19,7 +19,7 @@ from deskside.machines import this_machine
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Way
 from deskside.plan_speed import LONG_PROMPT
-from deskside.plan_stream import StreamPlan, plan_stream
+from deskside.plan_stream import StreamPlan, expert_bytes, plan_stream
 from deskside.plan_ways import ways_out
 from deskside.tape import Tape
 
@@ -89,6 +89,15 @@ def plan_for(
     if not machine.gpus:
         plan = make_plan(tape, machine, wishes, options)
         return Placing(plan, notes=[f"{asked} {_NO_GPU}"])
+    experts = [op for op in tape.ops if op.kind == "experts"]
+    if size and experts:
+        table = 4 * len(experts) * max(op.weights[0].shape[2] for op in experts)
+        one = table + max(expert_bytes(op) for op in experts)
+        if size < one:
+            raise DesksideError(
+                f"--expert-cache {config.expert_cache}: that holds no expert; the smallest cache "
+                f"of this model takes {one:,} bytes"
+            )
     device = machine.gpus[wishes.main_gpu or 0].name
     cached = replace(options, reserved={device: size}, ways=(Way(options.ubatch, _some(device)),))
     plan = make_plan(tape, machine, wishes, cached if size else options)
@@ -133,6 +142,11 @@ def _streaming(plan: Plan, lending: Lending, least: int) -> tuple[Plan, Lending,
                 raise
             chunk = max(o.ubatch, chunk // 2)
             continue
+        if device not in made.used:  # the slots and a large batch leave no room for anything else
+            if chunk > o.ubatch:
+                chunk = max(o.ubatch, chunk // 2)
+                continue
+            return plan, lending, [f"--stream-experts does nothing: {device} has no room for it"]
         return made, replace(lending, stream=found, min_tokens=first), []
 
 

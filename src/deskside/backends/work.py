@@ -10,6 +10,7 @@ from deskside.tape import Op, Value
 PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time
 FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are gathered, not sorted
 MOST_OUTPUTS = 64  # tokens of a step whose logits an engine asks for at once
+ONE_BY_ONE = frozenset({"expert_own", "expert_own_pairs", "expert_pairs"})
 ALIGN = 16  # floats: values in one transfer start on cache lines
 
 
@@ -59,9 +60,13 @@ def _scratch(op: Op, rows: int, outputs: int) -> int:
         least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
         scratch += 7 * min(max(PIECE, least), max(largest, least))
     if routed:
-        top_k = op.inputs[1].width
+        pairs = rows * op.inputs[1].width
         widest = max(w.row_len + w.shape[1] for w in op.weights)
-        scratch += 16 * rows * top_k * widest
+        # Lent experts are computed one by one, of many pairs, and all tokens may choose one.
+        if op.kind in ONE_BY_ONE:
+            scratch += 64 * pairs + 32 * widest * max(rows, min(pairs, FEW_PAIRS))
+        else:
+            scratch += 16 * pairs * widest
     if op.kind == "attention":
         scratch += 4 * PIECE
     return scratch
