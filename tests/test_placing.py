@@ -90,11 +90,12 @@ def test_experts_stream_and_are_cached_as_the_plan_says() -> None:
     path = tiny("tiny-moe", "F32")
     expected = LLM(path, **EXACT).generate("word " * 90, GREEDY).tokens
     options: dict[str, Any] = {"devices": "emu0:300MiB", "cpu_moe": True, **EXACT}
-    llm = LLM(path, stream_experts="auto", expert_cache="2MiB", **options)
+    assert LLM(path, stream_experts="auto", **options).ubatch > EXACT["ubatch"]  # its chunk
+    llm = LLM(path, stream_experts=24, expert_cache="2MiB", **options)
     assert llm.plan is not None and isinstance(llm.backend, PlacedBackend)
-    assert llm.ubatch > EXACT["ubatch"]  # the planner's chunk
+    assert llm.ubatch == EXACT["ubatch"]
     usage = llm.plan.usage[1]
-    assert 2 << 20 < usage.reserved < 8 << 20
+    assert usage.reserved > 2 << 20
     meter = llm.backend.devices["emu0"].meter
     gc.collect()
     meter.peak = meter.live
@@ -102,6 +103,7 @@ def test_experts_stream_and_are_cached_as_the_plan_says() -> None:
     metrics = llm.backend.expert_metrics
     assert metrics.streamed > 0 and 0 < metrics.hit_rate < 1 and metrics.promotions > 0
     assert meter.peak <= usage.held
+    assert llm.lent_experts() == metrics
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,15 @@ def test_run_over_devices_answers_as_the_cpu_does() -> None:
     spread = deskside(*flags, "-dev", "emu0:300MiB", "-cmoe", "-ngl", "99")
     assert alone.returncode == spread.returncode == 0, spread.stderr
     assert spread.stdout == alone.stdout
+
+
+def test_run_shows_what_became_of_lent_experts() -> None:
+    done = deskside(
+        *("run", "-m", str(tiny()), "-p", "word " * 90, "--no-chat", "-n", "8", "--ignore-eos"),
+        *("-dev", "emu0:300MiB", "-cmoe", "--stream-experts", "24", "--expert-cache", "2MiB"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(rb"lent experts: \d+ % of decode's, \d+ streamed", done.stderr)
 
 
 def test_run_says_what_a_rule_lacks() -> None:

@@ -118,6 +118,7 @@ class LLM:
         self.plan = placing.plan if placing.over_devices else None
         if self.plan is not None:
             self.ubatch = self.plan.options.ubatch
+        self._lends = self.plan is not None and placing.lending is not None
         self._check_values()
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
         self.max_outputs = self.ubatch
@@ -226,6 +227,11 @@ class LLM:
                 f"-c {self.ctx} needs {needed / 1e9:.1f} GB of cache, of {free / 1e9:.1f} GB free; "
                 "lower -c or use -ctk q8_0 -ctv q8_0"
             )
+
+    def lent_experts(self) -> Any:
+        """`ExpertMetrics` of --stream-experts and --expert-cache; None without either."""
+        backend: Any = self.backend
+        return backend.expert_metrics if self._lends else None
 
     @property
     def template(self) -> ChatTemplate:
@@ -383,7 +389,7 @@ class Stream(Iterator[Chunk]):
     """
 
     def __init__(self, llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        self._llm = llm
+        self._llm = self.llm = llm
         self._started = time.perf_counter()
         ids = llm.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._prompt = llm._checked(ids)
