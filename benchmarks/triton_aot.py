@@ -22,6 +22,7 @@ from deskside.backends.triton_decode import PAIR
 
 MATVEC_POINTERS = {
     "x_ptr": "*fp32", "w_ptr": "*u8", "up_ptr": "*u8", "expert_ptr": "*i32", "y_ptr": "*fp32",
+    "n_experts": "i32",
 }  # fmt: skip
 MATMUL_POINTERS = {
     "x_ptr": "*fp16", "scale_ptr": "*fp32", "w_ptr": "*u8", "up_ptr": "*u8", "tile_ptr": "*i32",

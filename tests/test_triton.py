@@ -207,7 +207,9 @@ def test_experts(tokens: int, kind: str, rng: np.random.Generator) -> None:
     x = rng.standard_normal((tokens, n)).astype(np.float32)
     ids = choices(kind, tokens, n_experts, rng)
     p = rng.uniform(0, 1, ids.shape).astype(np.float32)
-    y = tk.experts(gpu(x), gpu(gate), gpu(up), gpu(down), (name, down_name), gpu(ids), gpu(p))
+    h = tk.experts_matmul(gpu(x), gpu(gate), name, n, width, gpu(ids), gpu(up))
+    pairs = tk.experts_matmul(h, gpu(down), down_name, width, n, gpu(ids))
+    y = (pairs.view(tokens, 2, n) * gpu(p)[:, :, None]).sum(1)
 
     rows = 1 if tokens <= tk.FEW_TOKENS else tokens  # which of the kernels it was
     g, u, d = weights(gate, name, n), weights(up, name, n), weights(down, down_name, width)
@@ -219,6 +221,21 @@ def test_experts(tokens: int, kind: str, rng: np.random.Generator) -> None:
             wanted += weight * (h @ d[e].T)
             allowed += weight * (off @ np.abs(d[e]).T + bound(h[None], d[e], down_name, rows)[0])
         assert (np.abs(host(y[t]) - wanted) <= 1.01 * allowed + 1e-12).all()
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_ids_of_no_expert_give_nan_and_read_nothing(tokens: int, rng: np.random.Generator) -> None:
+    """In both kernels; the other pairs are as if those were not there."""
+    n, n_out, n_experts = 64, 18, 5
+    data = random_rows("Q8_0", (n_experts, n_out), n, rng)
+    x = gpu(rng.standard_normal((tokens, n)).astype(np.float32))
+    ids = rng.integers(0, n_experts, (tokens, 2)).astype(np.int32)
+    good = tk.experts_matmul(x, gpu(data), "Q8_0", n, n_out, gpu(ids))
+    wrong = ids.copy()
+    wrong[0, 1], wrong[1, 0], wrong[1, 1] = n_experts, -1, -(2**31)
+    y = tk.experts_matmul(x, gpu(data), "Q8_0", n, n_out, gpu(wrong))
+    kept = (wrong == ids).reshape(-1)
+    assert torch.isnan(y[~kept]).all() and torch.equal(y[kept], good[kept])
 
 
 def test_pairs_are_all_in_one_tile_each(rng: np.random.Generator) -> None:

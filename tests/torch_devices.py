@@ -13,4 +13,6 @@ PlacedBackend = import_module("deskside.backends.placed").PlacedBackend
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
 torch_quants = import_module("deskside.backends.torch_quants")
+kernels = import_module("deskside.backends.kernels")
+TorchDevice = torch_device.TorchDevice
 parse_devices, work_bytes = torch_device.parse_devices, torch_device.work_bytes

@@ -216,7 +216,7 @@ class _Run:
             states,
             self.cache.k_type,
             self.cache.v_type,
-            device.matmul,
+            device.kernels,
         )
 
     def all(self, micros: list[float] | None) -> None:

@@ -7,7 +7,6 @@ An emulated one counts every byte that torch allocates for it, and fails where a
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import warnings
 import weakref
@@ -22,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deskside.backends.kernels import NONE, Kernels, triton_kernels
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
-from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, Matmul, TorchStep
+from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.cache import state_shapes
 from deskside.errors import DesksideError
@@ -101,9 +101,20 @@ class DeviceState:
 
 
 class TorchDevice:
-    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free."""
+    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free.
 
-    def __init__(self, name: str, device: torch.device, budget: int | None = None) -> None:
+    kernels: those to use; None for Triton's on CUDA, and none elsewhere. Tests give those of
+    Triton's interpreter to an emulated device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        budget: int | None = None,
+        *,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.name = name
         self.device = device
         self.budget = budget
@@ -112,7 +123,9 @@ class TorchDevice:
         self._last: dict[int, Op] = {}
         self.lost = False
         self.ops_until_loss: int | None = None  # for tests: the device is lost after as many ops
-        self.matmul: Matmul | None = _kernel() if device.type == "cuda" else None
+        if kernels is None:
+            kernels = triton_kernels() if device.type == "cuda" else NONE
+        self.kernels = kernels
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
@@ -377,13 +390,3 @@ def _mapped(raw: NDArray[np.uint8]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(raw)
-
-
-def _kernel() -> Matmul | None:
-    """The kernels that multiply by quantised bytes, where they are installed."""
-    try:
-        kernels = importlib.import_module("deskside.backends.triton_kernels")
-    except ImportError:
-        return None
-    matmul: Matmul = kernels.matmul
-    return matmul
