@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deskside import synth
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.quants import quant_type
 from models import tiny
 from oracles.need import packages
 from placements import IDS, batch, cache_options
@@ -28,11 +31,52 @@ EPS = 2.0**-24
 FEW_ROWS = 2  # of activations that are not rounded to float16
 
 
-def backend(preset: str, types: str, table: Any) -> Any:
-    file = GGUF.open(tiny(preset, types))
+@pytest.fixture
+def micro(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, str], Path]:
+    """Writes a model of a delta net layer and an attention layer. The interpreter takes some ten
+    milliseconds for four rows of a matrix."""
+
+    def write(hidden: int, types: str) -> Path:
+        config = {
+            "model_type": "qwen3_5_moe_text",
+            "vocab_size": 2560,
+            "max_position_embeddings": 256,
+            "hidden_size": hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {
+                "rope_theta": 1e6, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2],
+            },
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        }  # fmt: skip
+        monkeypatch.setitem(synth.PRESETS, "micro", config)
+        path = tmp_path / f"{hidden}-{types}.gguf"
+        # Superblocks of 256 weights fit only rows as wide as the model.
+        wide = "." if types == "F32" else r"attn_(q|k|gate)\.|(gate|up)_exps"
+        rules = [(wide, quant_type(types))] if types else []
+        synth.synth_file("micro", path, types=rules)
+        return path
+
+    return write
+
+
+def backend(path: Path, table: Any) -> Any:
+    """All on one device but the embedding and the head, which are long."""
+    file = GGUF.open(path)
     tape = build_tape(file)
     device = TorchDevice("emu0", torch.device("cpu"), 1 << 30, kernels=table)
-    placement = dict.fromkeys(tape.weights(), "emu0")
+    placement = {n: "emu0" if n.startswith("blk.") else "cpu" for n in tape.weights()}
     return PlacedBackend(file, tape, placement, [device], n_threads=1, max_tokens=40)
 
 
@@ -63,15 +107,21 @@ def product_bound(x: Any, w: Any, info: Any) -> Any:
 
 
 class Checked:
-    """`OPS` with each op's kernel compared with torch's op, whose result goes on."""
+    """`OPS` with each op's kernel compared with torch's op, whose result goes on; matrices of one
+    type and row once a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: set[Any] = set()
         for kind in ("linear", "experts", "gated_delta", "attention"):
             check = getattr(self, kind)
             monkeypatch.setitem(torch_ops.OPS, kind, self._both(torch_ops.OPS[kind], check))
 
     def _both(self, run: Any, check: Any) -> Any:
         def both(op: Any, inputs: Any, step: Any) -> Any:
+            key = (id(step.batch), op.kind, *((w.type.name, w.row_len) for w in op.weights))
+            if key in self.seen and op.kind in ("linear", "experts"):
+                return run(op, inputs, replace(step, kernels=kernels.NONE))
+            self.seen.add(key)
             states = {i: tuple(a.clone() for a in step.states[i]) for i in step.states}
             twin = replace(step, kernels=kernels.NONE, states=states)
             expected = run(op, inputs, twin)
@@ -150,27 +200,30 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("types,kv", [("", "q8_0"), ("IQ4_KSS", "f16")])
-def test_kernels_are_their_twins(types: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hidden,types,kv", [(32, "", "q8_0"), (256, "IQ4_KSS", "f16")])
+def test_kernels_are_their_twins(
+    hidden: int, types: str, kv: str, micro: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten tokens (tiles of experts), one, and three sequences of one token each."""
     calls: Counter[str] = Counter()
     Checked(monkeypatch)
-    own = backend("tiny-moe", types, counting(kernels.triton_kernels(), calls))
+    own = backend(micro(hidden, types), counting(kernels.triton_kernels(), calls))
     cache = own.new_cache(**cache_options(kv))
     for step in STEPS:
         assert np.isfinite(own.run(step, cache)).all()
-    assert calls["attention"] == 2 and calls["delta_step"] == 2 * 3
-    assert calls["pairs"] >= 3 * 4 * 2 and calls["matmul"] > 3 * 4 * 5
+    assert calls["attention"] == calls["delta_step"] == 2
+    assert calls["pairs"] >= 3 * 4 and calls["matmul"] >= 3 * 2
 
 
-def test_greedy_tokens_with_kernels_are_those_without() -> None:
+def test_greedy_tokens_with_kernels_are_those_without(micro: Any) -> None:
+    path = micro(32, "F32")
     tokens = []
     for table in (kernels.triton_kernels(), kernels.NONE):
-        own = backend("tiny-moe", "F32", table)
+        own = backend(path, table)
         cache = own.new_cache(**cache_options("f32"))
         out = own.run(batch((0, 0, IDS[:4]), outputs=[3]), cache)
         made = [int(out.argmax())]
-        for i in range(4):
+        for i in range(3):
             out = own.run(batch((0, 4 + i, made[-1:])), cache)
             made.append(int(out.argmax()))
         tokens.append(made)
@@ -180,13 +233,11 @@ def test_greedy_tokens_with_kernels_are_those_without() -> None:
 def test_a_kernel_is_used_only_for_what_it_takes() -> None:
     """Types that no kernel reads, and rows that are not aligned to 4 bytes, go to torch's ops."""
     table = kernels.triton_kernels()
-    file = GGUF.open(tiny("tiny-dense", "Q5_1"))
-    info = file.tensors["output.weight"]
-    w = torch.from_numpy(file.raw(info.name).copy())
-    assert not table.takes(w, info)
     info = GGUF.open(tiny("tiny-dense", "Q8_0")).tensors["output.weight"]
     shifted = torch.zeros(info.n_rows * info.row_bytes + 2, dtype=torch.uint8)[2:]
     assert not table.takes(shifted.view(info.n_rows, -1), info)
-    assert table.takes(shifted.clone().view(info.n_rows, -1), info)
+    aligned = shifted.clone().view(info.n_rows, -1)
+    assert table.takes(aligned, info)
+    assert not table.takes(aligned, replace(info, type=quant_type("Q5_1")))
     assert not table.takes_delta(48) and not table.takes_attention("f16", "f16", 512)
     assert not table.takes_attention("q4_0", "f16", 128)
