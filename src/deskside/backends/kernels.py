@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ Matmul = Callable[[Tensor, Tensor, TensorInfo], Tensor]
 # ids (tokens, top_k), up) -> (pairs, rows): of every pair of a token and a chosen expert W_e x, or
 # silu(W_e x) (Up_e x). NaN where an id is not one of the experts.
 Pairs = Callable[[Tensor, Tensor, TensorInfo, Tensor, Tensor | None], Tensor]
+# Set while a section is recorded on an emulated device: given each launch and its arguments, to
+# note and carry out.
+LAUNCHES: ContextVar[Callable[[Callable[..., None], tuple[Any, ...]], None] | None] = ContextVar(
+    "LAUNCHES", default=None
+)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.kernels import NONE, Kernels, triton_kernels
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
+from deskside.backends.torch_graph import Graphs, graph_maker
 from deskside.backends.torch_ops import FEW_PAIRS, OPS, PIECE, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.cache import state_shapes
@@ -104,7 +105,8 @@ class TorchDevice:
     """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free.
 
     kernels: those to use; None for Triton's on CUDA, and none elsewhere. Tests give those of
-    Triton's interpreter to an emulated device.
+    Triton's interpreter to an emulated device. graphs: whether single-token steps are captured
+    (`torch_graph`); None for on CUDA only.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class TorchDevice:
         budget: int | None = None,
         *,
         kernels: Kernels | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.name = name
         self.device = device
@@ -126,6 +129,9 @@ class TorchDevice:
         if kernels is None:
             kernels = triton_kernels() if device.type == "cuda" else NONE
         self.kernels = kernels
+        self._capturing = device.type == "cuda" if graphs is None else graphs
+        self.graphs: Graphs | None = None
+        self._work = 0
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
@@ -185,6 +191,7 @@ class TorchDevice:
                     f"{info.path}: tensor {info.name} has type {info.type.name}, which device "
                     f"{self.name} cannot decode"
                 )
+        self._work = work
         whole = sum(info.nbytes for info in infos)
         self.expect("weights and work memory", whole + work)
         done = 0
@@ -207,6 +214,8 @@ class TorchDevice:
         self, state: State, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType
     ) -> DeviceState:
         """Zeroed memory for a state."""
+        if self.graphs is not None:
+            self.graphs.drop()  # they belong to another cache
         kv = isinstance(state, KVState)
         kind = torch.uint8 if kv else torch.float32
         shapes = state_shapes(state, n_ctx, k_type, v_type)
@@ -221,16 +230,32 @@ class TorchDevice:
 
         rows: wanted logits; without any, what is made of them is empty.
         """
+        if self.graphs is not None:
+
+            def ops(own: dict[int, Tensor], captured: TorchStep) -> None:
+                for op in section.ops:
+                    self._op(op, own, captured, rows)
+                    self._forget(op, section, own)
+
+            self._count_down()
+            with self.guard(f"replaying ops of layer {section.ops[0].layer}"):
+                done = self.graphs.run(section, values, step, ops)
+            if done:
+                for op in section.ops:
+                    self._forget(op, section, values)
+                return
         for op in section.ops:
             self._count_down()
             with self.guard(f"computing {op.kind} of layer {op.layer}"):
-                if op.outputs[0].per_output and rows == 0:
-                    made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
-                else:
-                    made = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
-            values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
-            del made
+                self._op(op, values, step, rows)
             self._forget(op, section, values)
+
+    def _op(self, op: Op, values: dict[int, Tensor], step: TorchStep, rows: int) -> None:
+        if op.outputs[0].per_output and rows == 0:
+            made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
+        else:
+            made = OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
+        values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
 
     def _forget(self, op: Op, section: Section, values: dict[int, Tensor]) -> None:
         for value in (*op.inputs, *op.outputs):
@@ -246,6 +271,26 @@ class TorchDevice:
         """Learn when a value can be forgotten: after its last use, exports once they are sent."""
         uses = last_uses(sections).items()
         self._last = {value: op for (device, value), op in uses if device == self.name}
+        if self._capturing:
+            own = [s for s in sections if s.device == self.name]
+            self.graphs = Graphs(
+                self.device,
+                own,
+                self._last,
+                new_graph=graph_maker(self.device),
+                room=self._leaves_room,
+                note=self._note,
+            )
+
+    def _leaves_room(self) -> bool:
+        try:
+            self.expect("work memory", self._work)
+        except DesksideError:
+            return False
+        return True
+
+    def _note(self, why: str) -> None:
+        warnings.warn(f"device {self.name} runs without graphs: {why}", stacklevel=2)
 
     def send(self, section: Section, values: dict[int, Tensor]) -> Callable[[], Arrays]:
         """A section's exports, to the host; those not used again here are forgotten."""

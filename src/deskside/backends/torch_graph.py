@@ -15,7 +15,7 @@ Where a capture fails, the section runs as it always did, with one note.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from deskside.backends.sections import Section
-from deskside.backends.torch_ops import Given, TorchStep
-from deskside.backends.torch_record import Recording
-from deskside.tape import Value
+from deskside.backends.torch_ops import Given, TorchStep, bucket_of
+from deskside.backends.torch_quants import codebooks
+from deskside.backends.torch_record import Blocks, Recording
+from deskside.tape import Op, Value
 
+RunOps = Callable[[dict[int, Tensor], TorchStep], None]
 MOST_TOKENS = 8  # of a step that is captured
 MOST_SHAPES = 8  # kept at a time
 
@@ -49,6 +51,10 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
+# An empty graph that may use the tensors of the first sequence; the second are states.
+NewGraph = Callable[[Sequence[Tensor], Sequence[Tensor]], Graph]
+
+
 class CudaGraph:
     """A CUDA graph; those of a device share a pool of memory, since they never overlap."""
 
@@ -64,16 +70,45 @@ class CudaGraph:
             torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             run()
-        self._graph.replay()  # capturing has computed nothing
+        self.replay()  # capturing has computed nothing
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+
+def graph_maker(device: torch.device) -> NewGraph:
+    """Empty graphs of a device: CUDA's, or recordings."""
+    if device.type == "cuda":
+        pool = torch.cuda.graph_pool_handle()
+        return lambda outside, states: CudaGraph(device, pool)
+    blocks = Blocks(device)
+    return lambda outside, states: Recording(outside, states, blocks)
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Values that a section reads and does not make, and those of its own that are read later."""
+
+    needed: tuple[Value, ...]
+    kept: tuple[Value, ...]
+
+
+def borders(section: Section, last: Mapping[int, Op]) -> Borders:
+    """last: by value, the op after which the section's device can forget it."""
+    made = {v.id: v for op in section.ops for v in op.outputs}
+    needed = {v.id: v for op in section.ops for v in op.inputs if v.id not in made}
+    own = {id(op) for op in section.ops}
+    exports = {v.id for v in section.exports}
+    kept = tuple(v for i, v in made.items() if i in exports or id(last[i]) not in own)
+    return Borders(tuple(needed.values()), kept)
 
 
 @dataclass
 class _Shaped:
     """What is kept for a shape."""
 
+    shape: Shape
     given: Tensor  # `Given.packed`, on the device
     buffers: dict[int, Tensor] = field(default_factory=dict)  # by value that crosses a border
     seen: set[int] = field(default_factory=set)  # sections that have run once, by id()
@@ -81,18 +116,24 @@ class _Shaped:
 
 
 class Graphs:
-    """The captured sections of one device and one cache.
+    """The captured sections of one device, for one cache at a time.
 
-    new_graph: an empty graph. room(): whether what the device holds leaves the work memory of the
-    largest step; asked after each capture. note: told once, if a section cannot be captured.
+    room(): whether what the device holds leaves the work memory of the largest step; asked after
+    each capture. note(why): told once, of the first section that cannot be captured.
     """
 
     def __init__(
         self,
-        new_graph: Callable[[Mapping[str, Tensor], list[Tensor]], Graph],
+        device: torch.device,
+        sections: Sequence[Section],
+        last: Mapping[int, Op],
+        *,
+        new_graph: NewGraph,
         room: Callable[[], bool],
         note: Callable[[str], None],
     ) -> None:
+        self._device = device
+        self._borders = {id(s): borders(s, last) for s in sections}
         self._new_graph = new_graph
         self._room = room
         self._note = note
@@ -100,44 +141,104 @@ class Graphs:
         self._never: set[int] = set()  # sections that cannot be captured, by id()
         self._full = False
         self._shapes: dict[Shape, _Shaped] = {}
-        self._cache: tuple[Tensor, ...] = ()
-        self._given: weakref.ref[TorchStep] | None = None
+        self._states: tuple[Tensor, ...] = ()
+        self._now: tuple[weakref.ref[TorchStep], _Shaped] | None = None
         self.captures = self.replays = 0
 
     def drop(self) -> None:
-        """Forget all graphs, and their memory: what they point to is about to go."""
+        """Forget all graphs, and their memory: the cache that they point to is replaced."""
         self._shapes.clear()
-        self._cache = ()
-        self._full = False
+        self._states, self._now, self._full = (), None, False
 
     def run(
-        self,
-        section: Section,
-        values: dict[int, Tensor],
-        step: TorchStep,
-        ops: Callable[[dict[int, Tensor], TorchStep], None],
+        self, section: Section, values: dict[int, Tensor], step: TorchStep, ops: RunOps
     ) -> bool:
-        """Run the section on `values`, to which what it makes is added; False if it is not to be
-        run as a graph, and nothing was done.
+        """Run the section on `values`, to which what it makes is added; False if it is not to run
+        as a graph, and nothing was done.
 
         ops(values, step) runs the section's ops as they are, and adds to `values`.
         """
-        bucket = step.given.bucket
-        n = len(step.batch.tokens)
-        if not bucket or n > MOST_TOKENS or id(section) in self._never or self._full:
+        captured = len(step.batch.tokens) <= MOST_TOKENS and bucket_of(step.batch) > 0
+        if not captured or self._full or id(section) in self._never:
             return False
-        self._own(step)
-        shape = Shape(n, len(step.batch.outputs), bucket)
-        shaped = self._shaped(shape, step)
+        shaped = self._begin(step)
         graph = shaped.graphs.get(id(section))
         if graph is None and id(section) not in shaped.seen:
             shaped.seen.add(id(section))
             return False
-        self._fill(shaped, section, values, step)
+        border = self._borders[id(section)]
+        for v in border.needed:
+            buffer = self._buffer(shaped, v)
+            if values[v.id] is not buffer:
+                buffer.copy_(values[v.id])
+                values[v.id] = buffer
         if graph is not None:
             graph.replay()
             self.replays += 1
         elif not self._capture(shaped, section, step, ops):
             return False
-        values.update({v.id: shaped.buffers[v.id] for v in _kept(section)})
+        values.update({v.id: shaped.buffers[v.id] for v in border.kept})
         return True
+
+    def _begin(self, step: TorchStep) -> _Shaped:
+        """What belongs to the step's shape; once a step, its tensors say what the batch says."""
+        if self._now is not None and self._now[0]() is step:
+            return self._now[1]
+        states = tuple(a for i in sorted(step.states) for a in step.states[i])
+        same = len(states) == len(self._states)
+        if not (same and all(a is b for a, b in zip(states, self._states, strict=True))):
+            self.drop()
+            self._states = states
+        shape = Shape(len(step.batch.tokens), len(step.batch.outputs), bucket_of(step.batch))
+        packed = Given.packed(step.batch)
+        shaped = self._shapes.pop(shape, None)
+        if shaped is None:
+            shaped = _Shaped(shape, torch.empty_like(packed, device=self._device))
+        self._shapes[shape] = shaped  # the last one used stands last
+        while len(self._shapes) > MOST_SHAPES:
+            del self._shapes[next(iter(self._shapes))]
+        shaped.given.copy_(packed)
+        self._now = (weakref.ref(step), shaped)
+        return shaped
+
+    def _buffer(self, shaped: _Shaped, v: Value) -> Tensor:
+        if v.id not in shaped.buffers:
+            rows = shaped.shape.outputs if v.per_output else shaped.shape.tokens
+            shaped.buffers[v.id] = torch.empty(rows, v.width, device=self._device)
+        return shaped.buffers[v.id]
+
+    def _capture(self, shaped: _Shaped, section: Section, step: TorchStep, ops: RunOps) -> bool:
+        """Capture and run the section; False if that cannot be, and nothing has changed."""
+        border = self._borders[id(section)]
+        # Its own rotations: those of `step` may have been computed outside of the graph.
+        own = replace(step, _rotations={})
+        own.given = Given.of(step.batch, shaped.given)
+
+        def run() -> None:
+            values = {v.id: shaped.buffers[v.id] for v in border.needed}
+            ops(values, own)
+            for v in border.kept:
+                shaped.buffers[v.id].copy_(values[v.id])
+
+        try:
+            for v in border.kept:
+                self._buffer(shaped, v)
+            outside = [*step.weights.values(), *shaped.buffers.values(), shaped.given]
+            graph = self._new_graph([*outside, codebooks(self._device)], self._states)
+            graph.capture(run)
+        except Exception as error:  # whatever it is, the section can still run as it is
+            self._never.add(id(section))
+            self._tell(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            return False
+        self.captures += 1
+        shaped.graphs[id(section)] = graph
+        if not self._room():
+            self._shapes.clear()
+            self._now, self._full = None, True
+            self._tell("no room beside the work memory")
+        return True
+
+    def _tell(self, why: str) -> None:
+        if not self._noted:
+            self._noted = True
+            self._note(why)

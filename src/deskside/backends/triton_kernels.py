@@ -9,13 +9,14 @@ of it runs on the CPU in Triton's interpreter: that is how the tests get their v
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from deskside.backends import triton_matmul, triton_sequence
+from deskside.backends.kernels import LAUNCHES
 from deskside.backends.triton_decode import PAIR
 from deskside.errors import DesksideError
 from deskside.quants import quant_type
@@ -326,7 +327,12 @@ def _launch(kernel: Any, grid: tuple[int, int, int], config: Config, *args: Any)
             "Triton kernels need tensors on a CUDA device (or TRITON_INTERPRET=1, for tests)"
         )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel[grid](*args, **config.constants, **options)
+    run = partial(kernel[grid], **config.constants, **options)
+    record = LAUNCHES.get()
+    if record is None:
+        run(*args)
+    else:
+        record(run, args)
 
 
 def _tiles(n: int, block: int) -> int:
