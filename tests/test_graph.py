@@ -6,7 +6,9 @@ repeat calls on the same memory without the Python code between them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from models import PRESETS, tiny
@@ -136,6 +139,23 @@ def test_replays_give_the_bits_of_the_ops(
     assert counts(own) == (captures * sections, replays * sections) and replays >= 6
 
 
+def test_what_a_graph_would_bake_in_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that reads a position in Python: right op by op, and wrong when replayed."""
+    rms_norm = torch_ops.OPS["rms_norm"]
+
+    def baked(op: Any, inputs: Any, step: Any) -> Any:
+        return [x * (1 + step.batch.segments[0].pos) for x in rms_norm(op, inputs, step)]
+
+    monkeypatch.setitem(torch_ops.OPS, "rms_norm", baked)
+    out = []
+    for graphs in (False, True):
+        own = backend("tiny-llama", "F32", graphs=graphs)
+        cache = own.new_cache(**cache_options("f16"))
+        out.append([own.run(batch((0, i, IDS[i : i + 1])), cache) for i in range(4)])
+    equal = [np.array_equal(a, b) for a, b in zip(*out, strict=True)]
+    assert equal == [True, True, False, False]
+
+
 def test_another_cache_gets_graphs_of_its_own() -> None:
     own = backend("tiny-moe", "F32", graphs=True)
     plain = backend("tiny-moe", "F32", graphs=False)
@@ -197,6 +217,78 @@ def test_long_and_wide_steps_are_not_captured() -> None:
         own.run(batch((0, 2 * i, IDS[2 * i : 2 * i + 2])), cache)
         own.run(batch(*((s, 6 + i, IDS[s : s + 1]) for s in range(9))), cache)
     assert counts(own) == (0, 0)
+
+
+def test_a_device_lost_in_a_replay_leaves_an_empty_sequence() -> None:
+    own = backend("tiny-moe", "F32", graphs=True)
+    cache = own.new_cache(**cache_options("f16"))
+    steps = [batch((0, i, IDS[i : i + 1])) for i in range(5)]
+    expected = [own.run(step, cache) for step in steps]
+    cache.clear(0)
+    same([own.run(step, cache) for step in steps[:3]], expected[:3])
+    device = own.devices["emu0"]
+    device.ops_until_loss = 0
+    with pytest.raises(DesksideError, match="device emu0 was lost while replaying"):
+        own.run(steps[3], cache)
+    device.lost, device.ops_until_loss = False, None
+    cache.clear(0)
+    same([own.run(step, cache) for step in steps], expected)
+
+
+class FakeCuda:
+    """The calls that `CudaGraph` makes of torch.cuda, by name, with what matters of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        self.stream = "usual"
+        names = ("device", "graph", "current_stream", "set_stream", "CUDAGraph")
+        for name in names:
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    class CUDAGraph:
+        pass
+
+    def current_stream(self, device: Any) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
+
+    @contextlib.contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        self.calls.append(str(device))
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        graph.replay = lambda: self.calls.append("replay")
+        self.stream = stream
+        self.calls.append(("begin", pool, stream, capture_error_mode))
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("the end of the capture") from None
+        self.stream = "usual"
+
+
+def test_cuda_graphs_as_far_as_can_be_seen_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured on the device's own stream and pool, computed once, the usual stream restored."""
+    parameters = inspect.signature(torch.cuda.graph.__init__).parameters
+    assert {"pool", "stream", "capture_error_mode"} <= set(parameters)
+    cuda = FakeCuda(monkeypatch)
+    graph = torch_graph.CudaGraph(torch.device("cuda", 1), "pool", "own")
+    graph.capture(lambda: cuda.calls.append("run"))
+    graph.replay()
+    captured = ["cuda:1", ("begin", "pool", "own", "thread_local"), "run"]
+    assert cuda.calls == [*captured, "cuda:1", "replay", "cuda:1", "replay"]
+
+    def fails() -> None:
+        raise ValueError
+
+    with pytest.raises(RuntimeError):
+        graph.capture(fails)
+    assert cuda.stream == "usual" and cuda.calls[-1] != "replay"
 
 
 # ---- memory -------------------------------------------------------------------------------------

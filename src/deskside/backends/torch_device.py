@@ -283,11 +283,14 @@ class TorchDevice:
             )
 
     def _leaves_room(self) -> bool:
-        try:
-            self.expect("work memory", self._work)
-        except DesksideError:
-            return False
-        return True
+        """Whether the work memory of the largest step still fits."""
+        if self.meter is not None:
+            return self.meter.budget - self.meter.live >= self._work
+        if self.device.type != "cuda":
+            return True
+        # What torch keeps for later allocations counts as free.
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + int(idle) >= self._work
 
     def _note(self, why: str) -> None:
         warnings.warn(f"device {self.name} runs without graphs: {why}", stacklevel=2)

@@ -56,20 +56,31 @@ NewGraph = Callable[[Sequence[Tensor], Sequence[Tensor]], Graph]
 
 
 class CudaGraph:
-    """A CUDA graph; those of a device share a pool of memory, since they never overlap."""
+    """A CUDA graph. Those of a device share a pool of memory, since they never overlap, and with it
+    the stream that they are captured on (torch's own would be of the first device for all)."""
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
+    def __init__(self, device: torch.device, pool: Any, stream: Any) -> None:
         self._device = device
         self._pool = pool
+        self._stream = stream
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], None]) -> None:
-        # Other threads may use CUDA meanwhile, so only this one's calls are checked.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            run()
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
+            try:
+                with torch.cuda.graph(
+                    self._graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    # Other threads may use CUDA meanwhile: only this one's calls are checked.
+                    capture_error_mode="thread_local",
+                ):
+                    run()
+            finally:
+                torch.cuda.set_stream(
+                    current
+                )  # which torch leaves where the end of a capture fails
         self.replay()  # capturing has computed nothing
 
     def replay(self) -> None:
@@ -80,8 +91,8 @@ class CudaGraph:
 def graph_maker(device: torch.device) -> NewGraph:
     """Empty graphs of a device: CUDA's, or recordings."""
     if device.type == "cuda":
-        pool = torch.cuda.graph_pool_handle()
-        return lambda outside, states: CudaGraph(device, pool)
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        return lambda outside, states: CudaGraph(device, pool, stream)
     blocks = Blocks(device)
     return lambda outside, states: Recording(outside, states, blocks)
 
@@ -228,7 +239,10 @@ class Graphs:
             graph.capture(run)
         except Exception as error:  # whatever it is, the section can still run as it is
             self._never.add(id(section))
-            self._tell(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of a failed capture fails too
+                first = first.__context__
+            self._tell(f"{type(first).__name__}: {' '.join(str(first).split())}")
             return False
         self.captures += 1
         shaped.graphs[id(section)] = graph
