@@ -210,6 +210,36 @@ def test_what_waits_for_the_device_runs_op_by_op(
     assert all("Refused" in line and "\n" not in line for line in told)
 
 
+def test_what_fails_with_many_sequences_is_still_captured_with_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a kernel, many pairs of token and expert are sorted on the host."""
+    monkeypatch.setattr(torch_ops, "FEW_PAIRS", 4)
+    own = backend("tiny-moe", "F32", graphs=True)
+    cache = own.new_cache(**cache_options("f16"))
+    parts = [(slot, 0, IDS[slot : slot + 1]) for slot in (0, 1)]
+    own.run(batch(*parts), cache)
+    with pytest.warns(UserWarning, match="without graphs: Refused: Tensor.cpu"):
+        own.run(batch(*parts), cache)
+    own.run(batch(*parts), cache)
+    assert counts(own) == (0, 0)
+    for i in range(3):
+        own.run(batch((0, 1 + i, IDS[i : i + 1])), cache)
+    assert counts(own) == (1, 1)
+
+
+def test_positions_past_the_end_may_be_anything() -> None:
+    own = backend("tiny-llama", "F32", graphs=False)
+    out = []
+    for fill in (0, 0xFF):  # NaN in float16
+        cache = own.new_cache(**cache_options("f16"))
+        for held in cache.held.values():
+            for array in held.arrays:
+                array.fill_(fill)
+        out.append([own.run(batch((1, i, IDS[i : i + 1])), cache) for i in range(3)])
+    same(*out)
+
+
 def test_long_and_wide_steps_are_not_captured() -> None:
     own = backend("tiny-llama", graphs=True)
     cache = own.new_cache(**cache_options("f16") | {"n_slots": 9})

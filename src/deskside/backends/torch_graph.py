@@ -149,7 +149,8 @@ class Graphs:
         self._room = room
         self._note = note
         self._noted = False
-        self._never: set[int] = set()  # sections that cannot be captured, by id()
+        # Sections, by id(), with a number of tokens at which they cannot be captured.
+        self._never: set[tuple[int, int]] = set()
         self._full = False
         self._shapes: dict[Shape, _Shaped] = {}
         self._states: tuple[Tensor, ...] = ()
@@ -169,8 +170,10 @@ class Graphs:
 
         ops(values, step) runs the section's ops as they are, and adds to `values`.
         """
-        captured = len(step.batch.tokens) <= MOST_TOKENS and bucket_of(step.batch) > 0
-        if not captured or self._full or id(section) in self._never:
+        n = len(step.batch.tokens)
+        if n > MOST_TOKENS or not bucket_of(step.batch):
+            return False
+        if self._full or (id(section), n) in self._never:
             return False
         shaped = self._begin(step)
         graph = shaped.graphs.get(id(section))
@@ -238,7 +241,7 @@ class Graphs:
             graph = self._new_graph([*outside, codebooks(self._device)], self._states)
             graph.capture(run)
         except Exception as error:  # whatever it is, the section can still run as it is
-            self._never.add(id(section))
+            self._never.add((id(section), shaped.shape.tokens))
             first: BaseException = error
             while first.__context__ is not None:  # the end of a failed capture fails too
                 first = first.__context__
