@@ -22,6 +22,7 @@ from deskside.backends.triton_decode import PAIR
 
 MATVEC_POINTERS = {
     "x_ptr": "*fp32", "w_ptr": "*u8", "up_ptr": "*u8", "expert_ptr": "*i32", "y_ptr": "*fp32",
+    "n_experts": "i32",
 }  # fmt: skip
 MATMUL_POINTERS = {
     "x_ptr": "*fp16", "scale_ptr": "*fp32", "w_ptr": "*u8", "up_ptr": "*u8", "tile_ptr": "*i32",
@@ -254,9 +255,18 @@ def occupancy_of(target: Target, registers: int, shared: int, warps: int) -> tup
     return limits[limit] * 32 * warps / target.threads, limit
 
 
-def compile_all(jobs: int = 2) -> Iterator[Compiled]:
-    """All variants on all targets, in order."""
-    work = [(v, t) for v in variants() for t in TARGETS]
+def pairs(*, few: bool = False) -> list[tuple[Variant, Target]]:
+    """All variants with all targets; few: with the first target only one type's products."""
+    return [
+        (v, t)
+        for v in variants()
+        for t in TARGETS
+        if not few or t is not TARGETS[0] or v.kernel[:3] != "mat" or v.name.startswith("IQ4_NL")
+    ]
+
+
+def compile_all(work: list[tuple[Variant, Target]], jobs: int = 2) -> Iterator[Compiled]:
+    """What became of each, in order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_variant, *zip(*work, strict=True))
 

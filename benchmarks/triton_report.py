@@ -1,6 +1,6 @@
 """What the GPU kernels need of a GPU: every kernel, compiled for every target.
 
-    python -m benchmarks.triton_report [--json FILE] [--write]
+    python -m benchmarks.triton_report [--few] [--json FILE] [--write]
 
 Needs the extra `gpu` and no GPU; takes about a minute, then Triton's cache has the results.
 --write puts the table into docs/TRITON.md.
@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.triton_aot import TARGETS, Compiled, compile_all, rows, variants
+from benchmarks.triton_aot import Compiled, compile_all, pairs, rows
 
 DOC = Path(__file__).parent.parent / "docs" / "TRITON.md"
 BEGIN, END = "<!-- made by python -m benchmarks.triton_report --write -->", "<!-- end -->"
@@ -57,12 +57,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOC.name}")
+    parser.add_argument("--few", action="store_true", help="the selection of the tests")
     args = parser.parse_args()
+    if args.few and args.write:
+        parser.error("the table has all kernels: --write without --few")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("triton_report: error: unset TRITON_INTERPRET: it turns the compiler off")
-    work = compile_all()
-    total = len(variants()) * len(TARGETS)
-    compiled = list(track(work, "compiling", total, console=Console(stderr=True)))
+    work = pairs(few=args.few)
+    done = compile_all(work)
+    compiled = list(track(done, "compiling", len(work), console=Console(stderr=True)))
     if args.json:
         args.json.write_text(json.dumps(rows(compiled), indent=1), encoding="utf-8")
     if args.write:

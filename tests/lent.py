@@ -11,7 +11,7 @@ from deskside.gguf import GGUF
 from deskside.models import build_tape
 from models import tiny
 from placements import IDS, batch, cache_options, cpu_moe
-from torch_devices import Layout, PlacedBackend, parse_devices, torch_device
+from torch_devices import Layout, PlacedBackend, parse_devices, torch_ops
 
 PRESET = "tiny-moe"
 TAPE = build_tape(GGUF.open(tiny(PRESET)))
@@ -77,12 +77,12 @@ def needed(backend: Any, name: str = "emu0", kv: str = "f16") -> int:
 def record_routes(monkeypatch: Any) -> list[np.ndarray]:
     """From now on the expert numbers of every layer that is run: (tokens, top_k) each."""
     found: list[np.ndarray] = []
-    route = torch_device.ALL_OPS["route"]
+    route = torch_ops.OPS["route"]
 
     def recorded(op: Any, inputs: Any, step: Any) -> Any:
         made = route(op, inputs, step)
         found.append(made[0].numpy().astype(int))
         return made
 
-    monkeypatch.setitem(torch_device.ALL_OPS, "route", recorded)
+    monkeypatch.setitem(torch_ops.OPS, "route", recorded)
     return found

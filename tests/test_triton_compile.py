@@ -33,16 +33,19 @@ def compiling(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[triton_aot.Compiled]:
     path = tmp_path_factory.mktemp("triton") / "compiled.json"
-    done = compiling("-m", "benchmarks.triton_report", "--json", str(path))
+    done = compiling("-m", "benchmarks.triton_report", "--few", "--json", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     return [triton_aot.Compiled(**c) for c in json.loads(path.read_text())]
 
 
-def test_every_kernel_is_compiled_for_every_target(compiled: list[triton_aot.Compiled]) -> None:
+def test_every_kernel_is_compiled(compiled: list[triton_aot.Compiled]) -> None:
     names = {v.name for v in triton_aot.variants()}
-    assert {(c.name, c.target) for c in compiled} == {(n, t) for n in names for t in TARGETS}
-    assert len(compiled) == len(names) * len(TARGETS)
+    asked = [(v.name, t.name) for v, t in triton_aot.pairs(few=True)]
+    assert [(c.name, c.target) for c in compiled] == asked
+    assert {n for n, t in asked if t == "sm_120"} == names
+    assert {n for n, t in asked if t == "sm_90"} >= {n for n in names if n.startswith("IQ4_NL")}
+    assert len(triton_aot.pairs()) == len(names) * len(TARGETS)
 
 
 def test_nothing_spills(compiled: list[triton_aot.Compiled]) -> None:
@@ -66,7 +69,7 @@ LIMITS = {
 @pytest.mark.parametrize("kind", LIMITS)
 def test_limits_of_matrix_products(compiled: list[triton_aot.Compiled], kind: str) -> None:
     found = [c for c in compiled if c.name.endswith(kind)]
-    assert len(found) >= 6
+    assert len(found) >= 4
     registers, per_weight = LIMITS[kind]
     for c in found:
         assert c.registers <= registers, c
@@ -105,15 +108,15 @@ print(aot.compile_variant(replace(v, constants=v.constants | {"BLOCK_N": 8}), ao
     assert int(done.stdout) > 100
 
 
-def test_the_table_in_the_docs_is_of_these_kernels(compiled: list[triton_aot.Compiled]) -> None:
+def test_the_table_in_the_docs_is_of_these_kernels() -> None:
     """Figures may differ with the compiler's version, kernels and targets may not."""
     text = triton_report.DOC.read_text(encoding="utf-8")
     inside = text.split(triton_report.BEGIN)[1].split(triton_report.END)[0]
 
-    def names(table: str) -> list[str]:
-        return [line.split("|")[1] for line in table.strip().splitlines()]
-
-    assert names(inside) == names(triton_report.table(compiled))
+    header, _, *lines = inside.strip().splitlines()
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names == [v.name for v in triton_aot.variants()]
+    assert all(f"| {t} registers |" in header for t in TARGETS)
 
 
 def test_occupancy() -> None:

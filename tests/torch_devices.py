@@ -21,6 +21,10 @@ StreamOptions = stream_module.StreamOptions
 torch_device = import_module("deskside.backends.torch_device")
 torch_ops = import_module("deskside.backends.torch_ops")
 torch_quants = import_module("deskside.backends.torch_quants")
+torch_graph = import_module("deskside.backends.torch_graph")
+torch_record = import_module("deskside.backends.torch_record")
+kernels = import_module("deskside.backends.kernels")
+TorchDevice = torch_device.TorchDevice
 
 
 def parse_devices(text: str) -> list[Any]:

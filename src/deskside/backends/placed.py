@@ -309,7 +309,7 @@ class _Run:
             states,
             self.cache.k_type,
             self.cache.v_type,
-            device.matmul,
+            device.kernels,
             self.backend.lent.lender(self.route.streams) if self.route.lends else None,
         )
 

@@ -7,10 +7,10 @@ An emulated one counts every byte that torch allocates for it, and fails where a
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deskside.backends.kernels import NONE, Kernels, triton_kernels
 from deskside.backends.sections import HOST_TORCH, Section, last_uses
 from deskside.backends.torch_experts import EXPERT_OPS
-from deskside.backends.torch_ops import OPS, Matmul, TorchStep
+from deskside.backends.torch_graph import Graphs, graph_maker
+from deskside.backends.torch_ops import OPS, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.backends.work import ALIGN
 from deskside.cache import state_shapes
@@ -35,7 +37,6 @@ from deskside.quants import QuantType
 from deskside.tape import KVState, Op, State
 
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
-ALL_OPS = {**OPS, **EXPERT_OPS}
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
 
@@ -94,9 +95,22 @@ class DeviceState:
 
 
 class TorchDevice:
-    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free."""
+    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free.
 
-    def __init__(self, name: str, device: torch.device, budget: int | None = None) -> None:
+    kernels: those to use; None for Triton's on CUDA, and none elsewhere. Tests give those of
+    Triton's interpreter to an emulated device. graphs: whether single-token steps are captured
+    (`torch_graph`); None for on CUDA only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        budget: int | None = None,
+        *,
+        kernels: Kernels | None = None,
+        graphs: bool | None = None,
+    ) -> None:
         self.name = name
         self.device = device
         self.budget = budget
@@ -105,7 +119,14 @@ class TorchDevice:
         self._last: dict[int, Op] = {}
         self.lost = False
         self.ops_until_loss: int | None = None  # for tests: the device is lost after as many ops
-        self.matmul: Matmul | None = _kernel() if device.type == "cuda" else None
+        if kernels is None:
+            kernels = triton_kernels() if device.type == "cuda" else NONE
+        self.kernels = kernels
+        self._capturing = device.type == "cuda" if graphs is None else graphs
+        self.graphs: Graphs | None = None
+        self._parts: dict[int, tuple[Section, ...]] = {}  # by section: those that can be captured
+        self._plans: dict[int, tuple[Sequence[Section], dict[int, Op], Graphs | None]] = {}
+        self._work = 0
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
@@ -165,6 +186,7 @@ class TorchDevice:
                     f"{info.path}: tensor {info.name} has type {info.type.name}, which device "
                     f"{self.name} cannot decode"
                 )
+        self._work = work
         whole = sum(info.nbytes for info in infos)
         self.expect("weights and work memory", whole + work)
         done = 0
@@ -187,6 +209,9 @@ class TorchDevice:
         self, state: State, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType
     ) -> DeviceState:
         """Zeroed memory for a state."""
+        for _, _, graphs in self._plans.values():
+            if graphs is not None:
+                graphs.drop()  # they belong to another cache
         kv = isinstance(state, KVState)
         kind = torch.uint8 if kv else torch.float32
         shapes = state_shapes(state, n_ctx, k_type, v_type)
@@ -201,16 +226,41 @@ class TorchDevice:
 
         rows: wanted logits; without any, what is made of them is empty.
         """
-        for op in section.ops:
-            self._count_down()
-            with self.guard(f"computing {op.kind} of layer {op.layer}"):
-                if op.outputs[0].per_output and rows == 0:
-                    made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
-                else:
-                    made = ALL_OPS[op.kind](op, [values[v.id] for v in op.inputs], step)
-            values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
-            del made
-            self._forget(op, section, values)
+        for part in self._parts.get(id(section), (section,)):
+            if (
+                self.graphs is None
+                or _lends(part.ops[0])
+                or not self._replay(part, values, step, rows)
+            ):
+                for op in part.ops:
+                    self._count_down()
+                    with self.guard(f"computing {op.kind} of layer {op.layer}"):
+                        self._op(op, values, step, rows)
+                    self._forget(op, section, values)
+
+    def _replay(self, part: Section, values: dict[int, Tensor], step: TorchStep, rows: int) -> bool:
+        assert self.graphs is not None
+
+        def ops(own: dict[int, Tensor], captured: TorchStep) -> None:
+            for op in part.ops:
+                self._op(op, own, captured, rows)
+                self._forget(op, part, own)
+
+        self._count_down()
+        with self.guard(f"replaying ops of layer {part.ops[0].layer}"):
+            done = self.graphs.run(part, values, step, ops)
+        if done:
+            for op in part.ops:
+                self._forget(op, part, values)
+        return done
+
+    def _op(self, op: Op, values: dict[int, Tensor], step: TorchStep, rows: int) -> None:
+        if op.outputs[0].per_output and rows == 0:
+            made = [torch.empty(0, v.width, device=self.device) for v in op.outputs]
+        else:
+            compute = OPS.get(op.kind) or EXPERT_OPS[op.kind]
+            made = compute(op, [values[v.id] for v in op.inputs], step)
+        values.update({v.id: t for v, t in zip(op.outputs, made, strict=True)})
 
     def _forget(self, op: Op, section: Section, values: dict[int, Tensor]) -> None:
         for value in (*op.inputs, *op.outputs):
@@ -230,8 +280,42 @@ class TorchDevice:
 
     def plan(self, sections: Sequence[Section]) -> None:
         """Learn when a value can be forgotten: after its last use, exports once they are sent."""
-        uses = last_uses(sections).items()
-        self._last = {value: op for (device, value), op in uses if device == self.name}
+        if id(sections) not in self._plans:
+            uses = last_uses(sections).items()
+            last = {value: op for (device, value), op in uses if device == self.name}
+            self._plans[id(sections)] = sections, last, self._new_graphs(sections, last)
+        _, self._last, self.graphs = self._plans[id(sections)]
+
+    def _new_graphs(self, sections: Sequence[Section], last: Mapping[int, Op]) -> Graphs | None:
+        if not self._capturing:
+            return None
+        own = []
+        for section in (s for s in sections if s.device == self.name):
+            runs = [tuple(ops) for _, ops in groupby(section.ops, _lends)]
+            parts = tuple(Section(self.name, ops, exports=section.exports) for ops in runs)
+            self._parts[id(section)] = parts
+            own += [part for part in parts if not _lends(part.ops[0])]
+        return Graphs(
+            self.device,
+            own,
+            last,
+            new_graph=graph_maker(self.device),
+            room=self._leaves_room,
+            note=self._note,
+        )
+
+    def _leaves_room(self) -> bool:
+        """Whether the work memory of the largest step still fits."""
+        if self.meter is not None:
+            return self.meter.budget - self.meter.live >= self._work
+        if self.device.type != "cuda":
+            return True
+        # What torch keeps for later allocations counts as free.
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + int(idle) >= self._work
+
+    def _note(self, why: str) -> None:
+        warnings.warn(f"device {self.name} runs without graphs: {why}", stacklevel=2)
 
     def send(self, section: Section, values: dict[int, Tensor]) -> Callable[[], Arrays]:
         """A section's exports, to the host; those not used again here are forgotten."""
@@ -282,6 +366,11 @@ class TorchDevice:
         return wait
 
 
+def _lends(op: Op) -> bool:
+    """Whether the host keeps books at every run of the op: no graph can do that."""
+    return op.kind in EXPERT_OPS
+
+
 def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
     """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
     with that much of its own. DesksideError for one that torch does not see."""
@@ -317,13 +406,3 @@ def _mapped(raw: NDArray[np.uint8]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(raw)
-
-
-def _kernel() -> Matmul | None:
-    """The kernels that multiply by quantised bytes, where they are installed."""
-    try:
-        kernels = importlib.import_module("deskside.backends.triton_kernels")
-    except ImportError:
-        return None
-    matmul: Matmul = kernels.matmul
-    return matmul

@@ -154,9 +154,9 @@ def _terms(
     for_up = for_gate if up.type is gate.type else rounded(x, up.type)
     for e, token, slot in parts:
         w = matrices(e)
-        h = torch.nn.functional.silu(multiply(for_gate[token], w[0], gate, step.matmul))
-        h = h * multiply(for_up[token], w[1], up, step.matmul)
-        yield token, slot, multiply(rounded(h, down.type), w[2], down, step.matmul)
+        h = torch.nn.functional.silu(multiply(for_gate[token], w[0], gate, step.kernels))
+        h = h * multiply(for_up[token], w[1], up, step.kernels)
+        yield token, slot, multiply(rounded(h, down.type), w[2], down, step.kernels)
     lender.done()
 
 

@@ -1,20 +1,27 @@
 """Every op on torch in float32, for any torch device: the twins of `backends/reference.py`.
 
 Weights stay the file's bytes and are decoded in pieces of bounded size, where they are used; a
-kernel that multiplies by the bytes themselves takes their place on CUDA. Activations that meet
-quantised weights are rounded to 8 bits per block of 32 as on the CPU, so that a model is the same
-on every device but for the order of its sums.
+kernel that multiplies by the bytes themselves takes their place where a device has one (`kernels`).
+Activations that meet quantised weights are rounded to 8 bits per block of 32 as on the CPU, so that
+a model is the same on every device but for the order of its sums.
+
+What a batch says, ops read from tensors (`Given`) where each sequence has one token. The shapes of
+such a step follow from the number of sequences, of wanted logits and the bucket of positions alone,
+and nothing waits for the device: `torch_graph` captures it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deskside.backends.kernels import NONE, Kernels
 from deskside.backends.steps import FLOAT_TYPES
 from deskside.backends.torch_quants import (
     decode_cached,
@@ -28,10 +35,41 @@ from deskside.gguf import TensorInfo
 from deskside.quants import QuantType
 from deskside.tape import Op
 
-# matmul(x (m, n_in) float32, w uint8 (n_out, row_bytes), quant type) -> (m, n_out)
-Matmul = Callable[[Tensor, Tensor, str], Tensor]
-
 DELTA_BLOCK = 64  # tokens that the delta rule takes at once
+LEAST_BUCKET = 256  # positions; see `Given.bucket`
+
+
+@dataclass(frozen=True)
+class Given:
+    """A batch on the device, int32. `bucket`: where each sequence has one token, a power of 2 that
+    is no less than the positions of any of them; else 0."""
+
+    tokens: Tensor  # (n,), as slots and positions: each token's
+    slots: Tensor
+    positions: Tensor
+    outputs: Tensor  # (wanted logits,)
+    bucket: int
+
+    @staticmethod
+    def packed(batch: Batch) -> Tensor:
+        """All four in one array on the host."""
+        slots = [np.full(s.n, s.slot, np.int32) for s in batch.segments]
+        positions = [np.arange(s.pos, s.pos + s.n, dtype=np.int32) for s in batch.segments]
+        parts = [batch.tokens, *slots, *positions, batch.outputs]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int32))
+
+    @staticmethod
+    def of(batch: Batch, packed: Tensor) -> Given:
+        n = len(batch.tokens)
+        tokens, slots, positions, outputs = packed.split([n, n, n, len(batch.outputs)])
+        return Given(tokens, slots, positions, outputs, bucket_of(batch))
+
+
+def bucket_of(batch: Batch) -> int:
+    if any(s.n != 1 for s in batch.segments):
+        return 0
+    longest = 1 + max(s.pos for s in batch.segments)
+    return max(LEAST_BUCKET, 1 << (longest - 1).bit_length())
 
 
 @dataclass
@@ -45,18 +83,18 @@ class TorchStep:
     states: Mapping[int, tuple[Tensor, ...]]
     k_type: QuantType
     v_type: QuantType
-    matmul: Matmul | None = None
+    kernels: Kernels = NONE
     lent: Any = None  # experts that the device computes for the host: see torch_experts.py
     _rotations: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def given(self) -> Given:
+        return Given.of(self.batch, Given.packed(self.batch).to(self.device))
 
     def floats(self, info: TensorInfo) -> Tensor:
         """A small tensor in float32, in NumPy order."""
         data = self.weights[info.name]
         return dequantize(data, info.type, info.row_len).reshape(info.shape[::-1])
-
-    def positions(self) -> Tensor:
-        spans = [torch.arange(s.pos, s.pos + s.n) for s in self.batch.segments]
-        return torch.cat(spans).to(self.device)
 
     def rotation(self, op: Op) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, 1, n_rot / 2): the same for all layers of a model."""
@@ -67,7 +105,7 @@ class TorchStep:
             inv_freq = float(op.attrs["base"]) ** (exponent * 2 / n_rot)
             if op.weights:
                 inv_freq = inv_freq / self.floats(op.weights[0])
-            angle = self.positions()[:, None, None] * inv_freq
+            angle = self.given.positions[:, None, None] * inv_freq
             self._rotations[key] = (angle.cos().float(), angle.sin().float())
         return self._rotations[key]
 
@@ -77,10 +115,10 @@ def rounded(x: Tensor, t: QuantType) -> Tensor:
     return x if t.name in FLOAT_TYPES else round_to_8_bits(x)
 
 
-def multiply(x: Tensor, w: Tensor, info: TensorInfo, matmul: Matmul | None) -> Tensor:
+def multiply(x: Tensor, w: Tensor, info: TensorInfo, kernels: Kernels) -> Tensor:
     """x (m, n_in), already rounded, by the rows w of a matrix: (m, rows)."""
-    if matmul is not None:
-        return matmul(x, w, info.type.name)
+    if kernels.matmul is not None and kernels.takes(w, info):
+        return kernels.matmul(x, w, info)
     out = x.new_empty(len(x), len(w))
     step = max(1, PIECE // (4 * info.row_len))
     for i in range(0, len(w), step):
@@ -91,8 +129,8 @@ def multiply(x: Tensor, w: Tensor, info: TensorInfo, matmul: Matmul | None) -> T
 
 def embed(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (info,) = op.weights
-    tokens = torch.from_numpy(step.batch.tokens).to(step.device)
-    return [dequantize(step.weights[info.name][tokens], info.type, info.row_len)]
+    rows = step.weights[info.name][step.given.tokens]
+    return [dequantize(rows, info.type, info.row_len)]
 
 
 def rms_norm(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
@@ -106,7 +144,7 @@ def rms_norm(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 def linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
     (info,) = op.weights
-    return [multiply(rounded(x, info.type), step.weights[info.name], info, step.matmul)]
+    return [multiply(rounded(x, info.type), step.weights[info.name], info, step.kernels)]
 
 
 def split_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
@@ -136,6 +174,8 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     heads, kv_heads, dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
     k_cache, v_cache = step.states[op.state]
+    if step.given.bucket:
+        return [_attend_tokens(op, q, k, v, step)]
     out = torch.empty_like(q)
     start = 0
     for seg in step.batch.segments:
@@ -156,6 +196,60 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
         grouped = result.reshape(kv_heads, seg.n, heads // kv_heads, dim).transpose(0, 1)
         out[rows] = grouped.reshape(seg.n, -1)
     return [out]
+
+
+def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> Tensor:
+    """Attention of one token of each of n sequences: (n, heads * dim), as q."""
+    kv_heads, dim = int(op.attrs["kv_heads"]), int(op.attrs["head_dim"])
+    assert op.state is not None
+    caches, types = step.states[op.state], (step.k_type.name, step.v_type.name)
+    given, n = step.given, len(q)
+    for x, cache, t in zip((k, v), caches, types, strict=True):
+        cache[given.slots, :, given.positions] = encode_cached(x.reshape(n, kv_heads, dim), t)
+    bucket = min(given.bucket, caches[0].shape[2])
+    kernels, names = step.kernels, (types[0].lower(), types[1].lower())
+    if kernels.attention is not None and kernels.takes_attention(*names, dim):
+        return kernels.attention(
+            q.contiguous(),
+            *caches,
+            given.slots,
+            given.positions + 1,
+            k_type=names[0],
+            v_type=names[1],
+            dim=dim,
+            scale=float(op.attrs["scale"]),
+            splits=kernels.splits(bucket),
+        )
+    grouped = q.reshape(n, kv_heads, -1, dim) * op.attrs["scale"]
+    return _attend_bucket(grouped, caches, types, given, bucket).reshape(q.shape)
+
+
+def _attend_bucket(
+    q: Tensor, caches: tuple[Tensor, ...], types: tuple[str, str], given: Given, bucket: int
+) -> Tensor:
+    """Softmax attention of q (n, kv_heads, group, dim), one token a sequence, over all `bucket`
+    positions, those past a token's own masked. In pieces as `_attend`; the first has position 0."""
+    n, kv_heads, group, dim = q.shape
+    size = max(64, PIECE // (4 * n * kv_heads * (group + 2 * dim)))
+    top = q.new_full((n, kv_heads, group, 1), -torch.inf)
+    total, acc = torch.zeros_like(top), torch.zeros_like(q)
+    for a in range(0, bucket, size):
+        b = min(a + size, bucket)
+        past = torch.arange(a, b, device=q.device) > given.positions[:, None]
+        keys, values = (
+            decode_cached(cache[:, :, a:b].index_select(0, given.slots), t)
+            for cache, t in zip(caches, types, strict=True)
+        )
+        scores = q @ keys.transpose(2, 3)
+        scores.masked_fill_(past[:, None, None, :], -torch.inf)
+        new = torch.maximum(top, scores.amax(-1, keepdim=True))
+        p = scores.sub_(new).exp_()
+        kept = (top - new).exp()
+        total = total * kept + p.sum(-1, keepdim=True)
+        # What lies past the end may be anything, and 0 times NaN is NaN.
+        acc = acc * kept + p @ values.masked_fill_(past[:, None, :, None], 0)
+        top = new
+    return acc / total
 
 
 def _attend(
@@ -190,6 +284,13 @@ def conv_silu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     kernel = int(op.attrs["kernel"])
     assert op.state is not None
     (state,) = step.states[op.state]
+    if step.given.bucket:
+        u = torch.cat([state[step.given.slots], x[:, None]], 1)
+        y = u[:, 0] * w[:, 0]
+        for j in range(1, kernel):
+            y += u[:, j] * w[:, j]
+        state[step.given.slots] = u[:, 1:]
+        return [torch.nn.functional.silu(y)]
     out = torch.empty_like(x)
     start = 0
     for seg in step.batch.segments:
@@ -208,6 +309,13 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
     ssm_a, dt_bias = (step.floats(w) for w in op.weights)
     n = len(qkv)
+    assert op.state is not None
+    (states,) = step.states[op.state]
+    kernel = step.kernels.delta_step
+    if step.given.bucket and kernel is not None and step.kernels.takes_delta(dim):
+        given = (qkv.contiguous(), a.contiguous(), b.contiguous(), ssm_a, dt_bias)
+        eps = float(op.attrs["eps"])
+        return [kernel(*given, states, step.given.slots, k_heads=k_heads, eps=eps)]
 
     def unit(x: Tensor) -> Tensor:
         length = ((x * x).sum(-1, keepdim=True) + op.attrs["eps"]).sqrt()
@@ -220,8 +328,12 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     beta = b.sigmoid().T
     g = (ssm_a * torch.nn.functional.softplus(a + dt_bias, threshold=50)).T
 
-    assert op.state is not None
-    (states,) = step.states[op.state]
+    if step.given.bucket:
+        tokens = [
+            delta_token(q[:, i], k[:, i], v[:, i], g[:, i], beta[:, i], states, slot)
+            for i, slot in enumerate(step.given.slots.split(1))
+        ]
+        return [torch.stack(tokens).reshape(n, -1)]
     out = torch.empty_like(v)
     start = 0
     for seg in step.batch.segments:
@@ -233,6 +345,20 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
         states[seg.slot] = s
         start = end
     return [out.transpose(0, 1).reshape(n, -1)]
+
+
+def delta_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, slot: Tensor
+) -> Tensor:
+    """The delta rule for one token of the sequence in `slot` (1,), whose state is changed.
+
+    q, k, v (heads, dim), log decay g and beta (heads,) -> (heads, dim).
+    """
+    s = states.index_select(0, slot)[0].mul_(g.exp()[:, None, None])
+    d = beta[:, None] * (v - (k[:, None] @ s)[:, 0])
+    s.baddbmm_(k[:, :, None], d[:, None])
+    states[slot] = s[None]
+    return (q[:, None] @ s)[:, 0]
 
 
 def delta_block(
@@ -293,6 +419,12 @@ def route(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 def experts(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     x, ids, p = inputs
     gate, up, down = op.weights
+    w_gate, w_up = step.weights[gate.name], step.weights[up.name]
+    kernels = step.kernels
+    both = kernels.takes(w_gate, gate) and kernels.takes(w_up, up)
+    if kernels.pairs is not None and gate.type == up.type and both:
+        h = kernels.pairs(rounded(x, gate.type), w_gate, gate, ids, w_up)
+        return [_sum_experts(h.reshape(len(x), -1), ids, p, down, step)]
     h = torch.nn.functional.silu(_per_pair(x, ids, gate, step)) * _per_pair(x, ids, up, step)
     return [_sum_experts(h, ids, p, down, step)]
 
@@ -314,13 +446,15 @@ def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tens
     rows = info.shape[1]
     w = step.weights[info.name]
     x = rounded(x, info.type)
+    if step.kernels.pairs is not None and step.kernels.takes(w, info):
+        return step.kernels.pairs(x, w, info, ids, None).reshape(n, -1)
     if n * top_k <= FEW_PAIRS:
         per_pair = x.repeat_interleave(top_k, dim=0)
         matrices = w.reshape(-1, rows, w.shape[1])
         return gathered(per_pair, ids.reshape(-1).long(), matrices, info).reshape(n, -1)
     out = x.new_empty(n, top_k, rows)
     for e, token, slot in by_expert(ids):
-        out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.matmul)
+        out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.kernels)
     return out.reshape(n, -1)
 
 
@@ -330,6 +464,9 @@ def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: Torc
     rows = info.shape[1]
     w = step.weights[info.name]
     h = rounded(h.reshape(n * top_k, info.row_len), info.type)
+    if step.kernels.pairs is not None and step.kernels.takes(w, info):
+        y = step.kernels.pairs(h, w, info, ids, None).reshape(n, top_k, rows)
+        return (p[:, :, None] * y).sum(1)
     if n * top_k <= FEW_PAIRS:
         matrices = w.reshape(-1, rows, w.shape[1])
         y = gathered(h, ids.reshape(-1).long(), matrices, info).reshape(n, top_k, rows)
@@ -337,7 +474,7 @@ def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: Torc
     h = h.reshape(n, top_k, info.row_len)
     out = h.new_zeros(n, rows)
     for e, token, slot in by_expert(ids):
-        y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.matmul)
+        y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.kernels)
         # An expert has a token once, so the order of the sum is that of the experts' numbers.
         out[token] += p[token, slot][:, None] * y
     return out
@@ -370,7 +507,7 @@ def gathered(x: Tensor, ids: Tensor, matrices: Tensor, info: TensorInfo) -> Tens
 
 def take_rows(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
-    return [x[torch.from_numpy(step.batch.outputs).to(step.device)]]
+    return [x[step.given.outputs]]
 
 
 OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {

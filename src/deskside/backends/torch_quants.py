@@ -7,6 +7,7 @@ compare them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,8 +86,13 @@ def _bits(qh: Tensor, shifts: int, width: int) -> Tensor:
 
 def _codes(index: Tensor) -> Tensor:
     """Entries of both codebooks, one after another."""
-    table = torch.from_numpy(CODEBOOKS.reshape(-1)).to(index.device)
-    return table[index.to(torch.int32)]
+    return codebooks(index.device)[index.to(torch.int32)]
+
+
+@cache
+def codebooks(device: torch.device) -> Tensor:
+    """Both codebooks, float32 (32,). Kept on the device: a graph could not fetch them."""
+    return torch.from_numpy(CODEBOOKS.reshape(-1)).to(device)
 
 
 def _plain(kind: torch.dtype) -> Callable[[Tensor], Tensor]:

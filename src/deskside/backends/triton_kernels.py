@@ -9,13 +9,14 @@ of it runs on the CPU in Triton's interpreter: that is how the tests get their v
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from deskside.backends import triton_matmul, triton_sequence
+from deskside.backends.kernels import LAUNCHES
 from deskside.backends.triton_decode import PAIR
 from deskside.errors import DesksideError
 from deskside.quants import quant_type
@@ -143,7 +144,7 @@ def _ungrouped(
     if rows <= FEW_ROWS:
         config = matvec_config(type_name, n_in, rows, fused=fused)
         grid = (_tiles(n_out, config.constants["BLOCK_N"]), 1, 1)
-        _launch(triton_matmul.matvec, grid, config, x, w, up, None, y, rows, n_out)
+        _launch(triton_matmul.matvec, grid, config, x, w, up, None, y, rows, n_out, 1)
         return y
     config = matmul_config(type_name, n_in, rows, fused=fused)
     grid = _grid(_tiles(rows, config.constants["BLOCK_M"]), n_out, config)
@@ -165,9 +166,9 @@ def experts_matmul(
     """Every pair of a token and a chosen expert, in one launch; pairs are numbered token by token.
 
     x: float32 (tokens, n_in), or (pairs, n_in) where each pair has its own row. w and up: uint8
-    (experts, n_out, row bytes); ids: integer (tokens, chosen), each below `experts`, which is
-    not checked: it would make the host wait. -> float32 (pairs, n_out): x W^T of the pair's
-    expert, or silu(x W^T) (x Up^T).
+    (experts, n_out, row bytes); ids: integer (tokens, chosen) -> float32 (pairs, n_out): x W^T of
+    the pair's expert, or silu(x W^T) (x Up^T); NaN where its id is not one of the experts, for to
+    raise the host would have to wait.
     """
     constants = weight_constants(type_name, n_in)
     _check_input(x, n_in)
@@ -185,8 +186,10 @@ def experts_matmul(
     if tokens <= FEW_TOKENS:
         config = matvec_config(type_name, n_in, 1, share=share, grouped=True, fused=fused)
         grid = (_tiles(n_out, config.constants["BLOCK_N"]), pairs, 1)
-        _launch(triton_matmul.matvec, grid, config, x, w, up, expert, y, pairs, n_out)
+        few = (x, w, up, expert, y, pairs, n_out, len(w))
+        _launch(triton_matmul.matvec, grid, config, *few)
         return y
+    y.fill_(torch.nan)  # for pairs in no tile
     mean = -(-pairs // len(w))
     config = matmul_config(type_name, n_in, mean, share=share, grouped=True, fused=fused)
     order, tiles = sort_pairs(expert, len(w), config.constants["BLOCK_M"])
@@ -197,38 +200,21 @@ def experts_matmul(
     return y
 
 
-def experts(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    types: tuple[str, str],
-    ids: torch.Tensor,
-    p: torch.Tensor,
-) -> torch.Tensor:
-    """The tape's `experts`: sum over a token's experts of p W_down (silu(W_gate x) (W_up x)).
-
-    x: (tokens, n); gate, up: uint8 (experts, width, row bytes) of types[0]; down: uint8
-    (experts, n, row bytes) of types[1]; ids, p: (tokens, chosen). -> float32 (tokens, n).
-    """
-    n, width = x.shape[1], gate.shape[1]
-    h = experts_matmul(x, gate, types[0], n, width, ids, up)
-    y = experts_matmul(h, down, types[1], width, n, ids)
-    return (y.view(*p.shape, n) * p[:, :, None]).sum(1)
-
-
 def sort_pairs(
     expert: torch.Tensor, n_experts: int, block_m: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs sorted by expert, and the tiles of at most `block_m` of them that a grid works on.
 
     expert: int32 (pairs,) -> order int32 (pairs,), tiles int32 (at most needed, 3): expert,
-    first and last + 1 place in the order. How many tiles are needed depends on the ids, which only
-    the device knows, so there are as many as could be; those left over are empty.
+    first and last + 1 place in the order. Pairs of experts that there are not come last, in no
+    tile. How many tiles are needed depends on the ids, which only the device knows, so there are as
+    many as could be; those left over are empty.
     """
+    known = (expert >= 0) & (expert < n_experts)
+    expert = torch.where(known, expert, n_experts).long()
     order = torch.argsort(expert, stable=True).to(torch.int32)
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=expert.device)
-    counts.scatter_add_(0, expert.long(), torch.ones_like(expert, dtype=torch.int64))
+    counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=expert.device)
+    counts = counts.scatter_add_(0, expert, torch.ones_like(expert))[:n_experts]
     ends, tile_ends = counts.cumsum(0), (-(-counts // block_m)).cumsum(0)
     pairs = len(expert)
     most = min(pairs, pairs // block_m + n_experts)
@@ -341,7 +327,12 @@ def _launch(kernel: Any, grid: tuple[int, int, int], config: Config, *args: Any)
             "Triton kernels need tensors on a CUDA device (or TRITON_INTERPRET=1, for tests)"
         )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel[grid](*args, **config.constants, **options)
+    run = partial(kernel[grid], **config.constants, **options)
+    record = LAUNCHES.get()
+    if record is None:
+        run(*args)
+    else:
+        record(run, args)
 
 
 def _tiles(n: int, block: int) -> int:

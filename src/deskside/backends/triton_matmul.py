@@ -31,6 +31,7 @@ def matvec(
     y_ptr,  # float32 (rows or pairs, n_out)
     n_rows,
     n_out,
+    n_experts,
     TYPE: tl.constexpr,
     PAIR: tl.constexpr,
     N_IN: tl.constexpr,
@@ -42,7 +43,10 @@ def matvec(
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,  # of 16 lanes, at once
 ):
-    """Grid: (n_out / BLOCK_N, pairs or 1). Sums stay apart per lane until the end."""
+    """Grid: (n_out / BLOCK_N, pairs or 1). Sums stay apart per lane until the end.
+
+    A pair whose expert is none of 0 .. n_experts - 1 gets NaN, and no weight is read for it.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None, None]
     offset = tl.minimum(n, n_out - 1).to(tl.int64) * ROW_BYTES
     pair = tl.program_id(1)
@@ -50,6 +54,10 @@ def matvec(
     x_row = tl.minimum(m, n_rows - 1)
     if GROUPED:
         expert = tl.load(expert_ptr + pair).to(tl.int64)
+        if (expert < 0) | (expert >= n_experts):
+            no = tl.full((ROWS, BLOCK_N, 1, 1), float("nan"), tl.float32)
+            tl.store(y_ptr + (pair + m).to(tl.int64) * n_out + n, no, (m < 1) & (n < n_out))
+            return
         offset += expert * n_out * ROW_BYTES
         x_row = m + pair // SHARE
     w = w_ptr + offset
