@@ -4,3 +4,6 @@ the variable is set before any test module is; in subprocesses that compile, it 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Matrices are tiny: a second thread would only be waited for.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")

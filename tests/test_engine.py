@@ -121,11 +121,6 @@ def test_an_interrupted_step_leaves_a_model_that_works() -> None:
     assert slow.generate(IDS, GREEDY).tokens == expected
 
 
-def test_placement_options_are_accepted() -> None:
-    with pytest.warns(UserWarning, match="cpu_moe, override_tensor"):
-        LLM(tiny(), ctx=64, cpu_moe=True, override_tensor=["exps=CPU"])
-
-
 def test_generation_ends_with_the_context() -> None:
     llm = LLM(tiny(), ctx=48)
     out = llm.generate(IDS, SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
