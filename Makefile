@@ -8,6 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f -not -name '*.pyc' -not -name '*.so')
+# Two files of tests at a time: many wait for a process that they started.
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
 QUESTION := Hello, who are you?
 
 # The packages of an extra in pyproject.toml, without building deskside again.
@@ -24,11 +26,12 @@ run: $(VENV)/built
 	  $(VENV)/bin/deskside run --temp 0.3 "$$@"
 
 test: $(VENV)/oracles check
-	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q
+	DESKSIDE_REQUIRE_ORACLES=1 $(PYTEST) --ignore=tests/oracles
+	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q tests/oracles
 
 # As `test` without the other engines: a few hundred megabytes less to install.
 fast: $(VENV)/tools check
-	$(PY) -m pytest -q --ignore=tests/oracles
+	$(PYTEST) --ignore=tests/oracles
 
 check: $(VENV)/tools
 	$(VENV)/bin/ruff check src tests tools benchmarks
