@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deskside import LLM, SamplingParams
+from deskside import LLM, SamplingParams, pages
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.sections import cut, hops
 from deskside.config import EngineConfig
@@ -158,6 +162,53 @@ def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypat
     assert place(tape, EngineConfig(gpu_layers=99), 512, 64).over_devices
     with pytest.raises(DesksideError, match="torch sees 0 CUDA devices"):
         LLM(tiny(), gpu_layers=99)
+
+
+LOCKED = """
+import sys
+from deskside import LLM
+def field(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(l for l in lines if l.startswith(name)).split()[1])
+llm = LLM(sys.argv[1], ctx=512, mlock=True)
+print(field("VmLck"), llm.backend.nbytes, llm.generate("a b", __import__("deskside").SamplingParams(
+    max_tokens=4, temperature=0)).tokens)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may lock this much everywhere")
+def test_mlock_locks_what_the_model_takes() -> None:
+    path = tiny()
+    done = subprocess.run(
+        [sys.executable, "-c", LOCKED, str(path)], capture_output=True, text=True, timeout=120
+    )
+    if "the system refuses" in done.stderr:
+        pytest.skip("a container without CAP_IPC_LOCK")
+    assert done.returncode == 0, done.stderr
+    locked, held, tokens = done.stdout.split(maxsplit=2)
+    assert int(locked) >= int(held)
+    params = SamplingParams(max_tokens=4, temperature=0)
+    assert tokens.strip() == str(LLM(path, ctx=512).generate("a b", params).tokens)
+
+
+def test_what_may_not_be_locked_is_refused_before_it_is_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(pages, "memlock_limit", lambda: 1 << 20)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(GGUF, "check_values", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(DesksideError, match=r"--mlock: .* may lock 1,048,576; raise"):
+        LLM(tiny(), mlock=True)
+
+
+def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
+    mapped, read = (LLM(tiny(), devices="none", no_mmap=no) for no in (False, True))
+    prompt = mapped.tokenize("one two three")
+    assert (mapped.logits(prompt) == read.logits(prompt)).all()
+    assert isinstance(read.file.raw("token_embd.weight").base, type(None))
+    tape, config = read.tape, read.config
+    for no in (False, True):
+        plan = place(tape, replace(config, no_mmap=no), 512, 64).plan
+        assert plan is not None
+        assert (plan.usage[0].mapped == 0) == no
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from typer import Option
 
@@ -94,6 +94,10 @@ PLACING: dict[str, Any] = {
         str | None,
         Option("--expert-cache", metavar="SIZE", help="of a GPU, for often chosen CPU experts"),
     ],
+    "no_mmap": Annotated[
+        bool, Option("--no-mmap", help="read the embedding, too, instead of mapping it")
+    ],
+    "mlock": Annotated[bool, Option("--mlock", help="keep everything in physical memory")],
 }
 
 
@@ -105,7 +109,7 @@ def placeable(command: Callable[..., Any]) -> Callable[..., Any]:
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=False if name == "cpu_moe" else None,
+            default=False if get_args(annotation)[0] is bool else None,
             annotation=annotation,
         )
         for name, annotation in PLACING.items()
@@ -128,7 +132,6 @@ def placeable(command: Callable[..., Any]) -> Callable[..., Any]:
 IGNORED = {
     "-fa/--flash-attn": "attention is always computed in tiles",
     "--jinja": "the file's template is always used",
-    "--no-mmap": "weights are read into memory in any case, only the embedding stays mapped",
     "-b/--batch-size": "-ub decides how many tokens are computed at once",
     "-tb/--threads-batch": "prefill uses -t as well",
 }

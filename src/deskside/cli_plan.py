@@ -51,10 +51,6 @@ def plan(
     machine: Annotated[
         Text, Option("--machine", metavar="FILE.toml", help="plan for another machine")
     ] = None,
-    no_mmap: Annotated[
-        bool, Option("--no-mmap", help="read the embedding, too, instead of mapping it")
-    ] = False,
-    mlock: Annotated[bool, Option("--mlock", help="keep everything in physical memory")] = False,
     emit: Annotated[
         Text,
         Option(
@@ -90,7 +86,8 @@ def plan(
     options = Options(
         ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
         ubatch=ubatch, parallel=parallel, ctk=ctk.lower(), ctv=ctv.lower(),
-        threads=min(threads or ours.cores, ours.cores), mmap=not no_mmap, mlock=mlock,
+        threads=min(threads or ours.cores, ours.cores), mmap=not config.no_mmap,
+        mlock=config.mlock,
     )  # fmt: skip
     wishes = rules_of(config)
     try:

@@ -20,7 +20,7 @@ DEFAULT_CTX = 4096
 # Options that decide where tensors go.
 PLACING = (
     "devices", "override_tensor", "cpu_moe", "n_cpu_moe", "gpu_layers", "tensor_split", "main_gpu",
-    "margin", "stream_experts", "expert_cache",
+    "margin", "stream_experts", "expert_cache", "no_mmap", "mlock",
 )  # fmt: skip
 
 _TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
@@ -35,6 +35,8 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("margin", (str, *_OR_NONE), "a size such as 1GiB"),
     ("stream_experts", (int, str), "a number of tokens, auto or off"),
     ("expert_cache", (str, *_OR_NONE), "a size such as 8GiB"),
+    ("no_mmap", (bool,), "True or False"),
+    ("mlock", (bool,), "True or False"),
 )
 
 
@@ -65,6 +67,8 @@ class EngineConfig:
     stream_experts   long prompts have the CPU's experts pass through a GPU: batches of at least so
                      many tokens; "auto" leaves that and the size of a batch to the planner, "off"
     expert_cache     memory of a GPU for experts of the CPU that are chosen often, "8GiB"
+    no_mmap          the embedding is read into memory as well, not left in the mapped file
+    mlock            the same, and nothing of it all may be swapped out
     """
 
     ctx: int | None = None
@@ -86,6 +90,8 @@ class EngineConfig:
     margin: str | None = None
     stream_experts: int | str = "off"
     expert_cache: str | None = None
+    no_mmap: bool = False
+    mlock: bool = False
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -104,7 +110,7 @@ class EngineConfig:
         for name, kinds, expected in _KINDS:
             value = getattr(self, name)
             whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)
-            wrong_bool = isinstance(value, bool) and name != "cpu_moe"
+            wrong_bool = isinstance(value, bool) and bool not in kinds
             if not isinstance(value, kinds) or not whole or wrong_bool:
                 raise DesksideError(f"{name} is {value!r}; expected {expected}")
         kv_type(self.ctk, "-ctk")

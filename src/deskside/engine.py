@@ -22,6 +22,7 @@ from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.pages import lock, need_lockable
 from deskside.placing import Lending, place
 from deskside.plan import Plan
 from deskside.progress import Progress, silent
@@ -118,6 +119,12 @@ class LLM:
         self.plan = placing.plan if placing.over_devices else None
         if self.plan is not None:
             self.ubatch = self.plan.options.ubatch
+        if self.config.mlock and placing.plan is not None:
+            need_lockable(placing.plan.usage[0].held)
+        if self.config.no_mmap or self.config.mlock:
+            self.file.read_in(
+                w.name for op in self.tape.ops if op.kind == "embed" for w in op.weights
+            )
         self._lends = self.plan is not None and placing.lending is not None
         self._check_values()
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
@@ -133,6 +140,8 @@ class LLM:
             self.cache = Cache(
                 self.tape.states, n_slots=1, n_ctx=self.ctx, k_type=k_type, v_type=v_type
             )
+        if self.config.mlock:
+            lock()
         self._cached: list[int] = []
         self._logits = np.empty((1, self.tape.n_vocab), np.float32)  # of a step with one output
         self._can_cut = all(isinstance(state, KVState) for state in self.tape.states)

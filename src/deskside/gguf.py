@@ -36,6 +36,7 @@ class GGUF:
     types: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+    _read: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = True) -> GGUF:
@@ -89,10 +90,20 @@ class GGUF:
         return info
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The stored bytes as a read-only view of the file: uint8 (n_rows, row_bytes)."""
+        """The stored bytes as a read-only view of the file, or of memory if the tensor was read in:
+        uint8 (n_rows, row_bytes)."""
+        if name in self._read:
+            return self._read[name]
         t = self.tensor(name)
         flat = np.frombuffer(self._maps[t.path], np.uint8, t.nbytes, t.offset)
         return flat.reshape(t.n_rows, t.row_bytes)
+
+    def read_in(self, names: Iterable[str]) -> None:
+        """Have these tensors in memory from now on, not in the mapped file."""
+        for name in names:
+            held = self.raw(name).copy()
+            held.flags.writeable = False
+            self._read[name] = held
 
     def dequantized(self, name: str) -> NDArray[np.float32]:
         """All weights as float32, in NumPy order: shape = reversed(ne)."""

@@ -5,7 +5,9 @@ Linux tells under /sys and /proc; elsewhere there are no nodes and no reserved p
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ HUGE_PAGES = ("auto", "off", "2MiB", "1GiB")
 RESERVED = {"2MiB": 2 << 20, "1GiB": 1 << 30}
 NUMA = ("none", "interleave")
 
+_MCL_CURRENT, _MCL_ONFAULT = 1, 4  # of mlockall, on Linux
 SYS, PROC = Path("/sys"), Path("/proc")
 
 
@@ -141,6 +144,25 @@ def memlock_limit() -> int | None:
     """Bytes that this process may keep from being swapped; None for no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def need_lockable(nbytes: int) -> None:
+    """DesksideError if this process may not lock so many bytes (root may lock any)."""
+    limit = memlock_limit()
+    if limit is not None and nbytes > limit and os.geteuid() != 0:
+        raise DesksideError(
+            f"--mlock: {nbytes:,} bytes are to be locked, this process may lock {limit:,}; raise "
+            "that with ulimit -l unlimited (systemd: LimitMEMLOCK=infinity), or leave it out"
+        )
+
+
+def lock() -> None:
+    """Keep all that this process has in memory from being swapped, and what it touches later of
+    what it has mapped by now; DesksideError where the system refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT):
+        why = os.strerror(ctypes.get_errno())
+        raise DesksideError(f"--mlock: the system refuses: {why}; see ulimit -l, or leave it out")
 
 
 def _numbers(text: str) -> list[int]:
