@@ -147,7 +147,7 @@ def _predict(preset: str | None, given: dict[str, Any]) -> int:
         raise DesksideError(f"--preset takes one type for keys and values, not {kv} and {v}")
     for name, value in given.items():
         if value not in (None, False) and (name, value) != ("timeout", TIMEOUT):
-            flag = name.replace("_", "-")
+            flag = "device" if name == "devices" else name.replace("_", "-")
             raise DesksideError(f"--{flag} has no meaning with --preset, which runs no workload")
     taken |= {"repeats": repeats, "kv": kv or v}
     cli_quality.predict(preset, **{k: value for k, value in taken.items() if value is not None})
