@@ -35,7 +35,7 @@ from deskside.gguf import GGUF, TensorInfo
 from deskside.progress import Progress, silent
 from deskside.quants import QuantType
 from deskside.system import available_memory
-from deskside.tape import State, Tape, Value
+from deskside.tape import Tape, Value
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class PlacedBackend:
             for way in self.lent.ways
         ]
         self.sections = self.routes[0].sections
+        self._homes = state_homes(self.sections)
         if any(s.device == HOST_TORCH for s in self._all_sections()):
             self.devices[HOST_TORCH] = TorchDevice(HOST_TORCH, torch.device("cpu"))
         reserve += self.lent.host_bytes()
@@ -123,11 +124,9 @@ class PlacedBackend:
         self._active: Route | None = None
         try:
             for device in self.devices.values():
-                self.lent.expect(
-                    device, sum(w.nbytes for w in self._weights(device.name)), self._work(device)
-                )
-                work = self._work(device) + self.lent.nbytes(device.name)
-                device.load(file, self._weights(device.name), work, progress)
+                weights, work = self._weights(device.name), self._work(device)
+                self.lent.expect(device, sum(w.nbytes for w in weights), work)
+                device.load(file, weights, work + self.lent.nbytes(device.name), progress)
             packed: Mapping[str, Weights] = {}
             for route in self.routes:
                 if not route.native:
@@ -189,7 +188,7 @@ class PlacedBackend:
 
     def state_homes(self) -> dict[int, str]:
         """The device of every state, by its index."""
-        return state_homes(self.sections)
+        return self._homes
 
     def route(self, tokens: int) -> Route:
         """How a step of so many tokens runs."""
@@ -247,7 +246,7 @@ class PlacedBackend:
         out: NDArray[np.float32] | None,
         micros: list[float] | None,
     ) -> NDArray[np.float32]:
-        elsewhere = {i for i, d in self.state_homes().items() if d not in (HOST, HOST_TORCH)}
+        elsewhere = {i for i, d in self._homes.items() if d not in (HOST, HOST_TORCH)}
         too_large = len(batch.outputs) > self.max_outputs
         too_large |= not 1 <= len(batch.tokens) <= self.max_tokens
         if set(cache.held) != elsewhere or too_large:
@@ -369,12 +368,6 @@ class _Run:
 
     def _rows(self, value: Value) -> int:
         return len(self.batch.outputs) if value.per_output else len(self.batch.tokens)
-
-
-def host_states(tape: Tape, placement: Mapping[str, str]) -> list[State]:
-    """The states that will lie in the system's memory."""
-    homes = state_homes(cut(tape, {name: d.lower() for name, d in placement.items()}))
-    return [s for i, s in enumerate(tape.states) if homes[i] in (HOST, HOST_TORCH)]
 
 
 def _check(tape: Tape, placement: Mapping[str, str], devices: Sequence[TorchDevice]) -> None:
