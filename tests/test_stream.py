@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deskside.backends.work import expert_bytes
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.models import build_tape
-from deskside.plan_stream import expert_bytes
 from lent import (
     EXPERT,
     N_EXPERT,

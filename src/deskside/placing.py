@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from deskside import rules
 from deskside.backends.sections import Helper
-from deskside.backends.work import FEW_PAIRS
+from deskside.backends.work import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.config import EngineConfig
 from deskside.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.errors import DesksideError
@@ -19,7 +19,7 @@ from deskside.machines import this_machine
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Way
 from deskside.plan_speed import LONG_PROMPT
-from deskside.plan_stream import StreamPlan, expert_bytes, plan_stream
+from deskside.plan_stream import StreamPlan, plan_stream
 from deskside.plan_ways import ways_out
 from deskside.tape import Tape
 
@@ -92,8 +92,8 @@ def plan_for(
         return Placing(plan, notes=[f"{asked} {_NO_GPU}"])
     experts = [op for op in tape.ops if op.kind == "experts"]
     if size and experts:
-        table = 4 * len(experts) * max(op.weights[0].shape[2] for op in experts)
-        one = table + max(expert_bytes(op) for op in experts)
+        one = table_bytes([op.weights[0].shape[2] for op in experts])
+        one += max(expert_bytes(op) for op in experts)
         if size < one:
             raise DesksideError(
                 f"--expert-cache {config.expert_cache}: that holds no expert; the smallest cache "

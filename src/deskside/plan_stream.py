@@ -28,6 +28,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from deskside.backends.work import expert_bytes
 from deskside.cost import Experts
 from deskside.devices import CPU, Device, Efficiency, Machine
 from deskside.errors import DesksideError
@@ -278,11 +279,6 @@ class _Model:
         if h > 1:
             found["cpu"] = self.on_cpu(n, h)
         return found
-
-
-def expert_bytes(op: Op) -> int:
-    """Of one expert in a slot, where each of its matrices starts on a border of 256 bytes."""
-    return sum(-(-w.shape[1] * w.row_bytes // 256) * 256 for w in op.weights)
 
 
 def _experts(op: Op) -> Experts:

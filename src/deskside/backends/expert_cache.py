@@ -22,6 +22,7 @@ from torch import Tensor
 from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
+from deskside.backends.work import table_bytes
 from deskside.errors import DesksideError
 from deskside.tape import Op
 
@@ -62,20 +63,20 @@ class ExpertCache:
     def slots(self, layouts: Mapping[int, Layout]) -> tuple[int, int]:
         """How many experts fit, and the bytes of each; DesksideError where that is none."""
         size = max(layout.nbytes for layout in layouts.values())
-        every = sum(layout.parts[0][0].shape[2] for layout in layouts.values())
-        # The device's table of what is where counts too.
-        n = min((self.nbytes - table_bytes(layouts)) // size, every)
+        experts = experts_of(layouts)
+        table = table_bytes(experts)  # of what is where, on the device too
+        n = min((self.nbytes - table) // size, sum(experts))
         if n < 1:
             raise DesksideError(
                 f"expert cache: {show(self.nbytes)} of {self.device} hold no expert of "
-                f"{show(size)}; give it at least {show(size + table_bytes(layouts))}, or none"
+                f"{show(size)}; give it at least {show(size + table)}, or none"
             )
         return n, size
 
 
-def table_bytes(layouts: Mapping[int, Layout]) -> int:
-    """Of the device's table: int32 (layers, experts)."""
-    return 4 * len(layouts) * max(layout.parts[0][0].shape[2] for layout in layouts.values())
+def experts_of(layouts: Mapping[int, Layout]) -> list[int]:
+    """How many experts each layer has."""
+    return [layout.parts[0][0].shape[2] for layout in layouts.values()]
 
 
 @dataclass(frozen=True)

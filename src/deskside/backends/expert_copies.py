@@ -25,11 +25,11 @@ from torch import Tensor
 
 from deskside import _native
 from deskside.backends.torch_experts import Matrices
+from deskside.backends.work import BORDER
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
 from deskside.tape import Op
 
-ALIGN = 256  # bytes: a matrix starts on such a border
 Bytes = NDArray[np.uint8]
 
 
@@ -46,7 +46,7 @@ class Layout:
         for info in op.weights:
             own = info.shape[1] * info.row_bytes
             parts.append((info, at, own))
-            at += -(-own // ALIGN) * ALIGN
+            at += -(-own // BORDER) * BORDER
         return cls(tuple(parts), at)
 
     def matrices(self, memory: Tensor) -> Matrices:

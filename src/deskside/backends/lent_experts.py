@@ -16,13 +16,14 @@ from deskside.backends.expert_cache import (
     ExpertCache,
     ExpertMetrics,
     Residents,
-    table_bytes,
+    experts_of,
 )
 from deskside.backends.expert_copies import Layout, Source
 from deskside.backends.sections import Helper, borrowed
 from deskside.backends.stream import Streamer, StreamOptions
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Lender
+from deskside.backends.work import table_bytes
 from deskside.errors import DesksideError
 from deskside.tape import Tape
 
@@ -77,7 +78,7 @@ class LentExperts:
         self._cache_bytes = 0
         if self.cache is not None:
             n, size = self.cache.slots(self.layouts)
-            self._cache_bytes = n * size + table_bytes(self.layouts)
+            self._cache_bytes = n * size + table_bytes(experts_of(self.layouts))
 
     def nbytes(self, device: str) -> int:
         """What all this takes of a device's memory."""

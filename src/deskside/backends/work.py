@@ -11,6 +11,7 @@ PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time
 FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are gathered, not sorted
 MOST_OUTPUTS = 64  # tokens of a step whose logits an engine asks for at once
 ONE_BY_ONE = frozenset({"expert_own", "expert_own_pairs", "expert_pairs"})
+BORDER = 256  # bytes: an expert's matrix in a slot starts on such a border
 ALIGN = 16  # floats: values in one transfer start on cache lines
 
 
@@ -42,6 +43,19 @@ def work_bytes(sections: Sequence[Section], device: str, rows: int, outputs: int
             if any(last[v.id] is op for op in section.ops):
                 del live[v.id]
     return peak
+
+
+def expert_bytes(op: Op) -> int:
+    """Of one expert in a slot, where each of its matrices starts on a border."""
+    return sum(-(-w.shape[1] * w.row_bytes // BORDER) * BORDER for w in op.weights)
+
+
+def table_bytes(experts: Sequence[int]) -> int:
+    """Of a device's table of the experts that it holds: int32 (layers, experts).
+
+    experts: how many each layer has.
+    """
+    return 4 * len(experts) * max(experts)
 
 
 def _bytes(value: Value, rows: int, outputs: int) -> int:
