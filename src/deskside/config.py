@@ -25,6 +25,8 @@ PLACING = (
 
 _TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
 _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    *((name, (str,), "text") for name in ("ctk", "ctv", "backend", "numa", "huge_pages")),
+    ("isa", (str, *_OR_NONE), "a name or None"),
     ("devices", _TEXTS + _OR_NONE, "names such as cuda0 or emu0:8GiB"),
     ("override_tensor", _TEXTS, "rules such as exps=CPU"),
     ("cpu_moe", (bool,), "True or False"),
@@ -101,18 +103,13 @@ class EngineConfig:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
-        for name in ("ctk", "ctv", "backend", "numa", "huge_pages"):
-            if not isinstance(getattr(self, name), str):
-                raise DesksideError(f"{name} is {getattr(self, name)!r}; expected text")
-        if not isinstance(self.isa, str | None):
-            raise DesksideError(f"isa is {self.isa!r}; expected a name or None")
-        check_options(self.huge_pages, self.numa)
         for name, kinds, expected in _KINDS:
             value = getattr(self, name)
             whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)
             wrong_bool = isinstance(value, bool) and bool not in kinds
             if not isinstance(value, kinds) or not whole or wrong_bool:
                 raise DesksideError(f"{name} is {value!r}; expected {expected}")
+        check_options(self.huge_pages, self.numa)
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):

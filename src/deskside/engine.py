@@ -398,7 +398,7 @@ class Stream(Iterator[Chunk]):
     """
 
     def __init__(self, llm: LLM, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        self._llm = self.llm = llm
+        self.llm = llm
         self._started = time.perf_counter()
         ids = llm.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         self._prompt = llm._checked(ids)
@@ -424,7 +424,7 @@ class Stream(Iterator[Chunk]):
         return Completion(text, self.tokens, self.timings, self.stop_reason, self._sampler.seed)
 
     def _generate(self) -> Iterator[Chunk]:
-        llm, t = self._llm, self.timings
+        llm, t = self.llm, self.timings
         llm._stream = self
         began = time.perf_counter()
         logits, t.cached_tokens = llm._prefill(self._prompt)
