@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deskside import cli, pages
+from deskside import pages
 from deskside.bench import doctor, machine
 from deskside.bench import limits as measured
 from deskside.bench.limits import CpuLimits, as_measured, measure_cpu, thread_counts
@@ -19,6 +18,7 @@ from deskside.devices import Efficiency, Figure, Machine, assumed_gpu
 from deskside.machines import machine_file, store, this_machine
 from deskside.pages import Node
 from deskside.system import usable_cores
+from tests.commands import command
 
 MiB = 1 << 20
 
@@ -32,14 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["deskside", "doctor", *words]
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
+    return command(capsys, "doctor", *words)
 
 
 def limits(**changes: Any) -> CpuLimits:

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside import cli, machines
+from deskside import machines
 from deskside.devices import Efficiency, Figure, Machine
 from deskside.errors import DesksideError
 from deskside.machines import load_machine, store, this_machine
 from deskside.plan import Plan, make_plan
 from deskside.plan_emit import KINDS, emit
 from deskside.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
+from tests.commands import command
 from tests.models import tiny
 from tests.test_plan import machine, memory_of, options, tape_of
 
@@ -28,16 +29,7 @@ BOX = "epyc-9175f-1x96gb"
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    import sys
-
-    before, sys.argv = sys.argv, ["deskside", "plan", *words]
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
+    return command(capsys, "plan", *words)
 
 
 def test_the_table_of_the_reference_box(capsys: pytest.CaptureFixture[str]) -> None:
