@@ -14,7 +14,7 @@ import numpy as np
 
 from deskside import LLM, SamplingParams
 from deskside.cache import Batch, Cache, Segment
-from deskside.quants import quant_type
+from deskside.gguf.quants import quant_type
 
 
 class _Clocked:

@@ -24,7 +24,7 @@ from benchmarks import machine
 from deskside import _native
 from deskside.backends.cpu import KERNEL_TYPES
 from deskside.backends.steps import FLOAT_TYPES
-from deskside.quants import BY_NAME, QuantType
+from deskside.gguf.quants import BY_NAME, QuantType
 from deskside.system import usable_cores
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -32,12 +32,12 @@ from deskside.console import note, progress_bar
 from deskside.devices import Efficiency, Figure, Machine
 from deskside.engine import LLM
 from deskside.errors import DesksideError
+from deskside.gguf.quants import quant_type
 from deskside.machines import store, this_machine
 from deskside.plan import Options, make_plan
 from deskside.plan_speed import SpeedModel, Step, calibrate, sort_of
 from deskside.plan_units import cut
 from deskside.progress import Progress
-from deskside.quants import quant_type
 from deskside.rules import Rules
 from deskside.sampler import SamplingParams
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from deskside import LLM
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.quantize import quantize_file
-from deskside.quants import quant_type
 
 EXPERTS = r"_exps\.weight$"
 

@@ -11,8 +11,8 @@ import pytest
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.gguf_write import GGUFWriter
-from deskside.quants import BY_NAME, QuantType
+from deskside.gguf.quants import BY_NAME, QuantType
+from deskside.gguf.writer import GGUFWriter
 
 F32, Q8_0, KSS = BY_NAME["F32"], BY_NAME["Q8_0"], BY_NAME["IQ4_KSS"]
 

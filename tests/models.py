@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from deskside.gguf import GGUF
-from deskside.gguf_write import GGUFWriter
-from deskside.quants import quant_type
+from deskside.gguf.quants import quant_type
+from deskside.gguf.writer import GGUFWriter
 from deskside.synth import synth_file
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="deskside-tests-")

@@ -9,8 +9,8 @@ import numpy as np
 
 from deskside.cache import Batch, Cache, Segment
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.quants import quant_type
 from models import tiny
 
 IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()

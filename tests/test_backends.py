@@ -18,8 +18,8 @@ from deskside.backends.weights import layout, load, matrices
 from deskside.cache import Batch, Cache, Segment
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.quants import quant_type
 from deskside.tape import Op, Value
 from models import PRESETS, tiny
 

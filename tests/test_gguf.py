@@ -13,7 +13,7 @@ import pytest
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.quants import QuantType, dequantize
+from deskside.gguf.quants import QuantType, dequantize
 from gguf_files import (
     F32,
     KSS,

@@ -10,7 +10,7 @@ import pytest
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.gguf_write import GGUFWriter
+from deskside.gguf.writer import GGUFWriter
 from gguf_files import F32, Q8_0, TENSORS, write
 
 

@@ -11,7 +11,7 @@ import pytest
 from deskside import _native
 from deskside.backends.buffers import stride
 from deskside.backends.cpu import KERNEL_TYPES
-from deskside.quants import BY_NAME, QuantType, dequantize
+from deskside.gguf.quants import BY_NAME, QuantType, dequantize
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 QUANTISED = sorted(KERNEL_TYPES - {"F32", "F16", "BF16"})

@@ -18,8 +18,8 @@ import pytest
 
 from deskside import synth
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.quants import quant_type
 from models import tiny
 from oracles.need import packages
 from placements import IDS, batch, cache_options

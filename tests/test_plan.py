@@ -19,12 +19,12 @@ from deskside.cost import Work
 from deskside.devices import Device, Figure, Machine
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.machines import load_machine
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Memory
 from deskside.plan_ways import ways_out
-from deskside.quants import quant_type
 from deskside.rules import Override, Rules, apply
 from deskside.synth import make_plan as synth_plan
 from deskside.tape import Tape

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside.encoders import quantize
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.gguf_write import GGUFWriter
+from deskside.gguf.encoders import quantize
+from deskside.gguf.quants import BY_NAME
+from deskside.gguf.writer import GGUFWriter
 from deskside.quantize import Fallback, parse_rule, quantize_file
-from deskside.quants import BY_NAME
 from gguf_files import METADATA, write_split
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deskside.errors import DesksideError
-from deskside.quants import (
+from deskside.gguf.quants import (
     BY_NAME,
     K0,
     TYPES,

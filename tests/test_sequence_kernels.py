@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from deskside import _native
-from deskside.encoders import quantize
-from deskside.quants import BY_NAME, dequantize
+from deskside.gguf.encoders import quantize
+from deskside.gguf.quants import BY_NAME, dequantize
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 F32 = BY_NAME["F32"]

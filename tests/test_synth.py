@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deskside import synth
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.quants import quant_type
 from deskside.synth import PRESETS, estimate, make_plan, synth_file
 from deskside.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ import pytest
 from deskside.backends import reference
 from deskside.cache import Batch, Segment
 from deskside.errors import DesksideError
-from deskside.quants import BY_NAME, dequantize
+from deskside.gguf.quants import BY_NAME, dequantize
 from tests.oracles import need
 
 need.packages("torch", "triton")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
-from deskside.quants import QuantType, quant_type
+from deskside.gguf.quants import QuantType, quant_type
 from deskside.tape import ConvState, DeltaState, KVState, State
 
 KV_TYPES = ("f16", "q8_0", "f32")

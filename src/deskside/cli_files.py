@@ -25,8 +25,8 @@ def synth(
     mtp: Annotated[bool, Option("--mtp", help="add multi-token-prediction tensors")] = False,
 ) -> None:
     """Write a model with random weights at true shapes: for measuring, before any download."""
+    from deskside.gguf.quants import quant_type
     from deskside.quantize import parse_rule
-    from deskside.quants import quant_type
     from deskside.synth import synth_file
 
     rules = [parse_rule(entry) for entry in tensor_type or ()]
@@ -73,8 +73,8 @@ def quantize(
     threads: Threads = 0,
 ) -> None:
     """Change the types of a model's weights: F16 BF16 Q8_0 Q6_K IQ4_NL IQ4_XS IQ4_KSS and more."""
+    from deskside.gguf.quants import quant_type
     from deskside.quantize import parse_rule, quantize_file
-    from deskside.quants import quant_type
 
     config = EngineConfig(threads=threads)
     rules = [parse_rule(entry) for entry in tensor_type or ()]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from deskside.cache import cache_bytes
 from deskside.gguf import GGUF
+from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.quants import quant_type
 from deskside.tape import State, Tape
 
 

@@ -21,12 +21,12 @@ from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
+from deskside.gguf.quants import QuantType
 from deskside.models import build_tape
 from deskside.pages import lock, need_lockable
 from deskside.placing import Lending, place
 from deskside.plan import Plan
 from deskside.progress import Progress, silent
-from deskside.quants import QuantType
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
 from deskside.tape import KVState

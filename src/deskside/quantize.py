@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deskside.encoders import encodable, quantize
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
-from deskside.gguf_header import show
-from deskside.gguf_write import GGUFWriter
+from deskside.gguf.encoders import encodable, quantize
+from deskside.gguf.header import show
+from deskside.gguf.quants import BY_NAME, Bytes, QuantType, dequantize, quant_type
+from deskside.gguf.writer import GGUFWriter
 from deskside.progress import Progress, silent
-from deskside.quants import BY_NAME, Bytes, QuantType, dequantize, quant_type
 
 Rule = tuple[str, QuantType]
 

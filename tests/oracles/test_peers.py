@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from deskside import LLM
-from deskside.quants import quant_type
+from deskside.gguf.quants import quant_type
 from deskside.synth import synth_file
 
 from . import metrics, peers

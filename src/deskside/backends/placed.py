@@ -32,8 +32,8 @@ from deskside.backends.work import work_bytes
 from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.gguf.quants import QuantType
 from deskside.progress import Progress, silent
-from deskside.quants import QuantType
 from deskside.system import available_memory
 from deskside.tape import Tape, Value
 

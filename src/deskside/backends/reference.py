@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.cache import Batch, Cache
-from deskside.encoders import quantize
 from deskside.gguf import GGUF, TensorInfo
-from deskside.quants import QuantType, dequantize
+from deskside.gguf.encoders import quantize
+from deskside.gguf.quants import QuantType, dequantize
 from deskside.tape import Op, Tape
 
 Matrix = NDArray[np.float32]

@@ -32,8 +32,8 @@ from deskside.cache import state_shapes
 from deskside.devices import Device
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.gguf.quants import QuantType
 from deskside.progress import Progress
-from deskside.quants import QuantType
 from deskside.tape import KVState, Op, State
 
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time

@@ -32,7 +32,7 @@ from deskside.backends.torch_quants import (
 from deskside.backends.work import FEW_PAIRS, PIECE
 from deskside.cache import Batch
 from deskside.gguf import TensorInfo
-from deskside.quants import QuantType
+from deskside.gguf.quants import QuantType
 from deskside.tape import Op
 
 DELTA_BLOCK = 64  # tokens that the delta rule takes at once

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deskside.quants import CODEBOOKS, QuantType
+from deskside.gguf.quants import CODEBOOKS, QuantType
 
 ROUNDED = 32  # activations are rounded to 8 bits in blocks of as many
 

@@ -19,7 +19,7 @@ from deskside.backends import triton_matmul, triton_sequence
 from deskside.backends.kernels import LAUNCHES
 from deskside.backends.triton_decode import PAIR
 from deskside.errors import DesksideError
-from deskside.quants import quant_type
+from deskside.gguf.quants import quant_type
 
 # Up to so many rows of activations are multiplied in float32, without tensor cores. From three rows
 # on those need fewer instructions a weight, even with most of their 16 columns empty.

@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
 from deskside.files import WholeFile
-from deskside.gguf_header import (
-    ARRAY,
-    DEFAULT_ALIGNMENT,
-    MAGIC,
-    MAX_DIMS,
-    SCALARS,
-    STRING,
-    show,
-)
-from deskside.quants import QuantType
+from deskside.gguf.header import ARRAY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS, SCALARS, STRING, show
+from deskside.gguf.quants import QuantType
 
 _TYPE_ID = {dtype: code for code, dtype in SCALARS.items()}
 # ggml's readers refuse longer names: GGML_MAX_NAME is 64 with the terminating zero.

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
-from deskside.gguf_header import SCALARS, Header, TensorInfo, show
-from deskside.quants import dequantize, non_finite_rows
+from deskside.gguf.header import SCALARS, Header, TensorInfo, show
+from deskside.gguf.quants import dequantize, non_finite_rows
 
 __all__ = ["GGUF", "TensorInfo"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
-from deskside.quants import CODEBOOKS, Bytes, Floats, QuantType
+from deskside.gguf.quants import CODEBOOKS, Bytes, Floats, QuantType
 
 # Rows are encoded in chunks of about this many weights, so that the working set stays in cache.
 _CHUNK = 1 << 17

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from deskside.errors import DesksideError
-from deskside.quants import TYPES, UNSUPPORTED, QuantType
+from deskside.gguf.quants import TYPES, UNSUPPORTED, QuantType
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
