@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside.chat import ChatTemplate
 from deskside.errors import DesksideError
+from deskside.text.chat import ChatTemplate
 
 QWEN35 = resources.files("deskside").joinpath("data/qwen35-chat-template.jinja").read_text("utf-8")
 USER = {"role": "user", "content": "hi"}

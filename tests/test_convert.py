@@ -19,7 +19,7 @@ from deskside import convert
 from deskside.convert import convert_hf
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.tokenizer import Tokenizer
+from deskside.text.tokenizer import Tokenizer
 from hf_checkpoints import (
     CONTROL_TOKEN,
     EXPERTS,

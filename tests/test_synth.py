@@ -17,7 +17,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
 from deskside.synth import PRESETS, estimate, make_plan, synth_file
-from deskside.tokenizer import Tokenizer
+from deskside.text.tokenizer import Tokenizer
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]
 # Small enough to be made by each test.

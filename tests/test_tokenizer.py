@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskside.errors import DesksideError
-from deskside.tokenizer import PRE_TOKENIZERS, StopStrings, StreamDecoder, Tokenizer
+from deskside.text.streaming import StopStrings, StreamDecoder
+from deskside.text.tokenizer import PRE_TOKENIZERS, Tokenizer
 
 # GPT-2's stand-ins, stated here on their own: visible Latin-1 is itself, the rest counts from 256.
 VISIBLE = [chr(b) for b in range(256) if chr(b).isprintable() and b not in (0x20, 0xA0, 0xAD)]

@@ -16,7 +16,6 @@ from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.backends.work import MOST_OUTPUTS
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
-from deskside.chat import ChatTemplate
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
@@ -30,7 +29,9 @@ from deskside.progress import Progress, silent
 from deskside.sampler import Sampler, SamplingParams
 from deskside.system import available_memory
 from deskside.tape import KVState
-from deskside.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from deskside.text.chat import ChatTemplate
+from deskside.text.streaming import StopStrings, StreamDecoder
+from deskside.text.tokenizer import Tokenizer
 
 # Files up to this size are checked for NaN and infinity in full when they are loaded.
 CHECK_BYTES = 1 << 30

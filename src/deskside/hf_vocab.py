@@ -10,7 +10,7 @@ import numpy as np
 
 from deskside.checkpoint import read_json
 from deskside.errors import DesksideError
-from deskside.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from deskside.text.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 
 NORMAL = 1
 

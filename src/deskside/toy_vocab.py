@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from deskside.errors import DesksideError
 from deskside.hf_vocab import NORMAL
-from deskside.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from deskside.text.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 
 _MODULES = ("argparse", "collections", "functools", "itertools", "json", "random", "statistics")
 _CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside.tokenizer import PRE_TOKENIZERS, Tokenizer
+from deskside.text.tokenizer import PRE_TOKENIZERS, Tokenizer
 
 from . import need, peers
 from .fetch import SMOLLM2

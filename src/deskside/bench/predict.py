@@ -39,7 +39,7 @@ from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
 from deskside.synth import PRESETS
 from deskside.system import cpu_name, total_memory
-from deskside.tokenizer import CONTROL, UNUSED
+from deskside.text.tokenizer import CONTROL, UNUSED
 
 # A slice so far off the others' line, as a share, is worth a note.
 MISFIT = 0.05

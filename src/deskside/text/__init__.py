@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizer, streaming decode, stop strings, chat templates."""
