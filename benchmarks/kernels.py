@@ -25,7 +25,7 @@ from deskside import _native
 from deskside.backends.cpu import KERNEL_TYPES
 from deskside.backends.steps import FLOAT_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType
-from deskside.system import usable_cores
+from deskside.machine.system import usable_cores
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 STREAMED = 8  # most rows of activations for which the matrix is beyond the caches

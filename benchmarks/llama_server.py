@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from deskside.system import usable_cores
+from deskside.machine.system import usable_cores
 from tests.oracles.llama_server import LlamaServer
 
 

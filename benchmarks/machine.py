@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 # Figures of the machine that the package's own records have too.
-from deskside.bench.machine import bandwidth, bandwidth_bytes, compute, last_level_cache, rss
-from deskside.system import cpu_name
+from deskside.machine.rates import bandwidth, bandwidth_bytes, compute, last_level_cache
+from deskside.machine.system import cpu_name
+from deskside.machine.watch import rss
 
 CHUNK = 16 << 20
 # Activations, logits and states of one engine: 0.2 to 0.4 GB with a vocabulary of 248,320.

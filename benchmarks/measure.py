@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import machine, record
 from benchmarks.plan import OURS, PROMPT, WARM_STEPS, Context, Engine, Stage, Test
 from deskside.gguf import GGUF
-from deskside.system import available_memory
+from deskside.machine.system import available_memory
 from tests.oracles.remote import Remote, RemoteError
 
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type

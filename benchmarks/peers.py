@@ -27,7 +27,7 @@ from deskside import _native
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.system import available_memory, usable_cores
+from deskside.machine.system import available_memory, usable_cores
 
 REPORTS = ROOT / "reports"
 

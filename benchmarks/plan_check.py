@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from deskside.bench import machine as measure
 from deskside.bench.profile import profile
 from deskside.bench.slices import cache_folder
 from deskside.console import note, progress_bar
-from deskside.devices import Efficiency, Figure, Machine
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
-from deskside.machines import store, this_machine
+from deskside.machine import watch as measure
+from deskside.machine.descriptions import store, this_machine
+from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Options, make_plan
 from deskside.plan_speed import SpeedModel, Step, calibrate, sort_of
 from deskside.plan_units import cut

@@ -6,16 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from deskside.bench.record import (
-    Ceiling,
-    Load,
-    Machine,
-    ModelFile,
-    OpProfile,
-    Record,
-    Run,
-    Target,
-)
+from deskside.bench.record import Ceiling, ModelFile, OpProfile, Record, Run, Target
+from deskside.machine.watch import Load, Machine
 
 BANDWIDTH, COMPUTE = 33.7e9, 900e9  # bytes and multiply-adds per second
 WEIGHTS, MACS, KV = 0.9e9, 1.0e9, 10e3  # bytes and multiply-adds of a token, bytes of a position

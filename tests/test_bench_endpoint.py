@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
-from deskside.bench import machine
 from deskside.bench.arrivals import Arrivals, timed
 from deskside.bench.endpoint import LlamaServer, OpenAIServer, connect, is_local
 from deskside.bench.measure import characterise
@@ -19,6 +18,7 @@ from deskside.bench.record import Record, Run
 from deskside.bench.targets import InProcess
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
+from deskside.machine import rates
 from models import tiny
 from test_cli import inside, refused
 
@@ -120,8 +120,8 @@ def test_a_cache_that_cannot_be_switched_off_gets_new_prompts_every_time(
 
 
 def test_sides_in_turns(llama: Server, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa="": 1e12)
     ours = InProcess(tiny(), sha=False, ctx=200, threads=1)
     theirs = connect(llama.url)
     record = characterise(WORKLOAD, {"A": ours, "B": theirs}, out)
@@ -356,8 +356,8 @@ def test_a_model_that_loads_is_waited_for_by_the_user(
 def test_a_file_that_the_server_serves_gives_its_hash_and_ceiling(
     llama: Server, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa="": 1e12)
     reply = Handler.reply
 
     def names_a_file(handler: Handler, status: int, body: Any) -> None:
@@ -371,8 +371,8 @@ def test_a_file_that_the_server_serves_gives_its_hash_and_ceiling(
 
 
 def test_the_command(llama: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa="": 1e12)
     out = tmp_path / "x.json"
     small = ("-w", "chat", "--scale", "0.1", "--no-report")
     done = inside("bench", "--endpoint", llama.url, *small, "--out", out, "--api-key=secret")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from deskside.bench import command, machine, measure
+from deskside.bench import command, measure
 from deskside.bench.measure import characterise, plan
 from deskside.bench.profile import profile
 from deskside.bench.record import Record, Run
@@ -28,6 +28,7 @@ from deskside.config import EngineConfig, demo_model
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine import rates, watch
 from deskside.models import build_tape
 from models import tiny
 from test_cli import COMMAND, inside, refused
@@ -48,8 +49,8 @@ BANDWIDTH, COMPUTE = 1e9, 1e12
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Measuring takes a second and a gigabyte."""
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: BANDWIDTH)
-    monkeypatch.setattr(machine, "compute", lambda threads, isa="": COMPUTE)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: BANDWIDTH)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa="": COMPUTE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -313,20 +314,20 @@ def test_three_failures_in_a_row_end_it(target: InProcess, tmp_path: Path) -> No
 
 
 def test_a_watch_tells_what_else_ran() -> None:
-    with machine.Watch(own=True) as watch:
-        end = time.monotonic() + 2 * machine.SHORTEST
+    with watch.Watch(own=True) as seen:
+        end = time.monotonic() + 2 * watch.SHORTEST
         while time.monotonic() < end:
             sum(range(1000))
-    load = watch.load
+    load = seen.load
     # this loop keeps a core busy and is not "other"
     assert load.other_cpu is not None and 0 <= load.other_cpu <= (os.cpu_count() or 1)
     assert load.load_average is not None and load.available_memory
-    with machine.Watch(own=False) as watch:
+    with watch.Watch(own=False) as seen:
         pass
-    assert watch.load.other_cpu is None and watch.load.available_memory
-    with machine.Watch(own=False, local=False) as watch:
+    assert seen.load.other_cpu is None and seen.load.available_memory
+    with watch.Watch(own=False, local=False) as seen:
         pass
-    assert watch.load.load_average is None
+    assert seen.load.load_average is None
 
 
 def test_files_of_the_kernel_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -337,13 +338,13 @@ def test_files_of_the_kernel_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (folder / "thermal_throttle").mkdir()
         (folder / "cpufreq/scaling_cur_freq").write_text(f"{khz}\n")
         (folder / "thermal_throttle/core_throttle_count").write_text("7\n")
-    monkeypatch.setattr(machine, "CPUS", tmp_path)
-    assert machine.megahertz()[0] == 3100 and len(machine.megahertz()) == len(cores)
-    assert machine.throttle_events() == 7 * len(cores)
-    with machine.Watch(own=True) as watch:
+    monkeypatch.setattr(watch, "CPUS", tmp_path)
+    assert watch.megahertz()[0] == 3100 and len(watch.megahertz()) == len(cores)
+    assert watch.throttle_events() == 7 * len(cores)
+    with watch.Watch(own=True) as seen:
         count = tmp_path / f"cpu{cores[0]}/thermal_throttle/core_throttle_count"
         count.write_text("9\n")
-    assert watch.load.throttled == 2 and watch.load.mhz_min is not None
+    assert seen.load.throttled == 2 and seen.load.mhz_min is not None
 
 
 # memory, profile

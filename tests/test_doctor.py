@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from deskside import pages
-from deskside.bench import doctor, machine
-from deskside.bench import limits as measured
-from deskside.bench.limits import CpuLimits, as_measured, measure_cpu, thread_counts
-from deskside.devices import Efficiency, Figure, Machine, assumed_gpu
-from deskside.machines import machine_file, store, this_machine
-from deskside.pages import Node
-from deskside.system import usable_cores
+from deskside.bench import doctor
+from deskside.machine import limits as measured
+from deskside.machine import pages, rates, watch
+from deskside.machine.descriptions import machine_file, store, this_machine
+from deskside.machine.devices import Efficiency, Figure, Machine, assumed_gpu
+from deskside.machine.limits import CpuLimits, as_measured, measure_cpu, thread_counts
+from deskside.machine.pages import Node
+from deskside.machine.system import usable_cores
 from tests.commands import command
 
 MiB = 1 << 20
@@ -27,7 +27,7 @@ MiB = 1 << 20
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Little is read, and this machine's own file is left alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machine, "bandwidth_bytes", lambda free: 16 * MiB)
+    monkeypatch.setattr(rates, "bandwidth_bytes", lambda free: 16 * MiB)
     monkeypatch.setattr(measured, "BARRIER_SECONDS", 0.01)
 
 
@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_the_old_file_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(machine, "compute", interrupted)
+        patch.setattr(rates, "compute", interrupted)
         code, _, _ = run(capsys, "--quick")
     assert code == 130
     assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == [path.name]
@@ -119,7 +119,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(
 def test_no_memory_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "bandwidth_bytes", lambda free: 1 << 50)
+    monkeypatch.setattr(rates, "bandwidth_bytes", lambda free: 1 << 50)
     code, out, err = run(capsys, "--quick")
     assert code == 2 and not out and "no memory to measure with" in err
 
@@ -208,10 +208,10 @@ def test_last_caches_of_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
             folder.mkdir(parents=True)
             for name, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
                 (folder / name).write_text(f"{value}\n")
-    monkeypatch.setattr(machine, "CPUS", tmp_path)
-    assert machine.last_level_cache() == 64 * MiB
-    monkeypatch.setattr(machine, "CPUS", tmp_path / "nothing")
-    assert machine.last_level_cache() == 0
+    monkeypatch.setattr(rates, "CPUS", tmp_path)
+    assert rates.last_level_cache() == 64 * MiB
+    monkeypatch.setattr(rates, "CPUS", tmp_path / "nothing")
+    assert rates.last_level_cache() == 0
 
 
 # --- devices of torch -----------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_last_caches_of_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_device_of_torch_is_measured_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """On torch's own CPU device: no GPU has seen this."""
     torch = pytest.importorskip("torch")
-    from deskside.bench.torch_limits import as_device, cuda_devices, measure_device
+    from deskside.machine.torch_limits import as_device, cuda_devices, measure_device
 
     found = measure_device("cuda0", torch.device("cpu"), 8 * MiB)
     for rate in (found.bandwidth, found.pinned, found.pageable, found.back, found.hand_over):
@@ -242,7 +242,7 @@ def test_measured_gpus_are_shown_and_stored(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch")
-    from deskside.bench import torch_limits
+    from deskside.machine import torch_limits
 
     monkeypatch.setattr(doctor, "DRIVERS", ("/",))
     here = torch.device("cpu")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deskside import LLM, DesksideError, SamplingParams
-from deskside.system import usable_cores
+from deskside.machine.system import usable_cores
 from models import rewrite, tiny
 
 IDS = np.random.default_rng(1).integers(0, 2000, 40).tolist()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside import _native, cli, pages
+from deskside import _native, cli
 from deskside.config import EngineConfig
 from deskside.engine import LLM
 from deskside.errors import DesksideError
-from deskside.pages import Node
+from deskside.machine import pages
+from deskside.machine.pages import Node
 from models import tiny
 
 IDS = list(range(100, 120))

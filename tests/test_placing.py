@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from deskside import LLM, SamplingParams, pages
+from deskside import LLM, SamplingParams
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.sections import cut, hops
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.machines import this_machine
+from deskside.machine import pages
+from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape
 from deskside.placing import place
 from models import PRESETS, tiny

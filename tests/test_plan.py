@@ -16,11 +16,11 @@ from deskside.backends.steps import plan_steps
 from deskside.backends.weights import layout, matrices
 from deskside.cache import Cache
 from deskside.cost import Work
-from deskside.devices import Device, Figure, Machine
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.machines import load_machine
+from deskside.machine.descriptions import load_machine
+from deskside.machine.devices import Device, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Memory

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside import machines
-from deskside.devices import Efficiency, Figure, Machine
 from deskside.errors import DesksideError
-from deskside.machines import load_machine, store, this_machine
+from deskside.machine import descriptions as machines
+from deskside.machine.descriptions import load_machine, store, this_machine
+from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Plan, make_plan
 from deskside.plan_emit import KINDS, emit
 from deskside.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
@@ -221,7 +221,7 @@ def test_emitted_lines_are_readable() -> None:
 
 
 def test_emulated_devices_are_ours_alone() -> None:
-    from deskside.devices import choose_devices
+    from deskside.machine.devices import choose_devices
 
     box = choose_devices(machine(100), ["emu0:20MiB"], 0)
     plan = make_plan(tape_of("tiny-moe"), box, Rules(), options(64))

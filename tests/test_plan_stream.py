@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from deskside.backends.work import expert_bytes
-from deskside.devices import Efficiency, Figure, Machine
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.machines import load_machine
+from deskside.machine.descriptions import load_machine
+from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan_stream import StreamPlan, plan_stream
 from deskside.synth import make_plan as synth_plan

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deskside.bench.analysis import summarise
 from deskside.bench.facts import Side
-from deskside.bench.record import Load
+from deskside.machine.watch import Load
 from records import BANDWIDTH, COMPUTE, MACS, PROMPTS, make_record, make_run
 
 

@@ -4,8 +4,8 @@ where the oracles are required."""
 from importlib import import_module
 from typing import Any
 
-from deskside.devices import choose_devices
-from deskside.machines import this_machine
+from deskside.machine.descriptions import this_machine
+from deskside.machine.devices import choose_devices
 from oracles.need import packages
 
 packages("torch")

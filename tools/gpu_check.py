@@ -355,8 +355,8 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
     from deskside.backends.reference import ReferenceBackend
     from deskside.cache import Cache
     from deskside.gguf import GGUF
-    from deskside.models import build_tape
     from deskside.gguf.quants import quant_type
+    from deskside.models import build_tape
     from models import tiny
 
     preset, types, kv, bound = model
@@ -665,9 +665,9 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     from deskside.cache import Batch, Cache, Segment
     from deskside.cost import Work
     from deskside.gguf import GGUF
-    from deskside.models import build_tape
     from deskside.gguf.quants import quant_type
     from deskside.machine.system import usable_cores
+    from deskside.models import build_tape
 
     file = GGUF.open(path)
     tape = build_tape(file)

@@ -68,7 +68,7 @@ def plan(
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
     from deskside import console, plan_emit, plan_table
-    from deskside.machines import load_machine, this_machine
+    from deskside.machine.descriptions import load_machine, this_machine
     from deskside.models import build_tape
     from deskside.placing import lines, machine_of, plan_for, rules_of
     from deskside.plan import DoesNotFit, Options

@@ -17,17 +17,17 @@ from deskside.backends.reference import ReferenceBackend
 from deskside.backends.work import MOST_OUTPUTS
 from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.config import DEFAULT_CTX, EngineConfig
-from deskside.devices import CPU
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.gguf.quants import QuantType
+from deskside.machine.devices import CPU
+from deskside.machine.pages import lock, need_lockable
+from deskside.machine.system import available_memory
 from deskside.models import build_tape
-from deskside.pages import lock, need_lockable
 from deskside.placing import Lending, place
 from deskside.plan import Plan
 from deskside.progress import Progress, silent
 from deskside.sampler import Sampler, SamplingParams
-from deskside.system import available_memory
 from deskside.tape import KVState
 from deskside.text.chat import ChatTemplate
 from deskside.text.streaming import StopStrings, StreamDecoder

@@ -13,9 +13,9 @@ from deskside import rules
 from deskside.backends.sections import Helper
 from deskside.backends.work import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.config import EngineConfig
-from deskside.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.errors import DesksideError
-from deskside.machines import this_machine
+from deskside.machine.descriptions import this_machine
+from deskside.machine.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Way
 from deskside.plan_speed import LONG_PROMPT

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from deskside.backends.sections import HOST_TORCH, state_homes
 from deskside.cache import cache_bytes, kv_type
-from deskside.devices import CPU, Device, Machine, show_size
 from deskside.errors import DesksideError
+from deskside.machine.devices import CPU, Device, Machine, show_size
 from deskside.plan_memory import Memory, Way, buffers
 from deskside.plan_speed import Rate, SpeedModel, Step, predict
 from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut

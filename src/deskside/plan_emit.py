@@ -13,8 +13,8 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from deskside.devices import CPU
 from deskside.errors import DesksideError
+from deskside.machine.devices import CPU
 from deskside.plan import Plan
 from deskside.rules import layer_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from deskside.devices import show_size
+from deskside.machine.devices import show_size
 from deskside.plan import Plan
 from deskside.plan_table import rate_label
 from deskside.plan_units import KINDS

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from deskside.cache import cache_bytes
 from deskside.cost import Experts
-from deskside.devices import CPU, Device, Efficiency, Machine
 from deskside.gguf.quants import QuantType
+from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan_units import EXPERTS, SHARED, Atom, Cut
 from deskside.tape import Op
 

@@ -30,8 +30,8 @@ import numpy as np
 
 from deskside.backends.work import expert_bytes
 from deskside.cost import Experts
-from deskside.devices import CPU, Device, Efficiency, Machine
 from deskside.errors import DesksideError
+from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan_speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
 from deskside.tape import Op, Tape
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deskside.devices import Published, show_size
+from deskside.machine.devices import Published, show_size
 from deskside.plan import Plan, Usage
 from deskside.plan_speed import Rate, sources
 from deskside.plan_units import KINDS

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from deskside.devices import Machine
 from deskside.errors import DesksideError
+from deskside.machine.devices import Machine
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_memory import Memory
 from deskside.rules import ALL_LAYERS, Rules

@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deskside.devices import CPU, canonical
 from deskside.errors import DesksideError
+from deskside.machine.devices import CPU, canonical
 
 _ENTRY = re.compile(r"(?P<regex>.+?)=(?P<device>[A-Za-z]\w*)(?:,|$)", re.DOTALL)
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:up|down|gate)(?:_up)?_(?:ch)?exps")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deskside.bench import machine
 from deskside.bench.endpoint import LlamaServer, OpenAIServer, connect
 from deskside.bench.measure import characterise
 from deskside.bench.targets import InProcess
 from deskside.bench.wire import Wire
 from deskside.bench.workload import Item, Workload
 from deskside.config import demo_model
+from deskside.machine import rates
 
 from . import need
 from .remote import Remote
@@ -30,8 +30,8 @@ WORKLOAD = Workload(
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: 1e9)
-    monkeypatch.setattr(machine, "compute", lambda threads, isa="": 1e12)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 1e9)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa="": 1e12)
 
 
 def test_both_apis_of_llama_server(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from deskside.machines import load_machine
+from deskside.machine.descriptions import load_machine
 from deskside.plan import Options, make_plan
 from deskside.plan_emit import emit
 from deskside.rules import Rules, parse_overrides

@@ -15,8 +15,8 @@ from deskside.backends.weights import load
 from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
-from deskside.system import available_memory
 from deskside.tape import Tape, Value
 
 Place = tuple[int, int, int]  # offset into the arena, width, stride

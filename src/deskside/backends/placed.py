@@ -33,8 +33,8 @@ from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
-from deskside.system import available_memory
 from deskside.tape import Tape, Value
 
 

@@ -29,10 +29,10 @@ from deskside.backends.torch_ops import OPS, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.backends.work import ALIGN
 from deskside.cache import state_shapes
-from deskside.devices import Device
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.machine.devices import Device
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from deskside import _native, pages
+from deskside import _native
 from deskside.backends.steps import Step
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
+from deskside.machine import pages
+from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
-from deskside.system import available_memory
 
 ALIGN = 4096  # a matrix starts on a page of its own
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from deskside.bench import machine
 from deskside.bench.record import Ceiling, Run
 from deskside.cost import Work
+from deskside.machine import rates
 
 # A sample holds for so many seconds, and for so many times as long as it took: short runs are many,
 # and most of the time should go to them.
@@ -68,7 +68,7 @@ class Limits:
         began = time.monotonic()
         if began < self._until:
             return
-        self.bandwidth = machine.bandwidth(self._threads)
-        self.compute = machine.compute(self._threads, self._isa)
+        self.bandwidth = rates.bandwidth(self._threads)
+        self.compute = rates.compute(self._threads, self._isa)
         ended = time.monotonic()
         self._until = ended + max(HOLDS, SHARE * (ended - began))

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from deskside import _native, pages
-from deskside.bench.limits import KINDS, TAKEN, CpuLimits, as_measured, measure_cpu
-from deskside.bench.machine import Watch
+from deskside import _native
 from deskside.console import note, printable, progress_bar, wide
-from deskside.devices import Machine, assumed_cpu
 from deskside.errors import DesksideError
-from deskside.machines import store, this_machine
-from deskside.progress import Progress
-from deskside.system import (
+from deskside.machine import pages
+from deskside.machine.descriptions import store, this_machine
+from deskside.machine.devices import Machine, assumed_cpu
+from deskside.machine.limits import KINDS, TAKEN, CpuLimits, as_measured, measure_cpu
+from deskside.machine.system import (
     FLAGS,
     available_memory,
     cpu_flags,
@@ -31,9 +30,11 @@ from deskside.system import (
     total_memory,
     usable_cores,
 )
+from deskside.machine.watch import Watch
+from deskside.progress import Progress
 
 if TYPE_CHECKING:
-    from deskside.bench.torch_limits import DeviceLimits
+    from deskside.machine.torch_limits import DeviceLimits
 
 # Without one of these torch finds no GPU, and importing it takes seconds.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -67,7 +68,7 @@ def _measure_gpus(progress: Progress) -> tuple[list[DeviceLimits], str]:
     if not any(Path(driver).exists() for driver in DRIVERS):
         return [], "this system has no driver for one"
     try:
-        from deskside.bench import torch_limits
+        from deskside.machine import torch_limits
     except ImportError:
         return [], "torch is not installed (pip install 'deskside[gpu]')"
     found = []
@@ -91,7 +92,7 @@ def _store(limits: CpuLimits, gpus: Sequence[DeviceLimits]) -> str:
         base = Machine(cpu_name(), limits.n_threads, (assumed,))
     devices = []
     if gpus:
-        from deskside.bench.torch_limits import as_device
+        from deskside.machine.torch_limits import as_device
 
         devices = [as_device(gpu) for gpu in gpus]
     return str(store(as_measured(base, limits, devices)))

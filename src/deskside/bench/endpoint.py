@@ -25,9 +25,9 @@ from deskside.bench.wire import EndpointError, HttpError, Wire, count, words
 from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine.system import usable_cores
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
-from deskside.system import usable_cores
 
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
 # llama-server's, vLLM's and SGLang's fields beyond OpenAI's.

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from deskside import __version__
-from deskside.bench import machine
 from deskside.bench.ceiling import Limits
-from deskside.bench.record import Machine, Record, Run, Target
+from deskside.bench.record import Record, Run, Target
 from deskside.bench.targets import TargetRunner
 from deskside.bench.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
 from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
+from deskside.machine import watch
+from deskside.machine.watch import Machine
 from deskside.progress import Progress, silent
 
 SAMPLE = 4000  # characters that a target is shown beforehand
@@ -182,14 +183,14 @@ class _Session:
         if limits is not None:
             limits.refresh()
         started = _now()
-        watch = machine.Watch(own=target.own, local=target.local)
+        seen = watch.Watch(own=target.own, local=target.local)
         try:
             prompt = self._prompt(step)
-            with watch:
+            with seen:
                 run = self._generate(step, prompt)
         except DesksideError as failure:
             run = Run(index=step.index, name=step.name, error=str(failure))
-        run.started, run.load = started, watch.load
+        run.started, run.load = started, seen.load
         run.gaps = [round(gap, 6) for gap in run.gaps]  # no clock here tells more; files stay small
         roof = self.roofs[step.side]
         if run.ok and roof is not None and limits is not None:
@@ -307,7 +308,7 @@ class _Bar:
 
 def _machine(targets: Mapping[str, TargetRunner]) -> Machine:
     """This machine, if anything is measured on it; of another one nothing is known."""
-    return machine.describe() if any(t.local for t in targets.values()) else Machine()
+    return watch.describe() if any(t.local for t in targets.values()) else Machine()
 
 
 def _expect_same(

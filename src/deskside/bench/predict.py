@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 
 from deskside import _native
-from deskside.bench import machine
 from deskside.bench.choose import Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
 from deskside.bench.slices import Slice, cache_folder, full, period, write
@@ -35,10 +34,11 @@ from deskside.cost import Work, limit
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.files import write_whole
+from deskside.machine import rates, watch
+from deskside.machine.system import cpu_name, total_memory
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
 from deskside.synth import PRESETS
-from deskside.system import cpu_name, total_memory
 from deskside.text.tokenizer import CONTROL, UNUSED
 
 # A slice so far off the others' line, as a share, is worth a note.
@@ -250,8 +250,8 @@ class _Runner:
             _times(llm, o, np.random.default_rng(0))  # warms up: pages, caches, clocks
 
     def _limits(self) -> None:
-        self.bandwidth.append(machine.bandwidth(self.threads))
-        self.compute.append(machine.compute(self.threads, self.isa))
+        self.bandwidth.append(rates.bandwidth(self.threads))
+        self.compute.append(rates.compute(self.threads, self.isa))
 
     def _sample(self, i: int, r: int) -> None:
         rng = np.random.default_rng([1, r])  # the same prompts for all slices
@@ -363,7 +363,7 @@ def _checked(
 def _notes(whole: Slice, choice: Choice, figures: Sequence[Figure]) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
-    if whole.weights + machine.WORK_BYTES > total_memory():
+    if whole.weights + watch.WORK_BYTES > total_memory():
         notes.append(
             f"the whole model takes {whole.weights / 1e9:.0f} GB of memory, this machine has "
             f"{total_memory() / 1e9:.0f} GB: the figures are for one with these cores and this "

@@ -18,20 +18,9 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from deskside.errors import DesksideError
 from deskside.files import write_whole
+from deskside.machine.watch import Load, Machine
 
 SCHEMA = 1
-
-
-@dataclass
-class Load:
-    """What else the machine did during a run (Linux; None elsewhere)."""
-
-    other_cpu: float | None = None  # cores kept busy by other processes, mean
-    load_average: float | None = None  # of one minute, at the end
-    mhz_min: float | None = None  # of the usable cores, sampled during the run
-    mhz_mean: float | None = None
-    throttled: int | None = None  # thermal throttle events of all cores
-    available_memory: int | None = None  # least free bytes seen
 
 
 @dataclass
@@ -142,17 +131,6 @@ class Target:
     load_seconds: float | None = None
     n_ctx: int | None = None
     resident_bytes: int | None = None  # anonymous memory of the process after loading
-
-
-@dataclass
-class Machine:
-    cpu: str = ""
-    cores: int = 0
-    memory: int = 0
-    kernel: str = ""
-    governor: str | None = None
-    python: str = ""
-    flags: list[str] = field(default_factory=list)
 
 
 @dataclass

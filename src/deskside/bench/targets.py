@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from deskside import __version__
 from deskside.backends.cpu import CpuBackend
-from deskside.bench import machine
 from deskside.bench.ceiling import Roof
 from deskside.bench.hashes import hashed
 from deskside.bench.record import Run, Target
@@ -23,10 +22,11 @@ from deskside.cost import Work
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine import watch
+from deskside.machine.system import available_memory
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
-from deskside.system import available_memory
 from deskside.tape import Tape
 
 
@@ -99,7 +99,7 @@ class InProcess:
         began = time.perf_counter()
         self.llm = LLM(path, progress=progress, **options)
         self._load_seconds = time.perf_counter() - began
-        self._resident = machine.rss(os.getpid()).get("anonymous")
+        self._resident = watch.rss(os.getpid()).get("anonymous")
         self._path = str(path)
         self._cold = True
         self.n_ctx: int | None = self.llm.ctx
@@ -253,7 +253,7 @@ def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -
     tapes = [tape] if beside is None else [tape, beside]
     free = available_memory()
     weights = sum(w.nbytes for t in tapes for w in t.weights().values())
-    room = (free - weights - machine.WORK_BYTES * len(tapes)) // len(tapes)
+    room = (free - weights - watch.WORK_BYTES * len(tapes)) // len(tapes)
     k, v = kv_type(config.ctk, "-ctk"), kv_type(config.ctv, "-ctv")
     if beside is not None and room < max(sum(cache_bytes(t.states, 1, k, v)) for t in tapes):
         raise DesksideError(

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from deskside.bench.analysis import known
 from deskside.bench.facts import Length, Side, Summary
-from deskside.bench.record import Machine, Record
+from deskside.bench.record import Record
 from deskside.bench.stats import FEWEST
 from deskside.errors import DesksideError
+from deskside.machine.watch import Machine
 
 PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
 ESSENTIAL = ("decode", "chat")  # without these there is no verdict as a whole

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable
 
 from deskside.errors import DesksideError
+from deskside.text.tokenizer import Tokenizer
 
 
 class StreamDecoder:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE from GGUF metadata, streaming decode, stop strings.
+"""Text to token ids and back: byte-level BPE from GGUF metadata.
 
 The vocabulary is GPT-2's scheme: every byte has a printable stand-in character, a token is a
 string of stand-ins, and merges are pairs of tokens in order of rank. What differs between models

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deskside.errors import DesksideError
-from deskside.system import lines
+from deskside.machine.system import lines
 
 # auto: transparent huge pages; off: 4 KiB; the others are pages that were reserved before.
 HUGE_PAGES = ("auto", "off", "2MiB", "1GiB")

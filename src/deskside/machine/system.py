@@ -10,6 +10,8 @@ from pathlib import Path
 # What the kernels could use, as the Linux kernel spells it.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
 
+CPUS = Path("/sys/devices/system/cpu")
+
 
 def usable_cores() -> int:
     """Logical CPUs that this process may keep busy: its affinity, within a container's quota."""
@@ -74,3 +76,11 @@ def lines(path: str | Path) -> list[str]:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def contents(path: Path) -> str | None:
+    """A small file's text, stripped; None if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

@@ -41,7 +41,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deskside.devices import (
+from deskside.errors import DesksideError
+from deskside.files import write_whole
+from deskside.machine.devices import (
     GPU_NAME,
     Device,
     Efficiency,
@@ -53,9 +55,7 @@ from deskside.devices import (
     canonical,
     parse_size,
 )
-from deskside.errors import DesksideError
-from deskside.files import write_whole
-from deskside.system import available_memory, cpu_name, nvidia_gpus
+from deskside.machine.system import available_memory, cpu_name, nvidia_gpus
 
 
 def machine_file() -> Path:

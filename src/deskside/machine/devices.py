@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deskside.errors import DesksideError
-from deskside.system import cpu_flags
+from deskside.machine.system import cpu_flags
 
 CPU = "cpu"
 MEASURED = "measured"

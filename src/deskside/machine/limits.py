@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from deskside import _native, pages
-from deskside.bench import machine
-from deskside.devices import MEASURED, Device, Figure, Machine
+from deskside import _native
+from deskside.machine import pages, rates
+from deskside.machine.devices import MEASURED, Device, Figure, Machine
+from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
-from deskside.system import available_memory
 
 # What memory may be read in, in the order of the table, and how people call it.
 KINDS = {"off": "4 KiB", "auto": "transparent", "2MiB": "2 MiB", "1GiB": "1 GiB"}
@@ -87,7 +87,7 @@ def measure_cpu(
 
     nbytes: to read, 0 for more than the caches hold. DesksideError or MemoryError for no memory.
     """
-    nbytes = nbytes or machine.bandwidth_bytes(available_memory())
+    nbytes = nbytes or rates.bandwidth_bytes(available_memory())
     counts = sorted({1, n_threads}) if quick else thread_counts(n_threads)
     kinds = [TAKEN] if quick else list(KINDS)
     nodes = [] if quick else pages.nodes()
@@ -108,7 +108,7 @@ def measure_cpu(
         if not why:
             huge = pages.transparent_bytes()
             try:
-                reader = machine.reader(n_threads, kind, size)
+                reader = rates.reader(n_threads, kind, size)
             except MemoryError:
                 if kind == TAKEN:
                     raise
@@ -122,13 +122,13 @@ def measure_cpu(
         bandwidth[kind] = {}
         for n in counts:
             step(f"read bandwidth, {KINDS[kind]} pages, {n} thread{'s' if n > 1 else ''}")
-            bandwidth[kind][n] = reader.read(n, machine.PASSES)
+            bandwidth[kind][n] = reader.read(n, rates.PASSES)
         del reader  # before memory for the next kind is taken
     between = _between_nodes(nodes, nbytes, step) if len(nodes) > 1 else {}
     step("8-bit arithmetic")
-    compute = machine.compute(n_threads)
+    compute = rates.compute(n_threads)
     step("float32 arithmetic")
-    floats = machine.compute(n_threads, floats=True)
+    floats = rates.compute(n_threads, floats=True)
     step("barriers")
     barrier = _native.barrier_seconds(n_threads, BARRIER_SECONDS)
     progress("done", total, total)
@@ -155,7 +155,7 @@ def _readable(kind: str, nbytes: int) -> tuple[int, str]:
         return 0, "none on this system"
     size = min(nbytes, pool.free * pool.size)
     # fewer bytes than this would be read from the caches
-    least = min(nbytes, max(1 << 27, 2 * machine.last_level_cache()))
+    least = min(nbytes, max(1 << 27, 2 * rates.last_level_cache()))
     if size < least:
         few = f"{pool.free} free, {-(-least // pool.size)} are needed"
         return 0, few if pool.total else "none are reserved"
@@ -175,7 +175,7 @@ def _between_nodes(
         own = cpus[memory.number] or sorted(usable)
         reader = None
         if memory.free > nbytes + SPARE:
-            reader = machine.reader(len(own), TAKEN, nbytes, memory.number, own)
+            reader = rates.reader(len(own), TAKEN, nbytes, memory.number, own)
         for node in nodes:
             step(f"read bandwidth, node {node.number} on node {memory.number}'s memory")
             threads = cpus[node.number]

@@ -1,7 +1,4 @@
-"""What the machine allows, and what else it did during a run. Linux tells; elsewhere less is known.
-
-`bandwidth` and `compute` are the limits that a `Ceiling` is made of; `Watch` samples a `Load`.
-"""
+"""What this machine is, and what else it did during a run. Linux tells; elsewhere less is known."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from deskside import _native
-from deskside.bench.record import Load, Machine
-from deskside.system import (
+from deskside.machine.system import (
+    CPUS,
     FLAGS,
     available_memory,
+    contents,
     cpu_flags,
     cpu_name,
     total_memory,
@@ -28,56 +26,33 @@ from deskside.system import (
 # Activations, logits, states and code of one engine, beside weights and cache.
 WORK_BYTES = 500_000_000
 
-CPUS = Path("/sys/devices/system/cpu")
-PASSES = 3  # over the memory that is read; the fastest counts
 # Seconds between two samples: each takes the interpreter from a decoding thread for a moment.
 INTERVAL = 1.0
 # /proc/stat counts steps of 10 ms; over less than this a share of a core would be noise.
 SHORTEST = 0.25
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest caches of all cores together; 0 where Linux does not tell."""
-    found: dict[int, dict[str, int]] = {}  # level -> cores that share a cache -> its bytes
-    for folder in CPUS.glob("cpu[0-9]*/cache/index*"):
-        level, size, shared = (_text(folder / n) for n in ("level", "size", "shared_cpu_list"))
-        if level and level.isdigit() and size and size.rstrip("KMG").isdigit():
-            unit = {"K": 10, "M": 20, "G": 30}.get(size[-1], 0)
-            found.setdefault(int(level), {})[shared or ""] = int(size.rstrip("KMG")) << unit
-    return sum(found[max(found)].values()) if found else 0
+@dataclass
+class Load:
+    """What else the machine did during a run (Linux; None elsewhere)."""
+
+    other_cpu: float | None = None  # cores kept busy by other processes, mean
+    load_average: float | None = None  # of one minute, at the end
+    mhz_min: float | None = None  # of the usable cores, sampled during the run
+    mhz_mean: float | None = None
+    throttled: int | None = None  # thermal throttle events of all cores
+    available_memory: int | None = None  # least free bytes seen
 
 
-def bandwidth_bytes(available: int) -> int:
-    """How much to read to measure memory: beyond three times the last cache, if it fits."""
-    return max(1 << 27, min(max(1 << 30, 3 * last_level_cache()), available // 4))
-
-
-def reader(
-    threads: int,
-    pages: str = "auto",
-    nbytes: int = 0,
-    node: int | None = None,
-    cpus: Sequence[int] = (),
-) -> _native.Reader:
-    """Memory to measure read bandwidth with, filled by `threads` (on `cpus`, if given).
-
-    pages: as `--huge-pages`; nbytes: 0 for `bandwidth_bytes`; node: the only NUMA node to take it
-    from. MemoryError where there are too few pages of that sort.
-    """
-    nbytes = nbytes or bandwidth_bytes(available_memory())
-    nodes = [] if node is None else [node]
-    return _native.Reader(nbytes, threads, pages, nodes, list(cpus))
-
-
-def bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` read from memory now, in pages as weights have them."""
-    return float(reader(threads).read(threads, PASSES))
-
-
-def compute(threads: int, isa: str = "", floats: bool = False) -> float:
-    """int8 or float32 multiply-adds per second of `threads`, with the fastest instruction set or
-    `isa`."""
-    return float(_native.compute_limit(threads, isa, floats=floats))
+@dataclass
+class Machine:
+    cpu: str = ""
+    cores: int = 0
+    memory: int = 0
+    kernel: str = ""
+    governor: str | None = None
+    python: str = ""
+    flags: list[str] = field(default_factory=list)
 
 
 def rss(pid: int) -> dict[str, int]:
@@ -98,7 +73,7 @@ def describe() -> Machine:
         cores=usable_cores(),
         memory=total_memory(),
         kernel=platform.platform(),
-        governor=_text(CPUS / "cpu0/cpufreq/scaling_governor"),
+        governor=contents(CPUS / "cpu0/cpufreq/scaling_governor"),
         python=platform.python_version(),
         flags=[f for f in FLAGS if f in flags],
     )
@@ -106,7 +81,7 @@ def describe() -> Machine:
 
 def busy_seconds() -> float | None:
     """CPU time that all processes have used since the start, and that a hypervisor withheld."""
-    line = (_text(Path("/proc/stat")) or "").partition("\n")[0].split()
+    line = (contents(Path("/proc/stat")) or "").partition("\n")[0].split()
     if len(line) < 9 or line[0] != "cpu":
         return None
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line[1:9])
@@ -117,7 +92,7 @@ def megahertz() -> list[float]:
     """Clock of each core that this process may use, now; empty where it is not told."""
     usable = os.sched_getaffinity(0)
     # The kernel's own figure per core first: /proc/cpuinfo asks all cores of the machine.
-    scaled = [_text(CPUS / f"cpu{i}/cpufreq/scaling_cur_freq") for i in usable]
+    scaled = [contents(CPUS / f"cpu{i}/cpufreq/scaling_cur_freq") for i in usable]
     found = [int(khz) / 1000 for khz in scaled if khz and khz.isdigit()]
     if found:
         return found
@@ -126,7 +101,7 @@ def megahertz() -> list[float]:
 
 def _cpuinfo() -> Iterator[tuple[int, float]]:
     core = -1
-    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (contents(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "processor":
             core = int(value)
@@ -136,7 +111,7 @@ def _cpuinfo() -> Iterator[tuple[int, float]]:
 
 def throttle_events() -> int | None:
     """Times that any core was slowed for its heat since the start; None where not counted."""
-    counts = [_text(p) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
+    counts = [contents(p) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
     known = [int(c) for c in counts if c and c.isdigit()]
     return sum(known) if known else None
 
@@ -192,10 +167,3 @@ class Watch:
             self._free.append(available_memory())
             if self._stop.wait(INTERVAL):
                 return
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None

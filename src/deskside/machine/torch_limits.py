@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deskside.devices import MEASURED, Device, Figure, assumed_gpu
+from deskside.machine.devices import MEASURED, Device, Figure, assumed_gpu
 
 NBYTES = 256 << 20
 HAND_OVER = 16 << 10  # activations of 4,096 floats
