@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from deskside import LLM, SamplingParams
-from deskside.cache import Batch, Cache, Segment
 from deskside.gguf.quants import quant_type
+from deskside.tape.cache import Batch, Cache, Segment
 
 
 class _Clocked:

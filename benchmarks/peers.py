@@ -24,10 +24,11 @@ from benchmarks.machine import BenchError
 from benchmarks.measure import Run
 from benchmarks.plan import ENGINES, OURS, PEERS, ROOT, Engine, amounts, stages, within
 from deskside import _native
-from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.system import available_memory, usable_cores
+from deskside.models import build_tape
+from deskside.tape.cost import Work
 
 REPORTS = ROOT / "reports"
 
@@ -194,7 +195,7 @@ def measure_file(
     fitting, too_long = within(stages(quick=args.quick, rounds=rounds), n_ctx)
     if too_long:
         say(f"{name}: its context of {n_ctx} tokens is too short for {', '.join(too_long)}")
-    work = Work.of_file(file)
+    work = Work.of(build_tape(file))
     entry["work"] = {t.name: amounts(work, s, t, rounds) for s in fitting for t in s.tests}
     say(f"{name}: {nbytes / 1e9:.1f} GB, {loading} of {len(engines)} engines loaded at a time")
     one = Run(

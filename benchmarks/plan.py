@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deskside.cost import Work
+from deskside.tape.cost import Work
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPI = ROOT / "tests" / "oracles" / "capi.py"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.plan import ENGINES, OURS, PEERS, Test
 from deskside.bench.stats import Ratio, median_ratio
-from deskside.cost import limit
+from deskside.tape.cost import limit
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use
 PYTHON_LIMIT = 0.01

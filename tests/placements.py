@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from deskside.cache import Batch, Cache, Segment
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
+from deskside.tape.cache import Batch, Cache, Segment
 from models import tiny
 
 IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()

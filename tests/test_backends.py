@@ -15,12 +15,12 @@ from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.steps import NativeOp, dependencies, plan_steps, schedule
 from deskside.backends.weights import layout, load, matrices
-from deskside.cache import Batch, Cache, Segment
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
 from deskside.tape import Op, Value
+from deskside.tape.cache import Batch, Cache, Segment
 from models import PRESETS, tiny
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]

@@ -25,11 +25,11 @@ from deskside.bench.request import Request
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
 from deskside.config import EngineConfig, demo_model
-from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine import rates, watch
 from deskside.models import build_tape
+from deskside.tape.cost import Work
 from models import tiny
 from test_cli import COMMAND, inside, refused
 

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from benchmarks import instructions, machine, measure, peers, plan, prepare, record, report
 from benchmarks.machine import BenchError
-from deskside.cost import Experts, Work, limit
 from deskside.gguf import GGUF
+from deskside.models import build_tape
+from deskside.tape.cost import Experts, Work, limit
 from models import tiny
 
 GB = 10**9
@@ -58,7 +59,7 @@ def test_the_copy_holds_the_files_bytes(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_bytes_of_a_token() -> None:
     file = GGUF.open(tiny())
-    work = Work.of_file(file)
+    work = Work.of(build_tape(file))
     sizes = {name: info.nbytes for name, info in file.tensors.items()}
     routed = sum(n for name, n in sizes.items() if "_exps." in name)
     table = sizes["token_embd.weight"]
@@ -73,7 +74,7 @@ def test_bytes_of_a_token() -> None:
 
 
 def test_bytes_of_states() -> None:
-    work = Work.of_file(GGUF.open(tiny()))
+    work = Work.of(build_tape(GGUF.open(tiny())))
     # of 4 layers one has attention: 2 heads of 64, keys and values
     f16, q8_0 = ((work.state_bytes(1000, kv) - work.state_bytes(500, kv)) for kv in ("f16", "q8_0"))
     assert f16 == 500 * 2 * 2 * 64 * 2
@@ -87,7 +88,7 @@ def test_bytes_of_states() -> None:
 
 def test_multiply_adds_of_a_token() -> None:
     file = GGUF.open(tiny())
-    work = Work.of_file(file)
+    work = Work.of(build_tape(file))
     vectors = ("norm.weight", "conv1d.weight", "ssm_a", "ssm_dt.bias", "token_embd.weight")
     macs = {
         name: info.row_len * info.n_rows * (4 / 32 if "_exps." in name else 1)

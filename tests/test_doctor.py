@@ -12,7 +12,7 @@ import pytest
 
 from deskside.bench import doctor
 from deskside.machine import limits as measured
-from deskside.machine import pages, rates, watch
+from deskside.machine import pages, rates
 from deskside.machine.descriptions import machine_file, store, this_machine
 from deskside.machine.devices import Efficiency, Figure, Machine, assumed_gpu
 from deskside.machine.limits import CpuLimits, as_measured, measure_cpu, thread_counts

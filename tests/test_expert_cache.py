@@ -14,10 +14,10 @@ from deskside import _native
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.backends.steps import Stretch
-from deskside.cache import Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.tape.cache import Cache
 from lent import (
     EXPERT,
     N_EXPERT,

@@ -11,10 +11,10 @@ import pytest
 from deskside import LLM, SamplingParams
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
-from deskside.cache import Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
+from deskside.tape.cache import Cache
 from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
 from torch_devices import PlacedBackend, parse_devices

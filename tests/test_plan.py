@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.steps import plan_steps
 from deskside.backends.weights import layout, matrices
-from deskside.cache import Cache
-from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
@@ -28,6 +26,8 @@ from deskside.plan_ways import ways_out
 from deskside.rules import Override, Rules, apply
 from deskside.synth import make_plan as synth_plan
 from deskside.tape import Tape
+from deskside.tape.cache import Cache
+from deskside.tape.cost import Work
 from tests.models import PRESETS, tiny
 
 MiB = 1 << 20

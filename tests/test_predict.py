@@ -18,9 +18,10 @@ from deskside.bench import predict as predicting
 from deskside.bench.choose import Choice, choose
 from deskside.bench.predict import Options, predict
 from deskside.bench.slices import Slice, full, write
-from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.models import build_tape
+from deskside.tape.cost import Work
 from test_cli import refused
 
 GB = 10**9
@@ -121,7 +122,7 @@ def test_a_slice_knows_its_file_before_it_is_written(tmp_path: Path) -> None:
     s = Slice("tiny-moe", 4, 8)
     path = write(s, tmp_path)
     assert s.nbytes == pytest.approx(path.stat().st_size, rel=0.02)
-    assert s.work == Work.of_file(GGUF.open(path))
+    assert s.work == Work.of(build_tape(GGUF.open(path)))
     assert path.name == "tiny-moe-4l-8e.gguf"
 
 

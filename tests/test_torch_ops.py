@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from deskside.backends.cpu import KERNEL_TYPES, CpuBackend
-from deskside.cache import Cache
 from deskside.gguf import GGUF
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import dequantize, quant_type
 from deskside.models import build_tape
+from deskside.tape.cache import Cache
 from models import tiny
 from placements import cache_options, session
 from torch_devices import PlacedBackend, parse_devices, torch_device, torch_ops, torch_quants

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from deskside.backends import reference
-from deskside.cache import Batch, Segment
 from deskside.errors import DesksideError
 from deskside.gguf.quants import BY_NAME, dequantize
+from deskside.tape.cache import Batch, Segment
 from tests.oracles import need
 
 need.packages("torch", "triton")

@@ -353,10 +353,10 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
 
     from deskside.backends.cpu import CpuBackend
     from deskside.backends.reference import ReferenceBackend
-    from deskside.cache import Cache
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
     from deskside.models import build_tape
+    from deskside.tape.cache import Cache
     from models import tiny
 
     preset, types, kv, bound = model
@@ -662,12 +662,12 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     import numpy as np
 
     from deskside.backends.cpu import CpuBackend
-    from deskside.cache import Batch, Cache, Segment
-    from deskside.cost import Work
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
     from deskside.machine.system import usable_cores
     from deskside.models import build_tape
+    from deskside.tape.cache import Batch, Cache, Segment
+    from deskside.tape.cost import Work
 
     file = GGUF.open(path)
     tape = build_tape(file)

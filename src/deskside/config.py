@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deskside.cache import kv_type
 from deskside.errors import DesksideError
 from deskside.machine.pages import check_options
 from deskside.machine.system import usable_cores
+from deskside.tape.cache import kv_type
 
 # Tokens, where neither the user nor a shorter model says otherwise.
 DEFAULT_CTX = 4096

@@ -15,7 +15,6 @@ from deskside.backends import Backend
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.backends.work import MOST_OUTPUTS
-from deskside.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
@@ -29,6 +28,7 @@ from deskside.plan import Plan
 from deskside.progress import Progress, silent
 from deskside.sampler import Sampler, SamplingParams
 from deskside.tape import KVState
+from deskside.tape.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.text.chat import ChatTemplate
 from deskside.text.streaming import StopStrings, StreamDecoder
 from deskside.text.tokenizer import Tokenizer

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.backends.sections import HOST_TORCH, state_homes
-from deskside.cache import cache_bytes, kv_type
 from deskside.errors import DesksideError
 from deskside.machine.devices import CPU, Device, Machine, show_size
 from deskside.plan_memory import Memory, Way, buffers
@@ -27,6 +26,7 @@ from deskside.plan_speed import Rate, SpeedModel, Step, predict
 from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut
 from deskside.rules import ALL_LAYERS, Rules, apply
 from deskside.tape import Tape
+from deskside.tape.cache import cache_bytes, kv_type
 
 MAX_SPLITS = 512  # ways to deal layers out to GPUs that are looked at
 GPU = "gpu"  # pinned to some GPU, see rules.py

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.cache import cache_bytes
-from deskside.cost import Experts
 from deskside.gguf.quants import QuantType
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan_units import EXPERTS, SHARED, Atom, Cut
 from deskside.tape import Op
+from deskside.tape.cache import cache_bytes
+from deskside.tape.cost import Experts
 
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 # docs/LOG.md and the records of docs/benchmarks: two cores of a Xeon with AVX-512 VNNI.

@@ -29,11 +29,11 @@ from functools import lru_cache, partial
 import numpy as np
 
 from deskside.backends.work import expert_bytes
-from deskside.cost import Experts
 from deskside.errors import DesksideError
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan_speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
 from deskside.tape import Op, Tape
+from deskside.tape.cost import Experts
 
 SLOTS = 2
 SLOT_SECONDS = 1e-3  # of one transfer at least: launches and hand-overs are some 1 % of it

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.cache import Batch, Cache
+from deskside.tape.cache import Batch, Cache
 
 
 class Backend(Protocol):

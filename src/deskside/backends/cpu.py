@@ -12,12 +12,12 @@ from deskside import _native
 from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.steps import FLOAT_TYPES, NativeOp, Stretch, plan_steps
 from deskside.backends.weights import load
-from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
+from deskside.tape.cache import Batch, Cache
 
 Place = tuple[int, int, int]  # offset into the arena, width, stride
 NO_PLACE: Place = (0, 0, 0)

@@ -29,13 +29,13 @@ from deskside.backends.stream import StreamOptions
 from deskside.backends.torch_device import Arrays, TorchDevice, show
 from deskside.backends.torch_ops import TorchStep
 from deskside.backends.work import work_bytes
-from deskside.cache import Batch, Cache
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
+from deskside.tape.cache import Batch, Cache
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.cache import Batch, Cache
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import QuantType, dequantize
 from deskside.tape import Op, Tape
+from deskside.tape.cache import Batch, Cache
 
 Matrix = NDArray[np.float32]
 

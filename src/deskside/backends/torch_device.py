@@ -28,13 +28,13 @@ from deskside.backends.torch_graph import Graphs, graph_maker
 from deskside.backends.torch_ops import OPS, TorchStep
 from deskside.backends.torch_quants import TYPES
 from deskside.backends.work import ALIGN
-from deskside.cache import state_shapes
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
 from deskside.machine.devices import Device
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
+from deskside.tape.cache import state_shapes
 
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
 

@@ -30,10 +30,10 @@ from deskside.backends.torch_quants import (
     round_to_8_bits,
 )
 from deskside.backends.work import FEW_PAIRS, PIECE
-from deskside.cache import Batch
 from deskside.gguf import TensorInfo
 from deskside.gguf.quants import QuantType
 from deskside.tape import Op
+from deskside.tape.cache import Batch
 
 DELTA_BLOCK = 64  # tokens that the delta rule takes at once
 LEAST_BUCKET = 256  # positions; see `Given.bucket`

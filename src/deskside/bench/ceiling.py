@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from deskside.bench.record import Ceiling, Run
-from deskside.cost import Work
 from deskside.machine import rates
+from deskside.tape.cost import Work
 
 # A sample holds for so many seconds, and for so many times as long as it took: short runs are many,
 # and most of the time should go to them.

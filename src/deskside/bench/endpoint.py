@@ -22,12 +22,13 @@ from deskside.bench.hashes import hashed
 from deskside.bench.record import ModelFile, Run, Target
 from deskside.bench.text import Token
 from deskside.bench.wire import EndpointError, HttpError, Wire, count, words
-from deskside.cost import Work
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.system import usable_cores
+from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
+from deskside.tape.cost import Work
 
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
 # llama-server's, vLLM's and SGLang's fields beyond OpenAI's.
@@ -73,7 +74,7 @@ class Endpoint:
         decode and prefill with an f16 cache and all cores."""
         file = GGUF.open(path)
         self.files = hashed(file.paths, sha, progress)
-        self._roof = Roof(Work.of_file(file), usable_cores(), 512, "f16", "f16")
+        self._roof = Roof(Work.of(build_tape(file), usable_cores(), 512, "f16", "f16"))
 
     def _expect_at_most(self, asked: int | None, came: int) -> None:
         if asked is not None and came > asked:

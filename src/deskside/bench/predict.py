@@ -28,9 +28,7 @@ from deskside import _native
 from deskside.bench.choose import Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
 from deskside.bench.slices import Slice, cache_folder, full, period, write
-from deskside.cache import kv_type
 from deskside.config import EngineConfig
-from deskside.cost import Work, limit
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.files import write_whole
@@ -39,6 +37,8 @@ from deskside.machine.system import cpu_name, total_memory
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
 from deskside.synth import PRESETS
+from deskside.tape.cache import kv_type
+from deskside.tape.cost import Work, limit
 from deskside.text.tokenizer import CONTROL, UNUSED
 
 # A slice so far off the others' line, as a share, is worth a note.

@@ -17,12 +17,12 @@ import numpy as np
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.steps import NativeOp, Step
 from deskside.bench.record import OpProfile
-from deskside.cache import Batch, Segment, cache_bytes
-from deskside.cost import Experts
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
 from deskside.progress import Progress, silent
+from deskside.tape.cache import Batch, Segment, cache_bytes
+from deskside.tape.cost import Experts
 
 REPEATS = 9
 SEED = 0

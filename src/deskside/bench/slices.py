@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deskside.cost import Work
 from deskside.errors import DesksideError
+from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.synth import PRESETS, make_plan, synth_file
+from deskside.tape.cost import Work
 
 # Padding of tensors, the header, and what a file system keeps for itself.
 DISK_MARGIN = 1.02
@@ -56,7 +57,7 @@ class Slice:
 @cache
 def _measures(slice_: Slice) -> tuple[int, Work]:
     plan = make_plan(slice_.preset, **slice_.shape)
-    return plan.nbytes, Work.of_file(plan.outline())
+    return plan.nbytes, Work.of(build_tape(plan.outline()))
 
 
 def full(preset: str) -> Slice:

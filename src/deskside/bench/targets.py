@@ -16,9 +16,7 @@ from deskside.bench.hashes import hashed
 from deskside.bench.record import Run, Target
 from deskside.bench.text import Token
 from deskside.bench.workload import Workload, fit_context
-from deskside.cache import cache_bytes, kv_type
 from deskside.config import EngineConfig
-from deskside.cost import Work
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -28,6 +26,8 @@ from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
 from deskside.tape import Tape
+from deskside.tape.cache import cache_bytes, kv_type
+from deskside.tape.cost import Work
 
 
 class TargetRunner(Protocol):

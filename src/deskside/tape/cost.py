@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deskside.cache import cache_bytes
-from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.models import build_tape
-from deskside.tape import State, Tape
+from deskside.tape.cache import cache_bytes
+from deskside.tape.tape import State, Tape
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,6 @@ class Work:
                     n = op.weights[0].row_len * op.weights[0].n_rows
                     head, macs = (head + n, macs) if op.inputs[0].per_output else (head, macs + n)
         return cls(dense, row, tuple(experts), macs, head, tape.states)
-
-    @classmethod
-    def of_file(cls, file: GGUF) -> Work:
-        return cls.of(build_tape(file))
 
     def state_bytes(self, depth: int, kv: str) -> int:
         """Keys and values of `depth` positions, read; recurrent state, read and written."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
 from deskside.gguf.quants import QuantType, quant_type
-from deskside.tape import ConvState, DeltaState, KVState, State
+from deskside.tape.tape import ConvState, DeltaState, KVState, State
 
 KV_TYPES = ("f16", "q8_0", "f32")
 
