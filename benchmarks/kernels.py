@@ -23,8 +23,8 @@ from rich.table import Table
 from benchmarks import machine
 from deskside import _native
 from deskside.backends.cpu import KERNEL_TYPES
-from deskside.backends.steps import FLOAT_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType
+from deskside.lowering.steps import FLOAT_TYPES
 from deskside.machine.system import usable_cores
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside import LLM, _native
-from deskside.backends.buffers import plan_buffers, stride
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.steps import NativeOp, dependencies, plan_steps, schedule
-from deskside.backends.weights import layout, load, matrices
+from deskside.backends.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
+from deskside.lowering.buffers import plan_buffers, stride
+from deskside.lowering.panels import layout, matrices
+from deskside.lowering.steps import NativeOp, dependencies, plan_steps, schedule
 from deskside.models import build_tape
 from deskside.tape import Op, Value
 from deskside.tape.cache import Batch, Cache, Segment

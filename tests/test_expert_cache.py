@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from deskside import _native
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
-from deskside.backends.steps import Stretch
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.lowering.steps import Stretch
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from lent import (

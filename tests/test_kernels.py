@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from deskside import _native
-from deskside.backends.buffers import stride
 from deskside.backends.cpu import KERNEL_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType, dequantize
+from deskside.lowering.buffers import stride
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 QUANTISED = sorted(KERNEL_TYPES - {"F32", "F16", "BF16"})

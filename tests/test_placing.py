@@ -16,10 +16,10 @@ import pytest
 
 from deskside import LLM, SamplingParams
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.sections import cut, hops
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.lowering.sections import cut, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape

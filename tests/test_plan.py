@@ -12,16 +12,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.steps import plan_steps
-from deskside.backends.weights import layout, matrices
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
+from deskside.lowering.memory import Memory
+from deskside.lowering.panels import layout, matrices
+from deskside.lowering.steps import plan_steps
 from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Device, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.plan_memory import Memory
 from deskside.plan_ways import ways_out
 from deskside.rules import Override, Rules, apply
 from deskside.synth import make_plan as synth_plan

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from deskside.backends.work import expert_bytes
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
+from deskside.lowering.work import expert_bytes
 from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape

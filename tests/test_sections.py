@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside.backends.sections import HOST, HOST_TORCH, cut, hops
 from deskside.gguf import GGUF
+from deskside.lowering.sections import HOST, HOST_TORCH, cut, hops
 from deskside.models import build_tape
 from models import PRESETS, tiny
 from placements import cpu_moe, named

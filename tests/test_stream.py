@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside.backends.work import expert_bytes
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.lowering.work import expert_bytes
 from deskside.models import build_tape
 from lent import (
     EXPERT,

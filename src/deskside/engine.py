@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from deskside.backends import Backend
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.reference import ReferenceBackend
-from deskside.backends.work import MOST_OUTPUTS
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.gguf.quants import QuantType
+from deskside.lowering.work import MOST_OUTPUTS
 from deskside.machine.devices import CPU
 from deskside.machine.pages import lock, need_lockable
 from deskside.machine.system import available_memory

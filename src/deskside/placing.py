@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deskside import rules
-from deskside.backends.sections import Helper
-from deskside.backends.work import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
+from deskside.lowering.memory import Way
+from deskside.lowering.sections import Helper
+from deskside.lowering.work import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.machine.descriptions import this_machine
 from deskside.machine.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.plan_memory import Way
 from deskside.plan_speed import LONG_PROMPT
 from deskside.plan_stream import StreamPlan, plan_stream
 from deskside.plan_ways import ways_out

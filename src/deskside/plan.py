@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.backends.sections import HOST_TORCH, state_homes
 from deskside.errors import DesksideError
+from deskside.lowering.memory import Memory, Way, buffers
+from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Device, Machine, show_size
-from deskside.plan_memory import Memory, Way, buffers
 from deskside.plan_speed import Rate, SpeedModel, Step, predict
 from deskside.plan_units import EMBED, HEAD, KINDS, Cut, Unit, cut
 from deskside.rules import ALL_LAYERS, Rules, apply

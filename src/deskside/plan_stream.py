@@ -28,8 +28,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from deskside.backends.work import expert_bytes
 from deskside.errors import DesksideError
+from deskside.lowering.work import expert_bytes
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan_speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
 from deskside.tape import Op, Tape

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from deskside.errors import DesksideError
+from deskside.lowering.memory import Memory
 from deskside.machine.devices import Machine
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.plan_memory import Memory
 from deskside.rules import ALL_LAYERS, Rules
 from deskside.tape import Tape
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside import _native
-from deskside.backends.buffers import plan_buffers, stride
-from deskside.backends.steps import FLOAT_TYPES, NativeOp, Stretch, plan_steps
 from deskside.backends.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.lowering.buffers import plan_buffers, stride
+from deskside.lowering.steps import FLOAT_TYPES, NativeOp, Stretch, plan_steps
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value

@@ -22,8 +22,8 @@ from torch import Tensor
 from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
-from deskside.backends.work import table_bytes
 from deskside.errors import DesksideError
+from deskside.lowering.work import table_bytes
 from deskside.tape import Op
 
 POLICIES = ("lfu", "lru")

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from deskside import _native
 from deskside.backends.torch_experts import Matrices
-from deskside.backends.work import BORDER
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
+from deskside.lowering.work import BORDER
 from deskside.tape import Op
 
 Bytes = NDArray[np.uint8]

@@ -19,12 +19,12 @@ from deskside.backends.expert_cache import (
     experts_of,
 )
 from deskside.backends.expert_copies import Layout, Source
-from deskside.backends.sections import Helper, borrowed
 from deskside.backends.stream import Streamer, StreamOptions
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Lender
-from deskside.backends.work import table_bytes
 from deskside.errors import DesksideError
+from deskside.lowering.sections import Helper, borrowed
+from deskside.lowering.work import table_bytes
 from deskside.tape import Tape
 
 

@@ -23,15 +23,15 @@ from deskside._native import Weights
 from deskside.backends.cpu import CpuBackend
 from deskside.backends.expert_cache import ExpertCache, ExpertMetrics
 from deskside.backends.lent_experts import LentExperts
-from deskside.backends.sections import BORROWING, HOST, HOST_TORCH, Section, cut, hops, state_homes
-from deskside.backends.steps import Stretch
 from deskside.backends.stream import StreamOptions
 from deskside.backends.torch_device import Arrays, TorchDevice, show
 from deskside.backends.torch_ops import TorchStep
-from deskside.backends.work import work_bytes
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.sections import BORROWING, HOST, HOST_TORCH, Section, cut, hops, state_homes
+from deskside.lowering.steps import Stretch
+from deskside.lowering.work import work_bytes
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value

@@ -23,8 +23,8 @@ from deskside.backends.expert_cache import Residents
 from deskside.backends.expert_copies import Copier, Layout, Source
 from deskside.backends.torch_device import TorchDevice, show
 from deskside.backends.torch_experts import Matrices
-from deskside.backends.work import FEW_PAIRS
 from deskside.errors import DesksideError
+from deskside.lowering.work import FEW_PAIRS
 from deskside.tape import Op
 
 SURE = 8  # pairs of token and expert for each expert, from which on all are expected to be chosen

@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.kernels import NONE, Kernels, triton_kernels
-from deskside.backends.sections import HOST_TORCH, Section, last_uses
 from deskside.backends.torch_experts import EXPERT_OPS
 from deskside.backends.torch_graph import Graphs, graph_maker
 from deskside.backends.torch_ops import OPS, TorchStep
 from deskside.backends.torch_quants import TYPES
-from deskside.backends.work import ALIGN
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.sections import HOST_TORCH, Section, last_uses
+from deskside.lowering.work import ALIGN
 from deskside.machine.devices import Device
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State

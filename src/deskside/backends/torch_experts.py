@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deskside.backends.torch_ops import TorchStep, by_expert, gathered, multiply, rounded
-from deskside.backends.work import FEW_PAIRS
+from deskside.lowering.work import FEW_PAIRS
 from deskside.tape import Op
 
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up, down of one expert: uint8 (rows, row_bytes)

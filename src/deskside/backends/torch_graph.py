@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deskside.backends.sections import Section
 from deskside.backends.torch_ops import Given, TorchStep, bucket_of
 from deskside.backends.torch_quants import codebooks
 from deskside.backends.torch_record import Blocks, Recording
+from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
 RunOps = Callable[[dict[int, Tensor], TorchStep], None]

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from deskside.backends.kernels import NONE, Kernels
-from deskside.backends.steps import FLOAT_TYPES
 from deskside.backends.torch_quants import (
     decode_cached,
     dequantize,
     encode_cached,
     round_to_8_bits,
 )
-from deskside.backends.work import FEW_PAIRS, PIECE
 from deskside.gguf import TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.steps import FLOAT_TYPES
+from deskside.lowering.work import FEW_PAIRS, PIECE
 from deskside.tape import Op
 from deskside.tape.cache import Batch
 

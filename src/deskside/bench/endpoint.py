@@ -74,7 +74,7 @@ class Endpoint:
         decode and prefill with an f16 cache and all cores."""
         file = GGUF.open(path)
         self.files = hashed(file.paths, sha, progress)
-        self._roof = Roof(Work.of(build_tape(file), usable_cores(), 512, "f16", "f16"))
+        self._roof = Roof(Work.of(build_tape(file)), usable_cores(), 512, "f16", "f16")
 
     def _expect_at_most(self, asked: int | None, came: int) -> None:
         if asked is not None and came > asked:

@@ -15,11 +15,11 @@ from statistics import median
 import numpy as np
 
 from deskside.backends.cpu import CpuBackend
-from deskside.backends.steps import NativeOp, Step
 from deskside.bench.record import OpProfile
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
+from deskside.lowering.steps import NativeOp, Step
 from deskside.progress import Progress, silent
 from deskside.tape.cache import Batch, Segment, cache_bytes
 from deskside.tape.cost import Experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deskside.backends.steps import Step
+from deskside.lowering.steps import Step
 from deskside.tape import Value
 
 # Buffers start on cache lines: 16 floats.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from deskside.backends.sections import Section, last_uses
+from deskside.lowering.sections import Section, last_uses
 from deskside.tape import Op, Value
 
 PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time

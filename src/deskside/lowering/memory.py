@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deskside import _native
-from deskside.backends.buffers import plan_buffers
-from deskside.backends.sections import HOST, HOST_TORCH, Helper, Section, cut
-from deskside.backends.steps import NativeOp, Step, Stretch, plan_steps
-from deskside.backends.weights import layout, matrices
-from deskside.backends.work import MOST_OUTPUTS, work_bytes
+from deskside.lowering.buffers import plan_buffers
+from deskside.lowering.panels import layout, matrices
+from deskside.lowering.sections import HOST, HOST_TORCH, Helper, Section, cut
+from deskside.lowering.steps import NativeOp, Step, Stretch, plan_steps
+from deskside.lowering.work import MOST_OUTPUTS, work_bytes
 from deskside.tape import Tape
 
 # native/kernels.h, ops.h, ops_sequence.cpp; a test compares the sum with a real program's.

@@ -1,0 +1,60 @@
+"""Where each matrix lies in the arena of packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from deskside import _native
+from deskside.gguf import TensorInfo
+from deskside.lowering.steps import Step
+
+ALIGN = 4096  # a matrix starts on a page of its own
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor goes: `groups` matrices (one an expert), panels `stride` bytes apart."""
+
+    info: TensorInfo
+    at: int
+    stride: int
+    rows: int
+    groups: int
+
+
+def matrices(steps: Iterable[Step]) -> list[tuple[TensorInfo, ...]]:
+    """The tensors that are multiplied, in order of use; those to be interleaved together."""
+    found: list[tuple[TensorInfo, ...]] = []
+    for step in steps:
+        for op in step.ops:
+            if op.kind == "linear":
+                for part in op.parts:
+                    up = part.up.weights if part.up else ()
+                    found.append((part.op.weights[0], *up))
+            elif op.kind == "experts_up":
+                found.append(op.op.weights[:2])
+            elif op.kind == "experts_down":
+                found.append(op.op.weights[2:])
+    return found
+
+
+def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], int]:
+    """Places of all tensors, and the arena's bytes."""
+    placements: list[Placement] = []
+    total = 0
+    seen: set[str] = set()
+    for together in tensors:
+        if together[0].name in seen:
+            continue
+        seen.update(t.name for t in together)
+        panels = [_native.panel_bytes(t.type.id, t.row_len) for t in together]
+        stride, at = sum(panels), total
+        for info, panel in zip(together, panels, strict=True):
+            groups = info.shape[2] if len(info.shape) > 2 else 1
+            rows = info.n_rows // groups
+            placements.append(Placement(info, at, stride, rows, groups))
+            at += panel
+        n_panels = -(-rows // _native.PANEL_ROWS) * groups
+        total += -(-stride * n_panels // ALIGN) * ALIGN
+    return placements, total
