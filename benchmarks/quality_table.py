@@ -18,11 +18,11 @@ from typing import Any
 from deskside import LLM, __version__, quality
 from deskside.cli_quality import WINDOW
 from deskside.config import demo_model
+from deskside.convert.quantize import quantize_file
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.logprobs import LogProbs, LogProbWriter
 from deskside.quality import Perplexity
-from deskside.quantize import quantize_file
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
 F32_KV = {"ctk": "f32", "ctv": "f32"}

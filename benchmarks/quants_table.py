@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside import LLM
+from deskside.convert.quantize import quantize_file
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.quantize import quantize_file
 
 EXPERTS = r"_exps\.weight$"
 

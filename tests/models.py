@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from deskside.convert.synth import synth_file
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.gguf.writer import GGUFWriter
-from deskside.synth import synth_file
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="deskside-tests-")
 PRESETS = ("tiny-moe", "tiny-dense", "tiny-qwen3moe", "tiny-llama")

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deskside import convert
-from deskside.convert import convert_hf
+from deskside.convert import huggingface as convert
+from deskside.convert.huggingface import convert_hf
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside import synth
+from deskside.convert import synth
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape

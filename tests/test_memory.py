@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deskside.synth import synth_file
+from deskside.convert.synth import synth_file
 
 CTX, UBATCH = 1024, 512
 # Beyond what a tiny model needs: Python's own memory differs from run to run by this much.

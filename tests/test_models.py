@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deskside.convert.synth import synth_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
-from deskside.synth import synth_file
 from models import rewrite, tiny
 
 

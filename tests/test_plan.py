@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deskside.backends.cpu import CpuBackend
+from deskside.convert.synth import make_plan as synth_plan
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
@@ -24,7 +25,6 @@ from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan_ways import ways_out
 from deskside.rules import Override, Rules, apply
-from deskside.synth import make_plan as synth_plan
 from deskside.tape import Tape
 from deskside.tape.cache import Cache
 from deskside.tape.cost import Work

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from deskside.convert.synth import make_plan as synth_plan
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
@@ -14,7 +15,6 @@ from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan_stream import StreamPlan, plan_stream
-from deskside.synth import make_plan as synth_plan
 from deskside.tape import Tape
 from models import tiny
 from placements import cpu_moe

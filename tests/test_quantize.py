@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deskside.convert.quantize import Fallback, parse_rule, quantize_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import BY_NAME
 from deskside.gguf.writer import GGUFWriter
-from deskside.quantize import Fallback, parse_rule, quantize_file
 from gguf_files import METADATA, write_split
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -154,7 +154,7 @@ def test_threads_and_units_do_not_change_the_bytes(
     source: Path, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "a.gguf", "IQ4_NL", "attn=IQ4_KSS", threads=2)
-    monkeypatch.setattr("deskside.quantize._UNIT", 1000)
+    monkeypatch.setattr("deskside.convert.quantize._UNIT", 1000)
     run(source, tmp_path / "b.gguf", "IQ4_NL", "attn=IQ4_KSS", threads=threads)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deskside.convert.synth import make_plan
 from deskside.errors import DesksideError
 from deskside.models import build_tape
 from deskside.plan_emit import numbers
@@ -20,7 +21,6 @@ from deskside.rules import (
     parse_overrides,
     parse_split,
 )
-from deskside.synth import make_plan
 
 NAMES = list(build_tape(make_plan("qwen3.5-35b-a3b", layers=8).outline()).weights())
 GPUS = ("cuda0", "cuda1")

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside import synth
+from deskside.convert import synth
+from deskside.convert.synth import PRESETS, estimate, make_plan, synth_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
-from deskside.synth import PRESETS, estimate, make_plan, synth_file
 from deskside.text.tokenizer import Tokenizer
 
 TINY = [name for name in PRESETS if name.startswith("tiny")]

@@ -25,9 +25,9 @@ def synth(
     mtp: Annotated[bool, Option("--mtp", help="add multi-token-prediction tensors")] = False,
 ) -> None:
     """Write a model with random weights at true shapes: for measuring, before any download."""
+    from deskside.convert.quantize import parse_rule
+    from deskside.convert.synth import synth_file
     from deskside.gguf.quants import quant_type
-    from deskside.quantize import parse_rule
-    from deskside.synth import synth_file
 
     rules = [parse_rule(entry) for entry in tensor_type or ()]
     if type_ is not None:
@@ -58,7 +58,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint (qwen3_5_moe, qwen3_5, qwen3_moe, llama) to GGUF."""
-    from deskside.convert import convert_hf
+    from deskside.convert.huggingface import convert_hf
 
     with progress_bar() as progress:
         convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
@@ -73,8 +73,8 @@ def quantize(
     threads: Threads = 0,
 ) -> None:
     """Change the types of a model's weights: F16 BF16 Q8_0 Q6_K IQ4_NL IQ4_XS IQ4_KSS and more."""
+    from deskside.convert.quantize import parse_rule, quantize_file
     from deskside.gguf.quants import quant_type
-    from deskside.quantize import parse_rule, quantize_file
 
     config = EngineConfig(threads=threads)
     rules = [parse_rule(entry) for entry in tensor_type or ()]

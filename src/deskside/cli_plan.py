@@ -116,9 +116,9 @@ def plan(
 
 def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
     from deskside.config import demo_model
+    from deskside.convert.quantize import parse_rule
+    from deskside.convert.synth import make_plan
     from deskside.gguf import GGUF
-    from deskside.quantize import parse_rule
-    from deskside.synth import make_plan
 
     if model is not None and preset is not None:
         raise DesksideError("-m and --preset are two models: give one of them")
@@ -133,7 +133,7 @@ def _model(model: Path | None, preset: str | None, types: list[str] | None) -> t
 
 def _preset_of(file: Any) -> str | None:
     """The preset with a file's shapes, if any: what is published of it holds for the file too."""
-    from deskside.synth import PRESETS
+    from deskside.convert.synth import PRESETS
 
     arch = file.get("general.architecture")
     keys = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deskside.convert import convert_hf
+from deskside.convert.huggingface import convert_hf
 
 if TYPE_CHECKING:
     from . import hf

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from deskside import LLM
+from deskside.convert.synth import synth_file
 from deskside.gguf.quants import quant_type
-from deskside.synth import synth_file
 
 from . import metrics, peers
 from .cases import NAMES

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deskside.bench.slices import Slice, cache_folder, disk_free, disk_needed, full, period
+from deskside.convert.synth import PRESETS
 from deskside.errors import DesksideError
 from deskside.machine.system import available_memory
 from deskside.machine.watch import WORK_BYTES
-from deskside.synth import PRESETS
 
 # What must stay free beside all engines.
 RESERVE = 2_000_000_000

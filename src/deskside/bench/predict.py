@@ -29,6 +29,7 @@ from deskside.bench.choose import Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
 from deskside.bench.slices import Slice, cache_folder, full, period, write
 from deskside.config import EngineConfig
+from deskside.convert.synth import PRESETS
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.files import write_whole
@@ -36,7 +37,6 @@ from deskside.machine import rates, watch
 from deskside.machine.system import cpu_name, total_memory
 from deskside.progress import Progress, silent
 from deskside.sampler import SamplingParams
-from deskside.synth import PRESETS
 from deskside.tape.cache import kv_type
 from deskside.tape.cost import Work, limit
 from deskside.text.tokenizer import CONTROL, UNUSED

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deskside.convert.synth import PRESETS, make_plan, synth_file
 from deskside.errors import DesksideError
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
-from deskside.synth import PRESETS, make_plan, synth_file
 from deskside.tape.cost import Work
 
 # Padding of tensors, the header, and what a file system keeps for itself.

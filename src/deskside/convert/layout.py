@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deskside.hf_source import Config, Floats, Indices, Output, Outputs
+from deskside.convert.source import Config, Floats, Indices, Output, Outputs
 
 # Adds an architecture's tensors to the outputs; returns its metadata, keys without the prefix.
 Layout = Callable[[Config, Outputs], dict[str, Any]]

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deskside.convert.layout import ARCHITECTURES
+from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.source import Config, Output, Outputs
+from deskside.convert.toy_vocab import toy_vocab
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import QuantType, quant_type
 from deskside.gguf.writer import GGUFWriter
-from deskside.hf_layout import ARCHITECTURES
-from deskside.hf_source import Config, Output, Outputs
 from deskside.progress import Progress, silent
-from deskside.quantize import FILE_TYPES
-from deskside.toy_vocab import toy_vocab
 
 Floats = NDArray[np.float32]
 Rules = Sequence[tuple[str, QuantType]]

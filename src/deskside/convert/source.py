@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.checkpoint import Checkpoint
+from deskside.convert.checkpoint import Checkpoint
 from deskside.errors import DesksideError
 
 Floats = NDArray[np.float32]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deskside.checkpoint import read_json
+from deskside.convert.checkpoint import read_json
 from deskside.errors import DesksideError
 from deskside.text.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from deskside.convert.vocab import NORMAL
 from deskside.errors import DesksideError
-from deskside.hf_vocab import NORMAL
 from deskside.text.tokenizer import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 
 _MODULES = ("argparse", "collections", "functools", "itertools", "json", "random", "statistics")

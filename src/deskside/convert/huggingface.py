@@ -10,16 +10,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.checkpoint import Checkpoint, read_json, to_float32
+from deskside.convert.checkpoint import Checkpoint, read_json, to_float32
+from deskside.convert.layout import ARCHITECTURES
+from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.source import Config, Output, Outputs
+from deskside.convert.vocab import tokenizer_metadata
 from deskside.errors import DesksideError
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import BY_NAME, QuantType
 from deskside.gguf.writer import GGUFWriter
-from deskside.hf_layout import ARCHITECTURES
-from deskside.hf_source import Config, Output, Outputs
-from deskside.hf_vocab import tokenizer_metadata
 from deskside.progress import Progress, silent
-from deskside.quantize import FILE_TYPES
 
 OutType = Literal["f32", "f16", "bf16", "auto"]
 MATRIX_TYPES = ("F32", "F16", "BF16")
