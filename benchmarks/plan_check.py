@@ -35,10 +35,11 @@ from deskside.machine import watch as measure
 from deskside.machine.descriptions import store, this_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Options, make_plan
-from deskside.plan_speed import SpeedModel, Step, calibrate, sort_of
-from deskside.plan_units import cut
+from deskside.plan.calibrate import calibrate, sort_of
+from deskside.plan.rules import Rules
+from deskside.plan.speed import SpeedModel, Step
+from deskside.plan.units import cut
 from deskside.progress import Progress
-from deskside.rules import Rules
 from deskside.sampler import SamplingParams
 
 FILES = ("qwen3.5-35b-a3b-8l.gguf", "qwen3.5-397b-a17b-4l-320e.gguf")

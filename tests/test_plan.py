@@ -23,8 +23,8 @@ from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Device, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.plan_ways import ways_out
-from deskside.rules import Override, Rules, apply
+from deskside.plan.rules import Override, Rules, apply
+from deskside.plan.ways import ways_out
 from deskside.tape import Tape
 from deskside.tape.cache import Cache
 from deskside.tape.cost import Work
@@ -145,7 +145,7 @@ def test_every_plan_keeps_its_promises(case: tuple[str, Machine, Rules, Options]
 
 def objective(plan: Plan) -> float:
     """What the planner makes small: seconds of a token behind half the context."""
-    from deskside.plan import _Search
+    from deskside.plan.search import _Search
 
     search = _Search(plan.tape, plan.machine, plan.rules, plan.options, memory_of("tiny-moe"))
     split, units = search.best()
@@ -190,13 +190,13 @@ def test_bytes_are_those_of_the_engine(preset: str, threads: int, ubatch: int) -
 
 
 def test_bytes_and_products_are_those_of_cost() -> None:
-    from deskside.plan import _Search
+    from deskside.plan.search import _Search
 
     tape = tape_of("qwen3.5-35b-a3b", 8)
     memory = Memory(tape, threads=2, ubatch=64)
     search = _Search(tape, machine(1e6), Rules(), options(4096), memory)
     work = Work.of(tape)
-    from deskside.plan_speed import Step
+    from deskside.plan.speed import Step
 
     for depth in (0, 3000):
         found = search.speed.works(Step(1, depth))

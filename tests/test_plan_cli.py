@@ -19,8 +19,8 @@ from deskside.machine import descriptions as machines
 from deskside.machine.descriptions import load_machine, store, this_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Plan, make_plan
-from deskside.plan_emit import KINDS, emit
-from deskside.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
+from deskside.plan.emit import KINDS, emit
+from deskside.plan.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
 from tests.commands import command
 from tests.models import tiny
 from tests.test_plan import machine, memory_of, options, tape_of

@@ -14,7 +14,7 @@ from deskside.lowering.work import expert_bytes
 from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape
-from deskside.plan_stream import StreamPlan, plan_stream
+from deskside.plan.stream import StreamPlan, plan_stream
 from deskside.tape import Tape
 from models import tiny
 from placements import cpu_moe

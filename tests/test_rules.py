@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from deskside.convert.synth import make_plan
 from deskside.errors import DesksideError
 from deskside.models import build_tape
-from deskside.plan_emit import numbers
-from deskside.rules import (
+from deskside.plan.emit import numbers
+from deskside.plan.rules import (
     Override,
     Rules,
     apply,

@@ -67,12 +67,14 @@ def plan(
     placing: Mapping[str, Any] = {},
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
-    from deskside import console, plan_emit, plan_table
+    from deskside import console
     from deskside.machine.descriptions import load_machine, this_machine
     from deskside.models import build_tape
     from deskside.placing import lines, machine_of, plan_for, rules_of
     from deskside.plan import DoesNotFit, Options
-    from deskside.plan_picture import picture
+    from deskside.plan import emit as plan_emit
+    from deskside.plan import table as plan_table
+    from deskside.plan.picture import picture
 
     if emit is not None and emit not in plan_emit.KINDS:
         raise DesksideError(f"--emit {emit}: there is {', '.join(plan_emit.KINDS)}")
@@ -155,8 +157,8 @@ def _refuse(
 ) -> int:
     """Says what is lacking and what would be enough; exit code 2."""
     from deskside import console
-    from deskside.plan_table import VERSION, way_line
-    from deskside.plan_ways import ways_out
+    from deskside.plan.table import VERSION, way_line
+    from deskside.plan.ways import ways_out
 
     ways = ways_out(tape, machine, wishes, options)
     if as_json:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from deskside import rules
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.lowering.memory import Way
@@ -17,10 +16,10 @@ from deskside.lowering.sections import Helper
 from deskside.lowering.work import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.machine.descriptions import this_machine
 from deskside.machine.devices import CPU, Machine, choose_devices, parse_size, show_size
-from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.plan_speed import LONG_PROMPT
-from deskside.plan_stream import StreamPlan, plan_stream
-from deskside.plan_ways import ways_out
+from deskside.plan import DoesNotFit, Options, Plan, make_plan, rules
+from deskside.plan.speed import LONG_PROMPT
+from deskside.plan.stream import StreamPlan, plan_stream
+from deskside.plan.ways import ways_out
 from deskside.tape import Tape
 
 _NO_GPU = "does nothing: there is no GPU to use"

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deskside.machine.devices import Published, show_size
-from deskside.plan import Plan, Usage
-from deskside.plan_speed import Rate, sources
-from deskside.plan_units import KINDS
-from deskside.plan_ways import Way
-from deskside.rules import layer_of
+from deskside.plan.plan import Plan, Usage
+from deskside.plan.rules import layer_of
+from deskside.plan.speed import Rate, sources
+from deskside.plan.units import KINDS
+from deskside.plan.ways import Way
 
 VERSION = 1
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from deskside.errors import DesksideError
 from deskside.machine.devices import CPU
-from deskside.plan import Plan
-from deskside.rules import layer_of
+from deskside.plan.plan import Plan
+from deskside.plan.rules import layer_of
 
 KINDS = ("llama-server", "ik-llama-server", "podman", "systemd")
 PORT = 8080

@@ -9,10 +9,10 @@ from __future__ import annotations
 from xml.etree import ElementTree as ET
 
 from deskside.machine.devices import show_size
-from deskside.plan import Plan
-from deskside.plan_table import rate_label
-from deskside.plan_units import KINDS
-from deskside.rules import layer_of
+from deskside.plan.plan import Plan
+from deskside.plan.rules import layer_of
+from deskside.plan.table import rate_label
+from deskside.plan.units import KINDS
 
 LEFT, TOP, ROW, GAP, WIDTH = 150, 64, 24, 4, 1080
 STATES = "KV and state"

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from deskside.errors import DesksideError
 from deskside.lowering.memory import Memory
 from deskside.machine.devices import Machine
-from deskside.plan import DoesNotFit, Options, Plan, make_plan
-from deskside.rules import ALL_LAYERS, Rules
+from deskside.plan.plan import DoesNotFit, Options, Plan
+from deskside.plan.rules import ALL_LAYERS, Rules
+from deskside.plan.search import make_plan
 from deskside.tape import Tape
 
 CONTEXT_STEP = 256

@@ -1,0 +1,6 @@
+"""Which tensor goes on which device, and how fast that will be: a plan from tape, machine, rules."""
+
+from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
+from deskside.plan.search import make_plan
+
+__all__ = ["DoesNotFit", "Options", "Plan", "Usage", "make_plan"]
