@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import machine
 from deskside import _native
-from deskside.backends.cpu import KERNEL_TYPES
+from deskside.backends.native.program import KERNEL_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType
 from deskside.lowering.steps import FLOAT_TYPES
 from deskside.machine.system import usable_cores

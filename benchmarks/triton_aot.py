@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from deskside.backends.triton_decode import PAIR
+from deskside.backends.triton.decode import PAIR
 
 MATVEC_POINTERS = {
     "x_ptr": "*fp32", "w_ptr": "*u8", "up_ptr": "*u8", "expert_ptr": "*i32", "y_ptr": "*fp32",
@@ -91,7 +91,7 @@ class Compiled:
 
 def variants() -> list[Variant]:
     """Every kernel at the tiles and shapes that Qwen3.5-397B gives it."""
-    from deskside.backends import triton_kernels as tk
+    from deskside.backends.triton import launch as tk
 
     def make(name: str, kernel: str, pointers: dict[str, str], config: tk.Config) -> Variant:
         module = "triton_matmul" if kernel.startswith("mat") else "triton_sequence"
@@ -188,7 +188,7 @@ def traffic(c: dict[str, Any]) -> int:
     if "COLUMNS" in c:
         return int(2 * 4 * c["DIM"] * c["COLUMNS"])
     if "TILE" in c:
-        from deskside.backends.triton_kernels import SPLIT
+        from deskside.backends.triton.launch import SPLIT
 
         return int(SPLIT * (c["K_BYTES"] + c["V_BYTES"]))
     return int(4 * c["SPLITS"] * c["DIM"])

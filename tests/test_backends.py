@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside import LLM, _native
-from deskside.backends.cpu import CpuBackend
-from deskside.backends.weights import load
+from deskside.backends.native.program import CpuBackend
+from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type

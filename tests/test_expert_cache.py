@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside import _native
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF

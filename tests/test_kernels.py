@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deskside import _native
-from deskside.backends.cpu import KERNEL_TYPES
+from deskside.backends.native.program import KERNEL_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType, dequantize
 from deskside.lowering.buffers import stride
 

@@ -27,6 +27,7 @@ from torch_devices import PlacedBackend, TorchDevice, kernels, torch_ops, torch_
 
 packages("triton")
 torch = import_module("torch")
+triton_kernels = import_module("deskside.backends.triton.table").triton_kernels
 EPS = 2.0**-24
 FEW_ROWS = 2  # of activations that are not rounded to float16
 
@@ -35,7 +36,7 @@ FEW_ROWS = 2  # of activations that are not rounded to float16
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes some ten milliseconds a tile, however many rows of a matrix it has;
     test_triton has the tiles of a GPU."""
-    tk = import_module("deskside.backends.triton_kernels")
+    tk = import_module("deskside.backends.triton.launch")
     narrow = tk.matvec_config
 
     def wide(*args: Any, **options: Any) -> Any:
@@ -222,7 +223,7 @@ def test_kernels_are_their_twins(
     """Ten tokens (tiles of experts), one, and three sequences of one token each."""
     calls: Counter[str] = Counter()
     Checked(monkeypatch)
-    own = backend(micro(hidden, types), counting(kernels.triton_kernels(), calls))
+    own = backend(micro(hidden, types), counting(triton_kernels(), calls))
     cache = own.new_cache(**cache_options(kv))
     for step in STEPS:
         assert np.isfinite(own.run(step, cache)).all()
@@ -236,8 +237,8 @@ def test_greedy_tokens_with_kernels_are_those_without(micro: Any) -> None:
     tokens, logits = [], []
     for table, graphs in (
         (kernels.NONE, False),
-        (kernels.triton_kernels(), False),
-        (kernels.triton_kernels(), True),
+        (triton_kernels(), False),
+        (triton_kernels(), True),
     ):
         own = backend(path, table, graphs=graphs)
         cache = own.new_cache(**cache_options("f32"))
@@ -255,7 +256,7 @@ def test_greedy_tokens_with_kernels_are_those_without(micro: Any) -> None:
 
 def test_a_kernel_is_used_only_for_what_it_takes() -> None:
     """Types that no kernel reads, and rows that are not aligned to 4 bytes, go to torch's ops."""
-    table = kernels.triton_kernels()
+    table = triton_kernels()
     info = GGUF.open(tiny("tiny-dense", "Q8_0")).tensors["output.weight"]
     shifted = torch.zeros(info.n_rows * info.row_bytes + 2, dtype=torch.uint8)[2:]
     assert not table.takes(shifted.view(info.n_rows, -1), info)

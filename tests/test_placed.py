@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deskside import LLM, SamplingParams
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF

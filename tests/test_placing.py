@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deskside import LLM, SamplingParams
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.convert.synth import make_plan as synth_plan
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF

@@ -8,7 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from deskside.backends.cpu import KERNEL_TYPES, CpuBackend
+from deskside.backends.native.program import KERNEL_TYPES, CpuBackend
 from deskside.gguf import GGUF
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import dequantize, quant_type

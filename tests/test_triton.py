@@ -27,8 +27,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from deskside.backends import triton_kernels as tk  # noqa: E402
-from deskside.backends.triton_decode import PAIR, decode, first  # noqa: E402
+from deskside.backends.triton import launch as tk  # noqa: E402
+from deskside.backends.triton.decode import PAIR, decode, first  # noqa: E402
 
 EPS = 2.0**-24
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" else "cpu"

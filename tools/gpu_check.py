@@ -285,8 +285,8 @@ def kernels() -> None:
     import numpy as np
     import torch
 
-    from deskside.backends import torch_quants as tq
-    from deskside.backends import triton_kernels as tk
+    from deskside.backends.torch import quants as tq
+    from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME, dequantize
     from test_triton import random_rows
 
@@ -351,7 +351,7 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
     """(case, whether it is right, its error, unit)."""
     import numpy as np
 
-    from deskside.backends.cpu import CpuBackend
+    from deskside.backends.native.program import CpuBackend
     from deskside.backends.reference import ReferenceBackend
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
@@ -415,7 +415,7 @@ def after_a_failed_capture(
 
     import numpy as np
 
-    from deskside.backends import torch_ops
+    from deskside.backends.torch import ops as torch_ops
 
     usual = torch_ops.OPS["gated_norm"]
 
@@ -438,8 +438,8 @@ def after_a_failed_capture(
 
 
 def ways(tape: Any) -> dict[str, dict[str, Any]]:
-    from deskside.backends.expert_cache import ExpertCache
-    from deskside.backends.stream import StreamOptions
+    from deskside.backends.experts.resident import ExpertCache
+    from deskside.backends.experts.stream import StreamOptions
 
     found: dict[str, dict[str, Any]] = {"gpu": {}, "gpu without graphs": {"graphs": False}}
     if has_cuda():
@@ -498,7 +498,7 @@ def launches() -> None:
     import numpy as np
     import torch
 
-    from deskside.backends import triton_kernels as tk
+    from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME
     from test_triton import random_rows
 
@@ -535,8 +535,8 @@ def bandwidth() -> None:
     import numpy as np
     import torch
 
-    from deskside.backends import triton_kernels as tk
-    from deskside.backends.triton_decode import PAIR
+    from deskside.backends.triton import launch as tk
+    from deskside.backends.triton.decode import PAIR
     from test_triton import random_rows
 
     a, b = (torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -569,7 +569,7 @@ def bandwidth() -> None:
 @part(150)
 def decode() -> None:
     """A slice of the 35b: prefill and decode by the CPU, by both, by the GPU; launches a token."""
-    from deskside.backends.expert_cache import ExpertCache
+    from deskside.backends.experts.resident import ExpertCache
 
     path = slice_of("35b", wait=60)
     for way, options in {
@@ -587,7 +587,7 @@ def decode() -> None:
 def stream() -> None:
     """Four layers of the 397b, experts on the CPU: decode, and a long prompt with and without
     streaming."""
-    from deskside.backends.stream import StreamOptions
+    from deskside.backends.experts.stream import StreamOptions
 
     path = slice_of("397b", wait=60)
     long = 4096 if has_cuda() else 64
@@ -623,14 +623,16 @@ def placed(
     """All but the embedding on the device; with `moe` the routed experts too on the CPU."""
     import torch
 
-    from deskside.backends.kernels import NONE
     from deskside.backends.placed import PlacedBackend
-    from deskside.backends.torch_device import TorchDevice
+    from deskside.backends.placed import kernels as kernels_there
+    from deskside.backends.torch.device import TorchDevice
+    from deskside.backends.torch.kernels import NONE
     from deskside.machine.system import usable_cores
 
     where = torch.device("cuda", 0) if has_cuda() else torch.device("cpu")
     device = TorchDevice(
-        DEVICE, where, None if has_cuda() else 8 << 30, kernels=None if kernels else NONE,
+        DEVICE, where, None if has_cuda() else 8 << 30,
+        kernels=kernels_there() if kernels and has_cuda() else NONE,
         graphs=True if graphs is None else graphs,
     )  # fmt: skip
     host = ("token_embd", "_exps") if moe else ("token_embd",)
@@ -661,7 +663,7 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
 
     import numpy as np
 
-    from deskside.backends.cpu import CpuBackend
+    from deskside.backends.native.program import CpuBackend
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
     from deskside.machine.system import usable_cores

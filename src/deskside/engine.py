@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.backends import Backend
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
@@ -174,10 +174,9 @@ class LLM:
         progress: Progress,
     ) -> tuple[Backend, Cache]:
         try:
-            from deskside.backends.expert_cache import ExpertCache
-            from deskside.backends.placed import PlacedBackend
-            from deskside.backends.stream import StreamOptions
-            from deskside.backends.torch_device import open_devices
+            from deskside.backends.experts.resident import ExpertCache
+            from deskside.backends.experts.stream import StreamOptions
+            from deskside.backends.placed import PlacedBackend, open_devices
         except ImportError:
             raise DesksideError(
                 f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"

@@ -20,18 +20,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deskside._native import Weights
-from deskside.backends.cpu import CpuBackend
-from deskside.backends.expert_cache import ExpertCache, ExpertMetrics
-from deskside.backends.lent_experts import LentExperts
-from deskside.backends.stream import StreamOptions
-from deskside.backends.torch_device import Arrays, TorchDevice, show
-from deskside.backends.torch_ops import TorchStep
+from deskside.backends.experts.lent import LentExperts
+from deskside.backends.experts.resident import ExpertCache, ExpertMetrics
+from deskside.backends.experts.stream import StreamOptions
+from deskside.backends.native.program import CpuBackend
+from deskside.backends.torch.device import Arrays, TorchDevice, show
+from deskside.backends.torch.kernels import NONE, Kernels
+from deskside.backends.torch.ops import TorchStep
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
-from deskside.lowering.sections import BORROWING, HOST, HOST_TORCH, Section, cut, hops, state_homes
+from deskside.lowering.sections import (
+    BORROWING,
+    HOST,
+    HOST_TORCH,
+    Section,
+    cut,
+    hops,
+    state_homes,
+)
 from deskside.lowering.steps import Stretch
 from deskside.lowering.work import work_bytes
+from deskside.machine.devices import Device
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
@@ -378,3 +388,29 @@ def _check(tape: Tape, placement: Mapping[str, str], devices: Sequence[TorchDevi
                 f"the placement puts tensor {name} on {placement[name]}; the devices are "
                 f"{', '.join(sorted(known))}"
             )
+
+
+def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
+    """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
+    with that much of its own. DesksideError for one that torch does not see."""
+    found = []
+    for d in devices:
+        if d.name.startswith("emu"):
+            found.append(TorchDevice(d.name, torch.device("cpu"), d.memory))
+            continue
+        index, count = int(d.name.removeprefix("cuda")), torch.cuda.device_count()
+        if index >= count:
+            raise DesksideError(f"--device {d.name}: torch sees {count} CUDA devices")
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, d.memory / total), index)
+        found.append(TorchDevice(d.name, torch.device("cuda", index), kernels=kernels()))
+    return found
+
+
+def kernels() -> Kernels:
+    """Triton's, where it is installed."""
+    try:
+        from deskside.backends.triton.table import triton_kernels
+    except ImportError:
+        return NONE
+    return triton_kernels()

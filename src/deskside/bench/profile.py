@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.bench.record import OpProfile
 from deskside.engine import LLM
 from deskside.errors import DesksideError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deskside import __version__
-from deskside.backends.cpu import CpuBackend
+from deskside.backends.native.program import CpuBackend
 from deskside.bench.ceiling import Roof
 from deskside.bench.hashes import hashed
 from deskside.bench.record import Run, Target

@@ -1,4 +1,4 @@
-"""Which tensor goes on which device, and how fast that will be: a plan from tape, machine, rules."""
+"""Which tensor goes on which device, and how fast: a plan of tape, machine and rules."""
 
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.search import make_plan

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deskside.backends.triton_decode import decode, first
+from deskside.backends.triton.decode import decode, first
 
 
 @triton.jit

@@ -21,13 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deskside.backends.kernels import NONE, Kernels
-from deskside.backends.torch_quants import (
-    decode_cached,
-    dequantize,
-    encode_cached,
-    round_to_8_bits,
-)
+from deskside.backends.torch.kernels import NONE, Kernels
+from deskside.backends.torch.quants import decode_cached, dequantize, encode_cached, round_to_8_bits
 from deskside.gguf import TensorInfo
 from deskside.gguf.quants import QuantType
 from deskside.lowering.steps import FLOAT_TYPES

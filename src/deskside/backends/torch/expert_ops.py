@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deskside.backends.torch_ops import TorchStep, by_expert, gathered, multiply, rounded
+from deskside.backends.torch.ops import TorchStep, by_expert, gathered, multiply, rounded
 from deskside.lowering.work import FEW_PAIRS
 from deskside.tape import Op
 

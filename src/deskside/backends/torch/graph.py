@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deskside.backends.torch_ops import Given, TorchStep, bucket_of
-from deskside.backends.torch_quants import codebooks
-from deskside.backends.torch_record import Blocks, Recording
+from deskside.backends.torch.kernels import Kernels
+from deskside.backends.torch.ops import Given, TorchStep, bucket_of
+from deskside.backends.torch.quants import codebooks
+from deskside.backends.torch.record import Blocks, Recording
 from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
@@ -88,13 +89,13 @@ class CudaGraph:
             self._graph.replay()
 
 
-def graph_maker(device: torch.device) -> NewGraph:
+def graph_maker(device: torch.device, kernels: Kernels) -> NewGraph:
     """Empty graphs of a device: CUDA's, or recordings."""
     if device.type == "cuda":
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         return lambda outside, states: CudaGraph(device, pool, stream)
     blocks = Blocks(device)
-    return lambda outside, states: Recording(outside, states, blocks)
+    return lambda outside, states: Recording(outside, states, blocks, kernels)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ of it runs on the CPU in Triton's interpreter: that is how the tests get their v
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -15,9 +18,9 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from deskside.backends import triton_matmul, triton_sequence
-from deskside.backends.kernels import LAUNCHES
-from deskside.backends.triton_decode import PAIR
+from deskside.backends.triton import matmul as triton_matmul
+from deskside.backends.triton import sequence as triton_sequence
+from deskside.backends.triton.decode import PAIR
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
 
@@ -328,11 +331,26 @@ def _launch(kernel: Any, grid: tuple[int, int, int], config: Config, *args: Any)
         )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     run = partial(kernel[grid], **config.constants, **options)
-    record = LAUNCHES.get()
-    if record is None:
-        run(*args)
-    else:
-        record(run, args)
+    _LAUNCHING.get()(run, args)
+
+
+def _launch_now(run: Callable[..., None], args: tuple[Any, ...]) -> None:
+    run(*args)
+
+
+_LAUNCHING: ContextVar[Callable[[Callable[..., None], tuple[Any, ...]], None]] = ContextVar(
+    "_LAUNCHING", default=_launch_now
+)
+
+
+@contextmanager
+def launches(to: Callable[[Callable[..., None], tuple[Any, ...]], None]) -> Iterator[None]:
+    """In the block every launch is handed to `to(run, args)`, which may make it: run(*args)."""
+    token = _LAUNCHING.set(to)
+    try:
+        yield
+    finally:
+        _LAUNCHING.reset(token)
 
 
 def _tiles(n: int, block: int) -> int:

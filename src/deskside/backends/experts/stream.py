@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deskside.backends.expert_cache import Residents
-from deskside.backends.expert_copies import Copier, Layout, Source
-from deskside.backends.torch_device import TorchDevice, show
-from deskside.backends.torch_experts import Matrices
+from deskside.backends.experts.copies import Copier, Layout, Source
+from deskside.backends.experts.resident import Residents
+from deskside.backends.torch.device import TorchDevice, show
+from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
 from deskside.lowering.work import FEW_PAIRS
 from deskside.tape import Op

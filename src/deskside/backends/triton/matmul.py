@@ -14,7 +14,7 @@ Rows past `n_out` repeat the last one and are not stored. Pointers to weights ar
 import triton
 import triton.language as tl
 
-from deskside.backends.triton_decode import decode, first
+from deskside.backends.triton.decode import decode, first
 
 
 @triton.jit

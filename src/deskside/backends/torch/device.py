@@ -8,30 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from deskside.backends.kernels import NONE, Kernels, triton_kernels
-from deskside.backends.torch_experts import EXPERT_OPS
-from deskside.backends.torch_graph import Graphs, graph_maker
-from deskside.backends.torch_ops import OPS, TorchStep
-from deskside.backends.torch_quants import TYPES
+from deskside.backends.torch.emulated import Meter, OutOfBudget
+from deskside.backends.torch.expert_ops import EXPERT_OPS
+from deskside.backends.torch.graph import Graphs, graph_maker
+from deskside.backends.torch.kernels import NONE, Kernels
+from deskside.backends.torch.ops import OPS, TorchStep
+from deskside.backends.torch.quants import TYPES
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
 from deskside.lowering.sections import HOST_TORCH, Section, last_uses
 from deskside.lowering.work import ALIGN
-from deskside.machine.devices import Device
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
 from deskside.tape.cache import state_shapes
@@ -39,41 +34,6 @@ from deskside.tape.cache import state_shapes
 COPY = 64 << 20  # bytes of a weight on their way to a device at a time
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
-
-
-class OutOfBudget(Exception):
-    """An emulated device holds more than it may: by `args[0]` bytes."""
-
-
-class Meter(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the live bytes of all storages that were made while it was active."""
-
-    def __init__(self, budget: int) -> None:
-        super().__init__()
-        self.budget = budget
-        self.live = self.peak = 0
-        self._seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:
-        if storage in self._seen:
-            return
-        self._seen[storage] = True
-        nbytes = storage.nbytes()
-        weakref.finalize(storage, self._free, nbytes)
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        if self.live > self.budget:
-            raise OutOfBudget(self.live - self.budget)
-
-    def _free(self, nbytes: int) -> None:
-        self.live -= nbytes
 
 
 class DeviceState:
@@ -97,8 +57,7 @@ class DeviceState:
 class TorchDevice:
     """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free.
 
-    kernels: those to use; None for Triton's on CUDA, and none elsewhere. Tests give those of
-    Triton's interpreter to an emulated device. graphs: whether single-token steps are captured
+    kernels: those to use. graphs: whether single-token steps are captured
     (`torch_graph`); None for on CUDA only.
     """
 
@@ -108,7 +67,7 @@ class TorchDevice:
         device: torch.device,
         budget: int | None = None,
         *,
-        kernels: Kernels | None = None,
+        kernels: Kernels = NONE,
         graphs: bool | None = None,
     ) -> None:
         self.name = name
@@ -119,8 +78,6 @@ class TorchDevice:
         self._last: dict[int, Op] = {}
         self.lost = False
         self.ops_until_loss: int | None = None  # for tests: the device is lost after as many ops
-        if kernels is None:
-            kernels = triton_kernels() if device.type == "cuda" else NONE
         self.kernels = kernels
         self._capturing = device.type == "cuda" if graphs is None else graphs
         self.graphs: Graphs | None = None
@@ -299,7 +256,7 @@ class TorchDevice:
             self.device,
             own,
             last,
-            new_graph=graph_maker(self.device),
+            new_graph=graph_maker(self.device, self.kernels),
             room=self._leaves_room,
             note=self._note,
         )
@@ -369,23 +326,6 @@ class TorchDevice:
 def _lends(op: Op) -> bool:
     """Whether the host keeps books at every run of the op: no graph can do that."""
     return op.kind in EXPERT_OPS
-
-
-def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
-    """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
-    with that much of its own. DesksideError for one that torch does not see."""
-    found = []
-    for d in devices:
-        if d.name.startswith("emu"):
-            found.append(TorchDevice(d.name, torch.device("cpu"), d.memory))
-            continue
-        index, count = int(d.name.removeprefix("cuda")), torch.cuda.device_count()
-        if index >= count:
-            raise DesksideError(f"--device {d.name}: torch sees {count} CUDA devices")
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, d.memory / total), index)
-        found.append(TorchDevice(d.name, torch.device("cuda", index)))
-    return found
 
 
 def show(nbytes: int) -> str:

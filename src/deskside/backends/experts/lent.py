@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from deskside._native import Weights
-from deskside.backends.expert_cache import (
+from deskside.backends.experts.copies import Layout, Source
+from deskside.backends.experts.resident import (
     STAGED,
     ExpertCache,
     ExpertMetrics,
     Residents,
     experts_of,
 )
-from deskside.backends.expert_copies import Layout, Source
-from deskside.backends.stream import Streamer, StreamOptions
-from deskside.backends.torch_device import TorchDevice, show
-from deskside.backends.torch_experts import Lender
+from deskside.backends.experts.stream import Streamer, StreamOptions
+from deskside.backends.torch.device import TorchDevice, show
+from deskside.backends.torch.expert_ops import Lender
 from deskside.errors import DesksideError
 from deskside.lowering.sections import Helper, borrowed
 from deskside.lowering.work import table_bytes

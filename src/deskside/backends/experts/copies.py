@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deskside import _native
-from deskside.backends.torch_experts import Matrices
+from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
 from deskside.lowering.work import BORDER

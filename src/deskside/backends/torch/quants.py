@@ -33,8 +33,11 @@ def round_to_8_bits(x: Tensor) -> Tensor:
     blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
     top = blocks.abs().amax(-1, keepdim=True)
     some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
-    q = (blocks * (127.0 / top).masked_fill(some, 0.0)).round_()
-    return (q * (top / 127.0).masked_fill(some, 0.0)).reshape(x.shape)
+    most = torch.full_like(
+        top, 127.0
+    )  # by a number CUDA multiplies with its reciprocal: other bits
+    q = (blocks * (most / top).masked_fill(some, 0.0)).round_()
+    return (q * (top / most).masked_fill(some, 0.0)).reshape(x.shape)
 
 
 def encode_cached(x: Tensor, name: str) -> Tensor:
@@ -44,7 +47,8 @@ def encode_cached(x: Tensor, name: str) -> Tensor:
     if name == "F16":
         return x.to(torch.float16).contiguous().view(torch.uint8)
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // 32, 32)
-    d = blocks.abs().amax(-1, keepdim=True) / 127
+    top = blocks.abs().amax(-1, keepdim=True)
+    d = top / torch.full_like(top, 127.0)
     v = blocks * torch.where(d > 0, 1 / d, 0.0)
     q = torch.copysign((v.abs() + 0.5).floor(), v).to(torch.int8)  # ties away from zero
     parts = [d.to(torch.float16).view(torch.uint8), q.view(torch.uint8)]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside import _native
-from deskside.backends.weights import load
+from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.lowering.buffers import plan_buffers, stride

@@ -10,7 +10,7 @@ by booleans, ...), copies between devices, and tensors that came into being outs
 
 Temporaries lie in a block of memory that the recordings of a device share, as graphs share a pool;
 a tensor's place is reused once nothing in the recording reads it any more. A launch of a Triton
-kernel, which torch does not dispatch, is one call (`kernels.LAUNCHES`).
+kernel, which torch does not dispatch, is one call (`Kernels.launches`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deskside.backends.kernels import LAUNCHES
+from deskside.backends.torch.kernels import NONE, Kernels
 
 ALIGN = 64  # bytes; torch aligns likewise
 WAITING_OPS = frozenset({
@@ -83,7 +83,14 @@ class Recording:
     """A `torch_graph.Graph`. outside: tensors that may be used, at addresses that stay; states:
     those of them that are put back as they were if the capture fails."""
 
-    def __init__(self, outside: Iterable[Tensor], states: Sequence[Tensor], blocks: Blocks) -> None:
+    def __init__(
+        self,
+        outside: Iterable[Tensor],
+        states: Sequence[Tensor],
+        blocks: Blocks,
+        kernels: Kernels = NONE,
+    ) -> None:
+        self._kernels = kernels
         self._storages = WeakIdKeyDictionary()  # to its number; -1: outside
         self._keep = list(outside)
         for tensor in (*self._keep, *states):
@@ -99,16 +106,14 @@ class Recording:
 
     def capture(self, run: Callable[[], None]) -> None:
         """Refused, or whatever `run` raises; the states are then as before."""
-        launches = LAUNCHES.set(self._launch)
         try:
-            with _NoHost(), _Dispatch(self):
+            with self._kernels.launches(self._launch), _NoHost(), _Dispatch(self):
                 run()
             self._settle()
         except BaseException:
             self._put_back()
             raise
         finally:
-            LAUNCHES.reset(launches)
             self._saved.clear()
 
     def replay(self) -> None:

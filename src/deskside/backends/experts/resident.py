@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deskside.backends.expert_copies import Copier, Layout, Source
-from deskside.backends.torch_device import TorchDevice, show
-from deskside.backends.torch_experts import Matrices
+from deskside.backends.experts.copies import Copier, Layout, Source
+from deskside.backends.torch.device import TorchDevice, show
+from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
 from deskside.lowering.work import table_bytes
 from deskside.tape import Op

@@ -1,0 +1,1 @@
+"""The CPU: a program of native steps on packed weights."""
