@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from deskside.bench.slices import cache_folder
-from deskside.config import EngineConfig
 from deskside.console import note, progress_bar
 from deskside.engine import LLM
+from deskside.engine.config import EngineConfig
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.machine import pages
-from deskside.sampler import SamplingParams
 
 FILE = "qwen3.5-35b-a3b-8l.gguf"
 Option = tuple[str, str]  # huge_pages, numa

@@ -29,6 +29,7 @@ from deskside.bench.profile import profile
 from deskside.bench.slices import cache_folder
 from deskside.console import note, progress_bar
 from deskside.engine import LLM
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
 from deskside.machine import watch as measure
@@ -40,7 +41,6 @@ from deskside.plan.rules import Rules
 from deskside.plan.speed import SpeedModel, Step
 from deskside.plan.units import cut
 from deskside.progress import Progress
-from deskside.sampler import SamplingParams
 
 FILES = ("qwen3.5-35b-a3b-8l.gguf", "qwen3.5-397b-a17b-4l-320e.gguf")
 DEPTHS = (16, 1024, 4096)

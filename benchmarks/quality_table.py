@@ -17,8 +17,8 @@ from typing import Any
 
 from deskside import LLM, __version__, quality
 from deskside.cli_quality import WINDOW
-from deskside.config import demo_model
 from deskside.convert.quantize import quantize_file
+from deskside.engine.config import demo_model
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.logprobs import LogProbs, LogProbWriter

@@ -24,7 +24,7 @@ from deskside.bench.record import Record, Run
 from deskside.bench.request import Request
 from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
-from deskside.config import EngineConfig, demo_model
+from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine import rates, watch

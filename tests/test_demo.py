@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deskside import LLM, SamplingParams
-from deskside.config import demo_model
+from deskside.engine.config import demo_model
 
 HELD_OUT = Path(__file__).parent.parent / "benchmarks" / "heldout.txt"
 

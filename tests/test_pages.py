@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from deskside import _native, cli
-from deskside.config import EngineConfig
 from deskside.engine import LLM
+from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.machine import pages
 from deskside.machine.pages import Node

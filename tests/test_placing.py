@@ -16,14 +16,14 @@ import pytest
 
 from deskside import LLM, SamplingParams
 from deskside.backends.native.program import CpuBackend
-from deskside.config import EngineConfig
+from deskside.engine.config import EngineConfig
+from deskside.engine.placing import place
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.lowering.sections import cut, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape
-from deskside.placing import place
 from models import PRESETS, tiny
 from test_cli import deskside, refused
 from torch_devices import PlacedBackend

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from deskside.errors import DesksideError
-from deskside.sampler import (
+from deskside.engine.sampler import (
     Sampler,
     SamplingParams,
     candidates,
@@ -20,6 +19,7 @@ from deskside.sampler import (
     logprobs,
     penalise,
 )
+from deskside.errors import DesksideError
 
 # Every step off: the model's own distribution.
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

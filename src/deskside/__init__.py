@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deskside.engine import LLM, Completion
+    from deskside.engine.sampler import SamplingParams
     from deskside.errors import DesksideError
-    from deskside.sampler import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "DesksideError", "SamplingParams", "__version__"]
@@ -16,7 +16,7 @@ _HOMES = {
     "LLM": "deskside.engine",
     "Completion": "deskside.engine",
     "DesksideError": "deskside.errors",
-    "SamplingParams": "deskside.sampler",
+    "SamplingParams": "deskside.engine.sampler",
 }
 
 

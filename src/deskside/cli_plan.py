@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from deskside.cli_flags import CacheK, CacheV, Ubatch, placeable
-from deskside.config import DEFAULT_CTX, EngineConfig
+from deskside.engine.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DesksideError
 
 DEFAULTS = EngineConfig()
@@ -68,9 +68,9 @@ def plan(
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
     from deskside import console
+    from deskside.engine.placing import lines, machine_of, plan_for, rules_of
     from deskside.machine.descriptions import load_machine, this_machine
     from deskside.models import build_tape
-    from deskside.placing import lines, machine_of, plan_for, rules_of
     from deskside.plan import DoesNotFit, Options
     from deskside.plan import emit as plan_emit
     from deskside.plan import table as plan_table
@@ -117,9 +117,9 @@ def plan(
 
 
 def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
-    from deskside.config import demo_model
     from deskside.convert.quantize import parse_rule
     from deskside.convert.synth import make_plan
+    from deskside.engine.config import demo_model
     from deskside.gguf import GGUF
 
     if model is not None and preset is not None:

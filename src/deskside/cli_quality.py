@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
-from deskside.config import EngineConfig
+from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def perplexity(
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__, quality
-    from deskside.config import demo_model
     from deskside.console import note, progress_bar
     from deskside.engine import LLM
+    from deskside.engine.config import demo_model
     from deskside.logprobs import LogProbs, LogProbWriter
 
     if save is not None and kl is not None:

@@ -22,11 +22,11 @@ from deskside.cli_flags import (
     Ubatch,
     placeable,
 )
-from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
+from deskside.engine.config import EngineConfig, demo_model
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
-from deskside.sampler import SamplingParams
 
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 DEFAULTS = EngineConfig()

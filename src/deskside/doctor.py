@@ -7,8 +7,8 @@ from typing import Annotated
 from typer import Option
 
 from deskside.cli_flags import Threads
-from deskside.config import EngineConfig
 from deskside.console import note
+from deskside.engine.config import EngineConfig
 
 
 def doctor(

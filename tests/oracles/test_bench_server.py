@@ -11,7 +11,7 @@ from deskside.bench.measure import characterise
 from deskside.bench.targets import InProcess
 from deskside.bench.wire import Wire
 from deskside.bench.workload import Item, Workload
-from deskside.config import demo_model
+from deskside.engine.config import demo_model
 from deskside.machine import rates
 
 from . import need

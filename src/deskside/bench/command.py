@@ -15,8 +15,8 @@ from deskside.bench.profile import profile
 from deskside.bench.record import Record
 from deskside.bench.request import Request, Task, task_of
 from deskside.bench.shown import show, show_workloads
-from deskside.config import EngineConfig, demo_model
 from deskside.console import err, note, printable, progress_bar
+from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape

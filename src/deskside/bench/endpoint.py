@@ -22,12 +22,12 @@ from deskside.bench.hashes import hashed
 from deskside.bench.record import ModelFile, Run, Target
 from deskside.bench.text import Token
 from deskside.bench.wire import EndpointError, HttpError, Wire, count, words
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.system import usable_cores
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
-from deskside.sampler import SamplingParams
 from deskside.tape.cost import Work
 
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}

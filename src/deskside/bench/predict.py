@@ -28,15 +28,15 @@ from deskside import _native
 from deskside.bench.choose import Choice, choose
 from deskside.bench.extrapolate import Estimate, extrapolate
 from deskside.bench.slices import Slice, cache_folder, full, period, write
-from deskside.config import EngineConfig
 from deskside.convert.synth import PRESETS
 from deskside.engine import LLM
+from deskside.engine.config import EngineConfig
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.files import write_whole
 from deskside.machine import rates, watch
 from deskside.machine.system import cpu_name, total_memory
 from deskside.progress import Progress, silent
-from deskside.sampler import SamplingParams
 from deskside.tape.cache import kv_type
 from deskside.tape.cost import Work, limit
 from deskside.text.tokenizer import CONTROL, UNUSED

@@ -12,7 +12,7 @@ from typing import Any
 from deskside.bench import endpoint
 from deskside.bench.record import Record, Target
 from deskside.bench.workload import Workload
-from deskside.config import EngineConfig, demo_model
+from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError
 
 DEFAULT_WORKLOAD = "article"

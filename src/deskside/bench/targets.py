@@ -16,15 +16,15 @@ from deskside.bench.hashes import hashed
 from deskside.bench.record import Run, Target
 from deskside.bench.text import Token
 from deskside.bench.workload import Workload, fit_context
-from deskside.config import EngineConfig
 from deskside.engine import LLM
+from deskside.engine.config import EngineConfig
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine import watch
 from deskside.machine.system import available_memory
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
-from deskside.sampler import SamplingParams
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
 from deskside.tape.cost import Work

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
-from deskside.sampler import SamplingParams
 
 SAMPLING = (
     "temperature",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +13,10 @@ from numpy.typing import NDArray
 from deskside.backends import Backend
 from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
-from deskside.config import DEFAULT_CTX, EngineConfig
+from deskside.engine.config import DEFAULT_CTX, EngineConfig
+from deskside.engine.placing import Lending, place
+from deskside.engine.results import Chunk, Completion, Timings
+from deskside.engine.sampler import Sampler, SamplingParams
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.gguf.quants import QuantType
@@ -23,10 +25,8 @@ from deskside.machine.devices import CPU
 from deskside.machine.pages import lock, need_lockable
 from deskside.machine.system import available_memory
 from deskside.models import build_tape
-from deskside.placing import Lending, place
 from deskside.plan import Plan
 from deskside.progress import Progress, silent
-from deskside.sampler import Sampler, SamplingParams
 from deskside.tape import KVState
 from deskside.tape.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.text.chat import ChatTemplate
@@ -37,53 +37,6 @@ from deskside.text.tokenizer import Tokenizer
 CHECK_BYTES = 1 << 30
 
 __all__ = ["LLM", "Chunk", "Completion", "Timings"]
-
-
-@dataclass
-class Timings:
-    """Seconds on the clocks that are kept apart.
-
-    prompt_seconds     prefill of `prompt_tokens` tokens (`cached_tokens` more were in the cache)
-    first_seconds      from the call to the first generated token
-    decode_seconds     from the first to the last generated token: `generated_tokens - 1` steps
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    prompt_seconds: float = 0.0
-    first_seconds: float = 0.0
-    generated_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second; 0 where nothing was computed."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Generated tokens per second after the first; 0 for a single token."""
-        steps = self.generated_tokens - 1
-        return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A step of generation: the token and the text that it made certain (may be empty)."""
-
-    token: int | None
-    text: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """stop_reason: "stop" (end token or stop string), "length" (max_tokens) or "context"."""
-
-    text: str
-    tokens: list[int]
-    timings: Timings
-    stop_reason: str
-    seed: int
 
 
 class LLM:

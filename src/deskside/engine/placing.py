@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from deskside.config import EngineConfig
+from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.lowering.memory import Way
 from deskside.lowering.sections import Helper
