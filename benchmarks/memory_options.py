@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deskside.bench.slices import cache_folder
+from deskside.bench.predict.slices import cache_folder
 from deskside.console import note, progress_bar
 from deskside.engine import LLM
 from deskside.engine.config import EngineConfig

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deskside.bench.profile import profile
-from deskside.bench.slices import cache_folder
+from deskside.bench.measure.profile import profile
+from deskside.bench.predict.slices import cache_folder
 from deskside.console import note, progress_bar
 from deskside.engine import LLM
 from deskside.engine.sampler import SamplingParams

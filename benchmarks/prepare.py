@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.machine import BenchError
 from benchmarks.plan import IK, LLAMA, ROOT
-from deskside.bench.slices import Slice, cache_folder, write
+from deskside.bench.predict.slices import Slice, cache_folder, write
 from deskside.errors import DesksideError
 
 Say = Callable[[str], None]

@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deskside import LLM, __version__, quality
+from deskside import LLM, __version__
+from deskside.bench.quality import perplexity as quality
+from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
+from deskside.bench.quality.perplexity import Perplexity
 from deskside.cli_quality import WINDOW
 from deskside.convert.quantize import quantize_file
 from deskside.engine.config import demo_model
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.logprobs import LogProbs, LogProbWriter
-from deskside.quality import Perplexity
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
 F32_KV = {"ctk": "f32", "ctv": "f32"}

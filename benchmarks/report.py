@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.plan import ENGINES, OURS, PEERS, Test
-from deskside.bench.stats import Ratio, median_ratio
+from deskside.bench.report.stats import Ratio, median_ratio
 from deskside.tape.cost import limit
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
-from deskside.bench.arrivals import Arrivals, timed
-from deskside.bench.endpoint import LlamaServer, OpenAIServer, connect, is_local
-from deskside.bench.measure import characterise
+from deskside.bench.measure.arrivals import Arrivals, timed
+from deskside.bench.measure.endpoint import LlamaServer, OpenAIServer, connect, is_local
+from deskside.bench.measure.loop import characterise
+from deskside.bench.measure.targets import InProcess
 from deskside.bench.record import Record, Run
-from deskside.bench.targets import InProcess
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
 from deskside.machine import rates
@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_be_switched_off_gets_new_prompts_every_time(
     openai: Server, llama: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moments = iter(f"2026-01-01T00:00:{i:02}" for i in range(60))
-    monkeypatch.setattr("deskside.bench.measure._now", lambda: next(moments))
+    monkeypatch.setattr("deskside.bench.measure.loop._now", lambda: next(moments))
     for server in (openai, llama):
         for i in range(2):
             bench(server, tmp_path / f"{i}.json", workload=Workload("w", (Item("a", 60, 2),)))

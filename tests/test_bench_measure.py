@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from deskside.bench import command, measure
-from deskside.bench.measure import characterise, plan
-from deskside.bench.profile import profile
+from deskside.bench import command
+from deskside.bench.measure import loop as measure
+from deskside.bench.measure.loop import characterise, plan
+from deskside.bench.measure.profile import profile
+from deskside.bench.measure.targets import InProcess, context_room, load
 from deskside.bench.record import Record, Run
 from deskside.bench.request import Request
-from deskside.bench.targets import InProcess, context_room, load
 from deskside.bench.workload import Item, Workload
 from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError
@@ -361,7 +362,7 @@ def test_a_context_is_as_long_as_needed_and_as_memory_allows(
     assert room == tape.n_ctx_train and str(room) in why
     weights = sum(w.nbytes for w in tape.weights().values())
     free = weights + 500_000_000 + 2_000_000
-    monkeypatch.setattr("deskside.bench.targets.available_memory", lambda: free)
+    monkeypatch.setattr("deskside.bench.measure.targets.available_memory", lambda: free)
     room, why = context_room(tape, EngineConfig())
     assert 1 < room < tape.n_ctx_train and "free memory" in why
     with pytest.raises(DesksideError, match="--vs: the two models"):

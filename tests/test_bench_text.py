@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside import LLM
-from deskside.bench.hashes import cache_file, hashed
-from deskside.bench.targets import InProcess
-from deskside.bench.text import (
+from deskside.bench.measure.hashes import cache_file, hashed
+from deskside.bench.measure.targets import InProcess
+from deskside.bench.measure.text import (
     NONCE_TOKENS,
     Corpus,
     Token,

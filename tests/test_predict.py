@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from deskside import cli
-from deskside.bench import choose as choosing
-from deskside.bench import extrapolate as ex
-from deskside.bench import predict as predicting
-from deskside.bench.choose import Choice, choose
-from deskside.bench.predict import Options, predict
-from deskside.bench.slices import Slice, full, write
+from deskside.bench.predict import choose as choosing
+from deskside.bench.predict import extrapolate as ex
+from deskside.bench.predict import measure as predicting
+from deskside.bench.predict.choose import Choice, choose
+from deskside.bench.predict.measure import Options, predict
+from deskside.bench.predict.slices import Slice, full, write
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside import LLM, logprobs, quality
+from deskside import LLM
+from deskside.bench.quality import logprobs
+from deskside.bench.quality import perplexity as quality
+from deskside.bench.quality.logprobs import Header, LogProbs, LogProbWriter
 from deskside.errors import DesksideError
-from deskside.logprobs import Header, LogProbs, LogProbWriter
 from models import rewrite, tiny
 from test_cli import deskside, refused
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside.bench.analysis import summarise
-from deskside.bench.facts import Side
+from deskside.bench.report.analysis import summarise
+from deskside.bench.report.facts import Side
 from deskside.machine.watch import Load
 from records import BANDWIDTH, COMPUTE, MACS, PROMPTS, make_record, make_run
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deskside.bench.analysis import summarise
-from deskside.bench.compare import (
+from deskside.bench.record import Record
+from deskside.bench.report.analysis import summarise
+from deskside.bench.report.compare import (
     FASTER,
     SAME,
     SLOWER,
@@ -18,7 +19,6 @@ from deskside.bench.compare import (
     Quantity,
     compare,
 )
-from deskside.bench.record import Record
 from deskside.errors import DesksideError
 from records import make_record
 from test_cli import inside

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from deskside.bench import record as record_module
-from deskside.bench import report, tables
 from deskside.bench.record import Ceiling, OpProfile, Record, Run, Target
-from deskside.bench.verdict import REASONS
+from deskside.bench.report import tables
+from deskside.bench.report import write as report
+from deskside.bench.report.verdict import REASONS
 from deskside.machine.watch import Load
 from records import make_record
 from test_cli import inside, refused

@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside.bench import stats
+from deskside.bench.report import stats
 
 values = st.lists(st.floats(0.1, 1e4), min_size=1, max_size=40)
 

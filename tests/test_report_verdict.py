@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deskside.bench.analysis import summarise
 from deskside.bench.record import Record
-from deskside.bench.verdict import (
+from deskside.bench.report.analysis import summarise
+from deskside.bench.report.verdict import (
     DEFAULTS,
     FAILED,
     PASSED,

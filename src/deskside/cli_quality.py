@@ -18,7 +18,7 @@ from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
-    from deskside.quality import Divergence, Perplexity
+    from deskside.bench.quality.perplexity import Divergence, Perplexity
 
 DEFAULTS = EngineConfig()
 WINDOW = 512  # tokens, as in llama.cpp's tool
@@ -49,11 +49,12 @@ def perplexity(
     placing: Mapping[str, Any] = {},
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
-    from deskside import __version__, quality
+    from deskside import __version__
+    from deskside.bench.quality import perplexity as quality
+    from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
     from deskside.console import note, progress_bar
     from deskside.engine import LLM
     from deskside.engine.config import demo_model
-    from deskside.logprobs import LogProbs, LogProbWriter
 
     if save is not None and kl is not None:
         raise DesksideError("--save-logits and --kl are for two runs: first write, then compare")
@@ -139,8 +140,8 @@ def predict(
     out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
 ) -> None:
     """The speed of a large model on this machine, before its download: from slices of it."""
-    from deskside.bench.predict import Options, predict
-    from deskside.bench.predict_table import show
+    from deskside.bench.predict.measure import Options, predict
+    from deskside.bench.predict.table import show
     from deskside.console import note, progress_bar
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):

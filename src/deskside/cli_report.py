@@ -14,7 +14,7 @@ from deskside.console import err, note, printable, wide
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
-    from deskside.bench.compare import Comparison
+    from deskside.bench.report.compare import Comparison
 
 REGRESSION = 1  # exit code
 
@@ -31,8 +31,8 @@ def compare(
 
     In one record A is the candidate. Exit code 1 if the candidate is slower beyond the threshold, 2
     for bad input."""
-    from deskside.bench import compare as comparing
     from deskside.bench.record import Record
+    from deskside.bench.report import compare as comparing
 
     if not 0 <= threshold < 100:
         raise DesksideError(f"--threshold {threshold:g}: expected per cent from 0 to below 100")
@@ -51,7 +51,7 @@ def compare(
 
 
 def _show(found: Comparison) -> None:
-    from deskside.bench import tables
+    from deskside.bench.report import tables
 
     out = wide()
     for shown in (tables.comparison(found), tables.comparison_items(found)):
@@ -75,9 +75,9 @@ def report(
     ] = None,
 ) -> None:
     """Write RECORD.md and RECORD.html again from a record; nothing is measured."""
-    from deskside.bench import report as reporting
     from deskside.bench.record import Record
-    from deskside.bench.verdict import DEFAULTS, Criteria
+    from deskside.bench.report import write as reporting
+    from deskside.bench.report.verdict import DEFAULTS, Criteria
 
     limits = Criteria.load(criteria) if criteria is not None else DEFAULTS
     seen = reporting.write(Record.load(record), record, limits)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deskside.bench.endpoint import LlamaServer, OpenAIServer, connect
-from deskside.bench.measure import characterise
-from deskside.bench.targets import InProcess
-from deskside.bench.wire import Wire
+from deskside.bench.measure.endpoint import LlamaServer, OpenAIServer, connect
+from deskside.bench.measure.loop import characterise
+from deskside.bench.measure.targets import InProcess
 from deskside.bench.workload import Item, Workload
 from deskside.engine.config import demo_model
 from deskside.machine import rates
+from deskside.server.client import Wire
 
 from . import need
 from .remote import Remote

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deskside import LLM, quality
+from deskside import LLM
+from deskside.bench.quality import perplexity as quality
 
 from . import metrics, need, peers
 from .fetch import SMOLLM2

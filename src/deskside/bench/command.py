@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from deskside.bench import endpoint, measure, targets
-from deskside.bench.hashes import hashed
-from deskside.bench.profile import profile
+from deskside.bench.measure import endpoint, targets
+from deskside.bench.measure import loop as measure
+from deskside.bench.measure.hashes import hashed
+from deskside.bench.measure.profile import profile
 from deskside.bench.record import Record
 from deskside.bench.request import Request, Task, task_of
 from deskside.bench.shown import show, show_workloads
@@ -60,7 +61,7 @@ def main(request: Request) -> int:
     show(record)
     written = [out]
     if not request.no_report:
-        from deskside.bench import report
+        from deskside.bench.report import write as report
 
         err.print(printable(report.write(record, out).headline), markup=False)
         written += report.paths(out)

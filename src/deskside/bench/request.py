@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deskside.bench import endpoint
+from deskside.bench.measure import endpoint
 from deskside.bench.record import Record, Target
 from deskside.bench.workload import Workload
 from deskside.engine.config import EngineConfig, demo_model

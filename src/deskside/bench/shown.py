@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from deskside.bench.facts import share
 from deskside.bench.record import Record, Run
-from deskside.bench.tables import number, percent
+from deskside.bench.report.facts import share
+from deskside.bench.report.tables import number, percent
 from deskside.bench.workload import Workload, shipped
 from deskside.console import printable, wide
 

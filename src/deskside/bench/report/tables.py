@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deskside.bench.analysis import known, positive
-from deskside.bench.compare import Comparison
-from deskside.bench.facts import STABLE, Row, Side, share
 from deskside.bench.record import OpProfile, Record, Target
-from deskside.bench.stats import Interval, Ratio, Sample
-from deskside.bench.verdict import Criterion
+from deskside.bench.report.analysis import known, positive
+from deskside.bench.report.compare import Comparison
+from deskside.bench.report.facts import STABLE, Row, Side, share
+from deskside.bench.report.stats import Interval, Ratio, Sample
+from deskside.bench.report.verdict import Criterion
 
 NONE = "-"
 PHASES = {"extra": "warm-up run"}  # what a phase is called, where it is not its name

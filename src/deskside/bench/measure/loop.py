@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deskside import __version__
-from deskside.bench.ceiling import Limits
+from deskside.bench.measure.ceiling import Limits
+from deskside.bench.measure.targets import TargetRunner
+from deskside.bench.measure.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
 from deskside.bench.record import Record, Run, Target
-from deskside.bench.targets import TargetRunner
-from deskside.bench.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
 from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
 from deskside.machine import watch

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from deskside import _native
-from deskside.bench.choose import Choice, choose
-from deskside.bench.extrapolate import Estimate, extrapolate
-from deskside.bench.slices import Slice, cache_folder, full, period, write
+from deskside.bench.predict.choose import Choice, choose
+from deskside.bench.predict.extrapolate import Estimate, extrapolate
+from deskside.bench.predict.slices import Slice, cache_folder, full, period, write
 from deskside.convert.synth import PRESETS
 from deskside.engine import LLM
 from deskside.engine.config import EngineConfig

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from deskside import __version__
 from deskside.backends.native.program import CpuBackend
-from deskside.bench.ceiling import Roof
-from deskside.bench.hashes import hashed
+from deskside.bench.measure.ceiling import Roof
+from deskside.bench.measure.hashes import hashed
+from deskside.bench.measure.text import Token
 from deskside.bench.record import Run, Target
-from deskside.bench.text import Token
 from deskside.bench.workload import Workload, fit_context
 from deskside.engine import LLM
 from deskside.engine.config import EngineConfig

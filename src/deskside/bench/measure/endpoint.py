@@ -16,18 +16,18 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from deskside.bench.arrivals import Arrivals, timed
-from deskside.bench.ceiling import Roof
-from deskside.bench.hashes import hashed
+from deskside.bench.measure.arrivals import Arrivals, timed
+from deskside.bench.measure.ceiling import Roof
+from deskside.bench.measure.hashes import hashed
+from deskside.bench.measure.text import Token
 from deskside.bench.record import ModelFile, Run, Target
-from deskside.bench.text import Token
-from deskside.bench.wire import EndpointError, HttpError, Wire, count, words
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.system import usable_cores
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
+from deskside.server.client import EndpointError, HttpError, Wire, count, words
 from deskside.tape.cost import Work
 
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}

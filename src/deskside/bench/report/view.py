@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from deskside.bench import tables
-from deskside.bench.analysis import known, summarise
-from deskside.bench.compare import Comparison, compare
-from deskside.bench.facts import Side, Summary
 from deskside.bench.record import Record, Target
-from deskside.bench.verdict import (
+from deskside.bench.report import tables
+from deskside.bench.report.analysis import known, summarise
+from deskside.bench.report.compare import Comparison, compare
+from deskside.bench.report.facts import Side, Summary
+from deskside.bench.report.verdict import (
     DEFAULTS,
     FAILED,
     PASSED,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deskside.bench.record import Run
-from deskside.bench.stats import Interval, Line, Sample, Start
+from deskside.bench.report.stats import Interval, Line, Sample, Start
 
 STABLE = 0.10  # "stable with context": decode changes by less over the measured depths
 COUNTED = ("cold", "warm-up", "steady")

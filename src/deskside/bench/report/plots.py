@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from deskside.bench import svg
-from deskside.bench.analysis import positive
-from deskside.bench.facts import COUNTED, Row, Side, Summary
 from deskside.bench.record import Record
-from deskside.bench.svg import Axis, Plot, axis
-from deskside.bench.tables import measured_limits, number, percent, roofline
+from deskside.bench.report import svg
+from deskside.bench.report.analysis import positive
+from deskside.bench.report.facts import COUNTED, Row, Side, Summary
+from deskside.bench.report.svg import Axis, Plot, axis
+from deskside.bench.report.tables import measured_limits, number, percent, roofline
 
 WIDE = 8.0  # values that span this factor are shown on a logarithmic axis
 SHAPES = {"cold": "cross", "warm-up": "ring", "steady": "dot"}

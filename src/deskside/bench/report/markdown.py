@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from deskside.bench import tables
-from deskside.bench.tables import Table
-from deskside.bench.view import View
+from deskside.bench.report import tables
+from deskside.bench.report.tables import Table
+from deskside.bench.report.view import View
 
 
 def render(view: View) -> str:

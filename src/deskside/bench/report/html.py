@@ -7,14 +7,14 @@ from xml.etree import ElementTree as ET
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from deskside.bench import plots, tables
-from deskside.bench.svg import Plot, sample_mark
-from deskside.bench.view import View
+from deskside.bench.report import plots, tables
+from deskside.bench.report.svg import Plot, sample_mark
+from deskside.bench.report.view import View
 
 
 def render(view: View) -> str:
     environment = Environment(
-        loader=PackageLoader("deskside.bench", "."),
+        loader=PackageLoader("deskside.bench.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

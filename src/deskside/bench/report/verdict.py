@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deskside.bench.analysis import known
-from deskside.bench.facts import Length, Side, Summary
 from deskside.bench.record import Record
-from deskside.bench.stats import FEWEST
+from deskside.bench.report.analysis import known
+from deskside.bench.report.facts import Length, Side, Summary
+from deskside.bench.report.stats import FEWEST
 from deskside.errors import DesksideError
 from deskside.machine.watch import Machine
 

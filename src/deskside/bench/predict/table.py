@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deskside.bench.predict import Figure, Prediction
+from deskside.bench.predict.measure import Figure, Prediction
 
 WIDTH = 110  # columns that the widest table needs; piped output has 80 otherwise
 

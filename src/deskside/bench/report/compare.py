@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from deskside.bench.analysis import summarise
-from deskside.bench.facts import Row, Side
 from deskside.bench.record import Record, Target
-from deskside.bench.stats import FEWEST, Ratio, median_ratio
+from deskside.bench.report.analysis import summarise
+from deskside.bench.report.facts import Row, Side
+from deskside.bench.report.stats import FEWEST, Ratio, median_ratio
 from deskside.errors import DesksideError
 
 THRESHOLD = 0.05  # two sessions on one machine differ by some per cent with nothing changed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deskside.bench.record import Run
-from deskside.bench.wire import number
+from deskside.server.client import number
 
 
 @dataclass

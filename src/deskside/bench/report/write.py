@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deskside.bench import html, markdown
 from deskside.bench.record import Record
-from deskside.bench.verdict import DEFAULTS, Criteria
-from deskside.bench.view import View, view
+from deskside.bench.report import html, markdown
+from deskside.bench.report.verdict import DEFAULTS, Criteria
+from deskside.bench.report.view import View, view
 from deskside.errors import DesksideError
 
 SUFFIXES = (".md", ".html")

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from deskside.bench.facts import COUNTED, Cache, Depth, Gaps, Length, Row, Side, Summary
 from deskside.bench.record import Record, Run
-from deskside.bench.stats import (
+from deskside.bench.report.facts import COUNTED, Cache, Depth, Gaps, Length, Row, Side, Summary
+from deskside.bench.report.stats import (
     OUTLIER,
     Interval,
     Start,

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deskside.bench.quality.logprobs import Header, LogProbs, LogProbWriter
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.files import sha256
-from deskside.logprobs import Header, LogProbs, LogProbWriter
 from deskside.progress import Progress, silent
 
 MIN_CTX = 8

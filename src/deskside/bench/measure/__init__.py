@@ -1,0 +1,1 @@
+"""What is measured and how: targets, prompts, the loop, what stands beside a figure."""

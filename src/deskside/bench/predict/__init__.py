@@ -1,0 +1,1 @@
+"""Speed of a model from slices of it, before its download."""

@@ -1,0 +1,1 @@
+"""What quantising costs: perplexity, divergence from a reference run."""

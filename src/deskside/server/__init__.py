@@ -1,0 +1,1 @@
+"""Both ends of the HTTP APIs; so far the client's."""
