@@ -18,8 +18,7 @@ from typing import Any
 from deskside import LLM, __version__
 from deskside.bench.quality import perplexity as quality
 from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
-from deskside.bench.quality.perplexity import Perplexity
-from deskside.cli_quality import WINDOW
+from deskside.bench.quality.perplexity import WINDOW, Perplexity
 from deskside.convert.quantize import quantize_file
 from deskside.engine.config import demo_model
 from deskside.gguf import GGUF

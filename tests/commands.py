@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from deskside import cli
+from deskside.cli import app as cli
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

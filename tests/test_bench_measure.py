@@ -563,7 +563,7 @@ def test_a_key_is_not_recorded() -> None:
 
 
 def test_bench_is_imported_only_when_asked() -> None:
-    code = "import deskside.cli, sys; assert 'deskside.bench' not in sys.modules"
+    code = "import deskside.cli.app, sys; assert 'deskside.bench' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

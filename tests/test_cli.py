@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from deskside import cli
+from deskside.cli import app as cli
 from models import rewrite, tiny
 
 COMMAND = [sys.executable, "-c", "from deskside.cli import main; main()"]

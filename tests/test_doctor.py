@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deskside.bench import doctor
+from deskside.cli import doctor
 from deskside.machine import limits as measured
 from deskside.machine import pages, rates
 from deskside.machine.descriptions import machine_file, store, this_machine

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deskside import _native, cli
+from deskside import _native
+from deskside.cli import app as cli
 from deskside.engine import LLM
 from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deskside import cli
 from deskside.bench.predict import choose as choosing
 from deskside.bench.predict import extrapolate as ex
 from deskside.bench.predict import measure as predicting
 from deskside.bench.predict.choose import Choice, choose
 from deskside.bench.predict.measure import Options, predict
 from deskside.bench.predict.slices import Slice, full, write
+from deskside.cli import app as cli
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape

@@ -26,6 +26,7 @@ from deskside.errors import DesksideError
 from deskside.files import sha256
 from deskside.progress import Progress, silent
 
+WINDOW = 512  # tokens, as in llama.cpp's tool
 MIN_CTX = 8
 # Logits that the engine hands over at once, and elements that are worked on at once in float64:
 # a vocabulary of 248,320 makes 135 rows, and 16.

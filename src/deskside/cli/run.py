@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import (
+from deskside.cli.flags import (
     CacheK,
     CacheV,
     HugePages,

@@ -9,17 +9,9 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from deskside import (
-    cli_bench,
-    cli_files,
-    cli_plan,
-    cli_quality,
-    cli_report,
-    cli_run,
-    console,
-    doctor,
-)
-from deskside.cli_flags import strip_ignored
+from deskside import console
+from deskside.cli import bench, doctor, files, plan, predict, quality, report, run
+from deskside.cli.flags import strip_ignored
 from deskside.errors import DesksideError
 
 app = typer.Typer(
@@ -30,16 +22,16 @@ app = typer.Typer(
     help="Runs mixture-of-experts language models on one workstation, and proves it.",
 )
 COMMANDS: list[Callable[..., int | None]] = [
-    cli_run.run,
-    cli_bench.bench,
-    cli_plan.plan,
-    cli_files.synth,
-    cli_files.convert,
-    cli_files.quantize,
-    cli_quality.perplexity,
-    cli_quality.predict,
-    cli_report.compare,
-    cli_report.report,
+    run.run,
+    bench.bench,
+    plan.plan,
+    files.synth,
+    files.convert,
+    files.quantize,
+    quality.perplexity,
+    predict.predict,
+    report.compare,
+    report.report,
     doctor.doctor,
 ]
 for command in COMMANDS:

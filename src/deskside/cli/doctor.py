@@ -1,7 +1,4 @@
-"""What `deskside doctor` does: measures, shows, keeps and recommends.
-
-What is measured is kept for `deskside plan` (machines.py).
-"""
+"""`deskside doctor`: measures, shows, keeps for `deskside plan`, recommends."""
 
 from __future__ import annotations
 
@@ -10,13 +7,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from deskside import _native
+from deskside.cli.flags import Threads
 from deskside.console import note, printable, progress_bar, wide
+from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.machine import pages
 from deskside.machine.descriptions import store, this_machine
@@ -40,6 +40,23 @@ if TYPE_CHECKING:
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 WORTH = 1.03  # times faster before pages are recommended
 FEW = 0.9  # of memory in huge pages, where they were asked for
+
+
+def doctor(
+    threads: Threads = 0,
+    quick: Annotated[
+        bool, Option("--quick", help="one and all threads, transparent huge pages alone")
+    ] = False,
+    no_store: Annotated[
+        bool, Option("--no-store", help="do not keep the figures for `deskside plan`")
+    ] = False,
+    json_: Annotated[bool, Option("--json", help="figures for other programs")] = False,
+) -> None:
+    """Show what this machine has and measure what limits it; keep that for `deskside plan`."""
+    n_threads = EngineConfig(threads=threads).n_threads
+    if threads > n_threads:
+        note(f"-t {threads} is more than the usable cores; measuring with {n_threads}")
+    main(n_threads, quick=quick, keep=not no_store, as_json=json_)
 
 
 def main(n_threads: int, *, quick: bool, keep: bool, as_json: bool) -> None:

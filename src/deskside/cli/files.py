@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from deskside.cli_flags import TensorTypes, Threads
+from deskside.cli.flags import TensorTypes, Threads
 from deskside.console import err, note, progress_bar
 from deskside.engine.config import EngineConfig
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli_flags import CacheK, CacheV, Ubatch, placeable
+from deskside.cli.flags import CacheK, CacheV, Ubatch, placeable
 from deskside.engine.config import DEFAULT_CTX, EngineConfig
 from deskside.errors import DesksideError
 

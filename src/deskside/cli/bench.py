@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside import cli_quality
-from deskside.cli_flags import Model, placeable
+from deskside.cli.flags import Model, placeable
+from deskside.cli.predict import predict
 from deskside.errors import DesksideError
 
 TIMEOUT = 600.0
@@ -150,5 +150,5 @@ def _predict(preset: str | None, given: dict[str, Any]) -> int:
             flag = "device" if name == "devices" else name.replace("_", "-")
             raise DesksideError(f"--{flag} has no meaning with --preset, which runs no workload")
     taken |= {"repeats": repeats, "kv": kv or v}
-    cli_quality.predict(preset, **{k: value for k, value in taken.items() if value is not None})
+    predict(preset, **{k: value for k, value in taken.items() if value is not None})
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from deskside.cli_flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
+from deskside.cli.flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
 from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from deskside.bench.quality.perplexity import Divergence, Perplexity
 
 DEFAULTS = EngineConfig()
-WINDOW = 512  # tokens, as in llama.cpp's tool
 
 
 @placeable
@@ -29,8 +28,14 @@ def perplexity(
     file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
     model: Model = None,
     ctx: Annotated[
-        int, Option("-c", "--ctx-size", help="tokens of a window; 0 = the model's context")
-    ] = WINDOW,
+        int | None,
+        Option(
+            "-c",
+            "--ctx-size",
+            show_default="512",
+            help="tokens of a window; 0 = the model's context",
+        ),
+    ] = None,
     chunks: Annotated[int | None, Option("--chunks", help="score only so many windows")] = None,
     save: Annotated[
         Path | None,
@@ -65,7 +70,8 @@ def perplexity(
     reference = None if kl is None else LogProbs.open(kl)
     with progress_bar() as progress, ExitStack() as stack:
         llm = LLM(
-            model or demo_model(), progress=progress, ctx=ctx, threads=threads, ubatch=ubatch,
+            model or demo_model(), progress=progress,
+            ctx=quality.WINDOW if ctx is None else ctx, threads=threads, ubatch=ubatch,
             ctk=ctk, ctv=ctv, isa=isa, **placing,
         )  # fmt: skip
         for line in llm.notes:
@@ -111,58 +117,3 @@ def _divergence(d: Divergence) -> list[str]:
         f"  Δp, mean        {100 * d.dp_mean:+.4f} ± {100 * d.dp_mean_error:.4f} %",
         f"  Δp, RMS         {100 * d.dp_rms:.4f} %",
     ]
-
-
-def predict(
-    preset: Annotated[str, Argument(help="such as qwen3.5-397b-a17b")],
-    layers: Annotated[
-        str, Option("--layers", help="of the slices that are measured: auto, or such as 4,8,12")
-    ] = "auto",
-    experts: Annotated[
-        int | None, Option("--experts", help="fewer experts a layer", show_default="as fit")
-    ] = None,
-    check: Annotated[
-        int | None,
-        Option("--check", metavar="LAYERS", help="predict and measure one more slice"),
-    ] = None,
-    depths: Annotated[
-        str, Option("--depths", help="context at which decoding is timed, such as 512,4096")
-    ] = "512",
-    generate: Annotated[int, Option("--generate", help="tokens decoded in a sample")] = 32,
-    repeats: Annotated[int, Option("--repeats", help="rounds")] = 5,
-    keep: Annotated[
-        bool, Option("--keep/--no-keep", help="leave the slices in the cache folder")
-    ] = True,
-    threads: Threads = DEFAULTS.threads,
-    ubatch: Ubatch = DEFAULTS.ubatch,
-    kv: Annotated[str, Option("--kv", help="type of the cache: f16, q8_0, f32")] = DEFAULTS.ctk,
-    isa: Isa = DEFAULTS.isa,
-    out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
-) -> None:
-    """The speed of a large model on this machine, before its download: from slices of it."""
-    from deskside.bench.predict.measure import Options, predict
-    from deskside.bench.predict.table import show
-    from deskside.console import note, progress_bar
-
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise DesksideError(f"--out {out}: expected a file in a folder that exists")
-    wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
-    options = Options(
-        depths=_numbers("--depths", depths), generate=generate, repeats=repeats,
-        threads=threads, kv=kv, ubatch=ubatch, isa=isa,
-    )  # fmt: skip
-    with progress_bar() as progress:
-        result = predict(
-            preset, wanted, experts=experts, check=check, options=options, keep=keep, say=note,
-            progress=progress,
-        )  # fmt: skip
-    show(result)
-    if out is not None:
-        result.save(out)
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise DesksideError(f"{flag} {text}: expected numbers such as 4,8,12") from None

@@ -1,0 +1,69 @@
+"""`deskside predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from deskside.cli.flags import Isa, Threads, Ubatch
+from deskside.engine.config import EngineConfig
+from deskside.errors import DesksideError
+
+DEFAULTS = EngineConfig()
+
+
+def predict(
+    preset: Annotated[str, Argument(help="such as qwen3.5-397b-a17b")],
+    layers: Annotated[
+        str, Option("--layers", help="of the slices that are measured: auto, or such as 4,8,12")
+    ] = "auto",
+    experts: Annotated[
+        int | None, Option("--experts", help="fewer experts a layer", show_default="as fit")
+    ] = None,
+    check: Annotated[
+        int | None,
+        Option("--check", metavar="LAYERS", help="predict and measure one more slice"),
+    ] = None,
+    depths: Annotated[
+        str, Option("--depths", help="context at which decoding is timed, such as 512,4096")
+    ] = "512",
+    generate: Annotated[int, Option("--generate", help="tokens decoded in a sample")] = 32,
+    repeats: Annotated[int, Option("--repeats", help="rounds")] = 5,
+    keep: Annotated[
+        bool, Option("--keep/--no-keep", help="leave the slices in the cache folder")
+    ] = True,
+    threads: Threads = DEFAULTS.threads,
+    ubatch: Ubatch = DEFAULTS.ubatch,
+    kv: Annotated[str, Option("--kv", help="type of the cache: f16, q8_0, f32")] = DEFAULTS.ctk,
+    isa: Isa = DEFAULTS.isa,
+    out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
+) -> None:
+    """The speed of a large model on this machine, before its download: from slices of it."""
+    from deskside.bench.predict.measure import Options, predict
+    from deskside.bench.predict.table import show
+    from deskside.console import note, progress_bar
+
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise DesksideError(f"--out {out}: expected a file in a folder that exists")
+    wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
+    options = Options(
+        depths=_numbers("--depths", depths), generate=generate, repeats=repeats,
+        threads=threads, kv=kv, ubatch=ubatch, isa=isa,
+    )  # fmt: skip
+    with progress_bar() as progress:
+        result = predict(
+            preset, wanted, experts=experts, check=check, options=options, keep=keep, say=note,
+            progress=progress,
+        )  # fmt: skip
+    show(result)
+    if out is not None:
+        result.save(out)
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise DesksideError(f"{flag} {text}: expected numbers such as 4,8,12") from None
