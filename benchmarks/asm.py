@@ -2,7 +2,7 @@
 
     python -m benchmarks.asm
 
-Compiles native/matmul.cpp with the flags in CMakeLists.txt and finds in its disassembly each
+Compiles native/isa/matmul.cpp with the flags in CMakeLists.txt and finds in its disassembly each
 kernel's loop over blocks of 32 weights, by the number of vpdpbusd. Counts are for 512 products: a
 block of 16 rows by one row of activations. "moves in" only bring memory to a register; "operands"
 are in memory, of vpdpbusd and of other vector instructions; "spills" access the stack with a zmm
@@ -55,6 +55,7 @@ def flags(cmake: str) -> list[str]:
     if None in found:
         raise BenchError("the flags in CMakeLists.txt are not where they were")
     own = ["-std=gnu++20", "-fPIC", "-DDESKSIDE_X86", "-DDESKSIDE_ISA=avx512"]
+    own += [f"-I{ROOT / 'native' / folder}" for folder in ("", "isa", "weights")]
     return own + " ".join(match[1] for match in found if match).split()
 
 
@@ -64,7 +65,7 @@ def disassemble(into: Path) -> list[str]:
         if shutil.which(tool) is None:
             raise BenchError(f"{tool} is missing (Debian, Ubuntu: apt-get install g++ binutils)")
     command = [compiler, *flags((ROOT / "CMakeLists.txt").read_text()), "-o", str(into)]
-    if subprocess.run([*command, "-c", str(ROOT / "native/matmul.cpp")]).returncode:
+    if subprocess.run([*command, "-c", str(ROOT / "native/isa/matmul.cpp")]).returncode:
         raise BenchError(f"{compiler} failed")
     show = ["objdump", "-d", "-C", "-M", "intel", "--no-show-raw-insn", str(into)]
     return subprocess.run(show, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -17,7 +17,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or ""
 def test_every_task_runs_once_and_nothing_races(tmp_path: Path) -> None:
     program = tmp_path / "team"
     source = ROOT / "tests" / "native" / "team.cpp"
-    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", f"-I{ROOT / 'native'}", "-pthread"]
+    includes = [f"-I{ROOT / folder}" for folder in ("native", "native/program")]
+    flags = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", *includes, "-pthread"]
     built = subprocess.run(
         [COMPILER, *flags, str(source), "-o", str(program)], capture_output=True, text=True
     )

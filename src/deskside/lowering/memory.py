@@ -1,6 +1,6 @@
 """Bytes that a model takes on a device, as the engine takes them.
 
-CPU (backends/weights.py, buffers.py, native/program.cpp): matrices in panels of 16 rows, each group
+CPU (backends/weights.py, buffers.py, native/program/program.cpp): matrices in panels of 16 rows, each group
 on pages of its own; vectors in float32; the embedding stays in the mapped file and counts only
 where it may not (`--no-mmap`, `--mlock`); an arena of activations and work memory for each
 thread. GPU: the file's bytes, in blocks of 512 as torch hands them out, and what its sections need
@@ -137,6 +137,6 @@ def _needs(op: NativeOp, max_tokens: int) -> tuple[int, int, int]:
 
 
 def _routing(op: NativeOp, max_tokens: int) -> int:
-    """`Routing` of native/ops.h: six arrays of int32, each on a cache line."""
+    """`Routing` of native/program/ops.h: six arrays of int32, each on a cache line."""
     experts, pairs = op.op.weights[0].shape[2], max_tokens * op.op.inputs[1].width
     return sum(_align64(4 * n) for n in (1, experts, experts + 1, pairs, pairs, experts))

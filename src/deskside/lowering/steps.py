@@ -24,7 +24,7 @@ from deskside import _native
 from deskside.gguf import TensorInfo
 from deskside.tape import Op, Tape, Value
 
-MAX_TASKS_OPS = 16  # of a tasks step, see native/program.cpp
+MAX_TASKS_OPS = 16  # of a tasks step, see native/program/program.cpp
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
 

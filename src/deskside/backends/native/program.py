@@ -307,7 +307,7 @@ class _Lowering:
         self.program.take_rows(*self.places(op))
 
 
-# Kept equal to native/matmul.cpp's table by a test.
+# Kept equal to native/isa/matmul.cpp's table by a test.
 LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
 KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))

@@ -29,7 +29,7 @@ def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
 
 def round_to_8_bits(x: Tensor) -> Tensor:
     """x (m, n) as quantised weights meet it on every device: q d, d = max|x| / 127 per 32 values,
-    q whole, ties to even. The same integers as native/matmul.cpp's `quantize`."""
+    q whole, ties to even. The same integers as native/isa/matmul.cpp's `quantize`."""
     blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
     top = blocks.abs().amax(-1, keepdim=True)
     some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
