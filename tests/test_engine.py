@@ -192,7 +192,7 @@ def test_nan_weights_are_found_and_named(tmp_path: Path) -> None:
 def test_nan_weights_of_a_large_file_are_found_when_they_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deskside.engine import llm as engine
+    from deskside.engine import load as engine
 
     monkeypatch.setattr(engine, "CHECK_BYTES", 0)
     # An F16 tensor: not among those that are always checked.
@@ -212,7 +212,7 @@ def test_nan_weights_of_a_large_file_are_found_when_they_matter(
 
 
 def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deskside.engine import llm as engine
+    from deskside.engine import load as engine
 
     monkeypatch.setattr(engine, "available_memory", lambda: 100_000)
     with pytest.raises(DesksideError, match=r"-c 4096 needs .* GB"):

@@ -274,6 +274,7 @@ class PlacedBackend:
             self.lent.begin_step()
             run.all(micros)
             self.lent.end_step()
+            cache.advance(batch)
         except BaseException:
             run.settle()
             for segment in batch.segments:

@@ -57,6 +57,7 @@ class ReferenceBackend:
             for value, output in zip(op.outputs, outputs, strict=True):
                 values[value.id] = output
         logits = values[self.tape.logits.id]
+        cache.advance(batch)
         if out is None:
             return logits
         out[:] = logits

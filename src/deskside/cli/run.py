@@ -201,10 +201,9 @@ class _Conversation:
 
     def answer(self, text: str) -> None:
         messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self.llm.template.render(messages, enable_thinking=self.think)
-        stream = self.llm.stream(self.llm.tokenize(rendered, add_bos=False), self.params)
-        # Where the template opened the thinking, the answer's text begins inside it.
-        pieces = ["<think>\n"] if rendered.endswith("<think>\n") else []
+        prompt = self.llm.prompt(messages, enable_thinking=self.think)
+        stream = self.llm.stream(prompt, self.params)
+        pieces = ["<think>\n"] if prompt.thinks else []
         try:
             _show(stream, pieces)
         finally:

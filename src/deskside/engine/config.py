@@ -50,6 +50,7 @@ class EngineConfig:
                the model's own, whichever is less
     threads    0 for one per usable core
     ubatch     most tokens computed in one step of prefill
+    parallel   sequences that live at once, each with a context of `ctx` tokens
     ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
     isa        a compiled instruction set; None for the fastest one here
@@ -76,6 +77,7 @@ class EngineConfig:
     ctx: int | None = None
     threads: int = 0
     ubatch: int = 512
+    parallel: int = 1
     ctk: str = "f16"
     ctv: str = "f16"
     backend: str = "cpu"
@@ -100,6 +102,7 @@ class EngineConfig:
             ("-c/ctx", 0 if self.ctx is None else self.ctx, 0),
             ("-t/threads", self.threads, 0),
             ("-ub/ubatch", self.ubatch, 1),
+            ("-np/parallel", self.parallel, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")

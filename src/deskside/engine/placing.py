@@ -62,8 +62,8 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Placing:
     unasked = config.devices is None and not _wants_gpu(config)
     machine = machine_of(config, this_machine(config.n_threads), ["none"] if unasked else None)
     options = Options(
-        ctx=ctx, ubatch=ubatch, ctk=config.ctk, ctv=config.ctv, threads=config.n_threads,
-        mmap=not config.no_mmap, mlock=config.mlock,
+        ctx=ctx, ubatch=ubatch, parallel=config.parallel, ctk=config.ctk, ctv=config.ctv,
+        threads=config.n_threads, mmap=not config.no_mmap, mlock=config.mlock,
     )  # fmt: skip
     wishes, notes = rules_of(config), list[str]()
     if not machine.gpus:

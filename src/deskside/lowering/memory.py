@@ -1,6 +1,6 @@
 """Bytes that a model takes on a device, as the engine takes them.
 
-CPU (backends/weights.py, buffers.py, native/program/program.cpp): matrices in panels of 16 rows, each group
+CPU (panels.py, buffers.py, native/program/program.cpp): matrices in panels of 16 rows, each group
 on pages of its own; vectors in float32; the embedding stays in the mapped file and counts only
 where it may not (`--no-mmap`, `--mlock`); an arena of activations and work memory for each
 thread. GPU: the file's bytes, in blocks of 512 as torch hands them out, and what its sections need

@@ -16,7 +16,7 @@ import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,45 @@ def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     return data[start : start + size].view(dtype).reshape(shape)
 
 
+Arrays = tuple[NDArray[np.uint8] | NDArray[np.float32], ...]
+
+
 class Held(Protocol):
-    """A state that lies in the memory of a device."""
+    """A state that lies in the memory of a device. Positions count for keys and values only."""
 
     @property
     def nbytes(self) -> int: ...
 
     def clear(self, slot: int) -> None: ...
+
+    def read(self, slot: int, start: int, end: int) -> Arrays:
+        """A copy in the system's memory, of keys and values from `start` up to `end`."""
+        ...
+
+    def write(self, slot: int, start: int, end: int, parts: Arrays) -> None:
+        """What `read` gave for the same positions."""
+        ...
+
+    def copy(self, source: int, slot: int, end: int) -> None:
+        """From slot `source` to another, keys and values up to `end`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sequence after its first `n` tokens, kept outside the cache.
+
+    parts, by state: arrays of `state_shapes`; keys and values are those of the positions from
+    `start` up to n.
+    """
+
+    n: int
+    start: int
+    parts: tuple[Arrays, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.parts for array in arrays)
 
 
 class Cache:
@@ -87,6 +119,8 @@ class Cache:
 
     Memory is taken from the system zeroed and untouched: pages are paid for when first written.
     held: states, by index, that a backend keeps on its devices; their `arrays` are empty here.
+    lengths: how many tokens of each slot's sequence are computed. Not safe for threads: whoever
+    shares a cache takes turns (`engine.load.Loaded`).
     """
 
     def __init__(
@@ -105,11 +139,12 @@ class Cache:
         self.n_ctx = n_ctx
         self.k_type = k_type
         self.v_type = v_type
-        self.arrays: list[tuple[NDArray[np.uint8] | NDArray[np.float32], ...]] = [
+        self.lengths = [0] * n_slots
+        self.arrays: list[Arrays] = [
             () if i in self.held else self._allocate(state) for i, state in enumerate(states)
         ]
 
-    def _allocate(self, state: State) -> tuple[NDArray[np.uint8] | NDArray[np.float32], ...]:
+    def _allocate(self, state: State) -> Arrays:
         shapes = state_shapes(state, self.n_ctx, self.k_type, self.v_type)
         if isinstance(state, KVState):
             return tuple(zeros((self.n_slots, *shape), np.uint8) for shape in shapes)
@@ -126,8 +161,88 @@ class Cache:
             if not (0 <= s.slot < self.n_slots and s.pos >= 0 and s.pos + s.n <= self.n_ctx):
                 raise ValueError(f"{s} lies outside the cache")
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a sequence has state besides keys and values, which cannot be cut back."""
+        return any(not isinstance(state, KVState) for state in self.states)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Of one sequence."""
+        return cache_bytes(self.states, 1, self.k_type, self.v_type)[1]
+
+    def advance(self, batch: Batch) -> None:
+        """The batch is computed. Backends call this."""
+        for s in batch.segments:
+            self.lengths[s.slot] = s.pos + s.n
+
+    def truncate(self, slot: int, n: int) -> bool:
+        """Cut a sequence back to its first `n` tokens. False, and nothing done, where it has no
+        state of that length: it is shorter, or its recurrent state is past it."""
+        length = self.lengths[slot]
+        if n == 0:
+            self.clear(slot)
+        elif n > length or (n < length and self.recurrent):
+            return False
+        self.lengths[slot] = n
+        return True
+
+    def snapshot(self, slot: int, n: int, start: int = 0) -> Checkpoint:
+        """The sequence in `slot` after its first `n` tokens, in memory of its own.
+
+        start: keys and values before this position are left out; start=n keeps recurrent state
+        only. ValueError where the slot has no state of that length (see `truncate`).
+        """
+        length = self.lengths[slot]
+        if not 0 <= start <= n <= length or (n < length and self.recurrent):
+            raise ValueError(f"slot {slot} holds {length} tokens: there is no state of {n}")
+        return Checkpoint(n, start, tuple(self._read(i, slot, start, n) for i in self._indices))
+
+    def restore(self, slot: int, checkpoint: Checkpoint) -> None:
+        """Put a sequence back as it was. Keys and values before `checkpoint.start` must still be
+        those of its first tokens; `clear` and shorter sequences leave them in place."""
+        n, start = checkpoint.n, checkpoint.start
+        if n > self.n_ctx:
+            raise ValueError(f"a checkpoint of {n} tokens in a context of {self.n_ctx}")
+        self.lengths[slot] = 0  # an interruption must not leave half of it as if it were whole
+        for i, parts in zip(self._indices, checkpoint.parts, strict=True):
+            if i in self.held:
+                self.held[i].write(slot, start, n, parts)
+            else:
+                for array, part in zip(self.arrays[i], parts, strict=True):
+                    self._part(i, array[slot], start, n)[...] = part
+        self.lengths[slot] = n
+
+    def copy(self, source: int, slot: int) -> None:
+        """Make slot `slot` hold what `source` holds."""
+        n = self.lengths[source]
+        if source == slot:
+            return
+        self.lengths[slot] = 0
+        for i in self._indices:
+            if i in self.held:
+                self.held[i].copy(source, slot, n)
+            else:
+                for array in self.arrays[i]:
+                    self._part(i, array[slot], 0, n)[...] = self._part(i, array[source], 0, n)
+        self.lengths[slot] = n
+
+    @property
+    def _indices(self) -> range:
+        return range(len(self.states))
+
+    def _read(self, i: int, slot: int, start: int, end: int) -> Arrays:
+        if i in self.held:
+            return self.held[i].read(slot, start, end)
+        return tuple(self._part(i, array[slot], start, end).copy() for array in self.arrays[i])
+
+    def _part(self, i: int, array: Any, start: int, end: int) -> Any:
+        """The part of one sequence's array that positions `start` up to `end` fill."""
+        return array[:, start:end] if isinstance(self.states[i], KVState) else array
+
     def clear(self, slot: int) -> None:
         """Forget a sequence. Keys and values need no clearing: positions bound what is read."""
+        self.lengths[slot] = 0
         for state, arrays in zip(self.states, self.arrays, strict=True):
             if arrays and not isinstance(state, KVState):
                 arrays[0][slot] = 0

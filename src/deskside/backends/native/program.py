@@ -140,7 +140,9 @@ class CpuBackend:
     ) -> tuple[NDArray[np.float32], list[float]]:
         shape = (len(batch.outputs), self.tape.n_vocab)
         logits = np.empty(shape, np.float32) if out is None else out
-        return logits, self._call(batch, cache, logits, profile)
+        micros = self._call(batch, cache, logits, profile)
+        cache.advance(batch)
+        return logits, micros
 
     def _call(
         self,

@@ -1,9 +1,9 @@
 """A model's matrices in memory: packed for the kernels, in the order in which a step reads them.
 
-Matrices lie in one arena of huge pages, in panels of 16 rows (native/weights/panel.h) that take the bytes
-of the file (but for the rows that a last panel lacks). Gate and up of a swiglu are interleaved
-panel by panel, so that a thread reads one stream. A tensor is read and packed in pieces: there is
-never a second copy of it.
+Matrices lie in one arena of huge pages, in panels of 16 rows (native/weights/panel.h). They take
+the bytes of the file, but for the rows that a last panel lacks. Gate and up of a swiglu are
+interleaved panel by panel, so that a thread reads one stream. A tensor is read and packed in
+pieces: there is never a second copy of it.
 """
 
 from __future__ import annotations

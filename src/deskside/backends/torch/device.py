@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,24 @@ class DeviceState:
         # What a lost device held is lost with it.
         if self._recurrent and not self._device.lost:
             self.arrays[0][slot] = 0
+
+    def read(self, slot: int, start: int, end: int) -> tuple[NDArray[Any], ...]:
+        with self._device.guard("reading a sequence's state"):
+            return tuple(a.cpu().numpy().copy() for a in self._parts(slot, start, end))
+
+    def write(self, slot: int, start: int, end: int, parts: Sequence[NDArray[Any]]) -> None:
+        with self._device.guard("writing a sequence's state"):
+            for array, part in zip(self._parts(slot, start, end), parts, strict=True):
+                array.copy_(torch.from_numpy(part))
+
+    def copy(self, source: int, slot: int, end: int) -> None:
+        with self._device.guard("copying a sequence's state"):
+            pairs = zip(self._parts(slot, 0, end), self._parts(source, 0, end), strict=True)
+            for array, part in pairs:
+                array.copy_(part)
+
+    def _parts(self, slot: int, start: int, end: int) -> list[Tensor]:
+        return [a[slot] if self._recurrent else a[slot, :, start:end] for a in self.arrays]
 
 
 class TorchDevice:

@@ -1,0 +1,318 @@
+"""From a file and options to a model that computes: plan, check, read, make room."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.backends import Backend
+from deskside.backends.native.program import CpuBackend
+from deskside.backends.reference import ReferenceBackend
+from deskside.engine.config import DEFAULT_CTX, EngineConfig
+from deskside.engine.placing import Lending, place
+from deskside.engine.slots import Slot
+from deskside.errors import DesksideError, drop_frames
+from deskside.gguf import GGUF
+from deskside.lowering.work import MOST_OUTPUTS
+from deskside.machine.devices import CPU
+from deskside.machine.pages import lock, need_lockable
+from deskside.machine.system import available_memory
+from deskside.models import build_tape
+from deskside.plan import Plan
+from deskside.progress import Progress, silent
+from deskside.tape import Tape
+from deskside.tape.cache import Batch, Cache, Segment, cache_bytes, kv_type
+from deskside.text.tokenizer import Tokenizer
+
+# Files up to this size are checked for NaN and infinity in full when they are loaded.
+CHECK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a step: int32 tokens to compute behind those that a slot holds. outputs: the rows of them
+    whose logits are wanted."""
+
+    slot: Slot
+    tokens: NDArray[np.int32]
+    outputs: NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that computes, for up to `config.parallel` sequences, each in a slot of the cache.
+
+    ctx: tokens that a slot holds. ubatch: most tokens of a step; max_outputs: most of them whose
+    logits are wanted. plan: where tensors are, None where all are on the CPU. notes: lines for the
+    user. offloads: whether a device computes experts of the CPU. banned: (n_vocab,) bool, ids that
+    must never be chosen.
+
+    Threads may share it. Whoever computes or touches a slot does so in a `turn`, one at a time.
+    """
+
+    file: GGUF
+    config: EngineConfig
+    tokenizer: Tokenizer
+    tape: Tape
+    backend: Backend
+    cache: Cache
+    slots: tuple[Slot, ...]
+    ctx: int
+    ubatch: int
+    max_outputs: int
+    plan: Plan | None
+    notes: Sequence[str]
+    offloads: bool
+    banned: NDArray[np.bool_]
+    _rows: NDArray[np.float32]  # logits of few rows: a new array a step would cost page faults
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A block that no other thread's turn overlaps. Ctrl-C waits for its end, so that a step is
+        computed whole or not at all; a second Ctrl-C does not wait."""
+        with self._lock, _interrupted_later():
+            yield
+
+    def compute(self, parts: Sequence[Part]) -> NDArray[np.float32]:
+        """One step. Returns the logits (wanted rows of all parts, n_vocab), which last until the
+        next one. If it fails, a slot keeps what its checkpoints have."""
+        with self.turn():
+            batch = _batch(parts)
+            n = len(batch.outputs)
+            try:
+                out = self._rows[:n] if n <= len(self._rows) else None
+                logits = self.backend.run(batch, self.cache, out)
+            except BaseException:
+                for part in parts:
+                    part.slot.fail()
+                raise
+            for part in parts:
+                part.slot.extend(part.tokens.tolist())
+            return logits
+
+    def checked(self, ids: Sequence[int]) -> NDArray[np.int32]:
+        """Token ids as a prompt; DesksideError where they are none."""
+        if len(ids) == 0:
+            raise DesksideError("the prompt is empty: give at least one token")
+        if len(ids) > self.ctx:
+            raise DesksideError(
+                f"the prompt has {len(ids)} tokens, the context {self.ctx}; "
+                "raise -c or shorten the prompt"
+            )
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise DesksideError("token ids must be a flat list of whole numbers")
+        bad = (tokens < 0) | (tokens >= self.tape.n_vocab)
+        if bad.any():
+            raise DesksideError(
+                f"token id {tokens[bad][0]} is outside the vocabulary of {self.tape.n_vocab}"
+            )
+        return tokens.astype(np.int32)
+
+    def damaged(self) -> NoReturn:
+        """The model computed NaN: name the tensor that holds it."""
+        for slot in self.slots:
+            slot.clear()
+        self.file.check_values(self.tape.weights())
+        raise DesksideError(f"{self.file.path}: the model computed NaN; its weights may be damaged")
+
+
+def _batch(parts: Sequence[Part]) -> Batch:
+    starts = np.cumsum([0, *(len(p.tokens) for p in parts)])
+    outputs = [p.outputs + start for p, start in zip(parts, starts, strict=False)]
+    return Batch(
+        np.concatenate([p.tokens for p in parts]),
+        tuple(Segment(p.slot.index, len(p.slot.tokens), len(p.tokens)) for p in parts),
+        np.concatenate(outputs).astype(np.int32),
+    )
+
+
+def load(path: str | Path, config: EngineConfig, progress: Progress = silent) -> Loaded:
+    """The model of a GGUF file. DesksideError for a bad file, options that cannot be met, or what
+    does not fit the free memory. A load that fails, Ctrl-C included, keeps no memory."""
+    try:
+        return _load(path, config, progress)
+    except BaseException as failure:
+        drop_frames(failure)
+        raise
+
+
+def _load(path: str | Path, config: EngineConfig, progress: Progress) -> Loaded:
+    file = GGUF.open(path)
+    tokenizer = Tokenizer.from_metadata(file.metadata, str(path))
+    tape = build_tape(file)
+    ctx = context(tape, config)
+    launch = place(tape, config, ctx, min(config.ubatch, ctx))
+    plan = launch.plan if launch.over_devices else None
+    if config.mlock and launch.plan is not None:
+        need_lockable(launch.plan.usage[0].held)
+    if config.no_mmap or config.mlock:
+        file.read_in(w.name for op in tape.ops if op.kind == "embed" for w in op.weights)
+    check_values(file, tape)
+    ubatch = min(config.ubatch, ctx) if plan is None else plan.options.ubatch
+    if plan is None:
+        max_outputs = ubatch
+        backend, cache = _on_cpu(file, tape, config, ctx, ubatch, progress)
+    else:
+        max_outputs = min(ubatch, MOST_OUTPUTS)
+        backend, cache = _placed(file, tape, config, plan, launch.lending, max_outputs, progress)
+    if config.mlock:
+        lock()
+    return Loaded(
+        file=file,
+        config=config,
+        tokenizer=tokenizer,
+        tape=tape,
+        backend=backend,
+        cache=cache,
+        slots=tuple(Slot(i, cache) for i in range(config.parallel)),
+        ctx=ctx,
+        ubatch=ubatch,
+        max_outputs=max_outputs,
+        plan=plan,
+        notes=launch.notes,
+        offloads=plan is not None and launch.lending is not None,
+        banned=tokenizer.banned(tape.n_vocab),
+        _rows=np.empty((config.parallel, tape.n_vocab), np.float32),
+    )
+
+
+def context(tape: Tape, config: EngineConfig) -> int:
+    """Tokens of one sequence; DesksideError where the model's own context is shorter."""
+    own = tape.n_ctx_train
+    ctx = min(DEFAULT_CTX, own) if config.ctx is None else config.ctx or own
+    if ctx > own:
+        raise DesksideError(f"-c {ctx} is more than the model's context of {own} tokens")
+    return ctx
+
+
+def check_values(file: GGUF, tape: Tape) -> None:
+    """Refuse NaN and infinity: in all of a small file, in the float tensors of a large one.
+
+    Reading hundreds of gigabytes for this would double the time to load; the rest is looked at
+    when a NaN comes out.
+    """
+    weights = tape.weights()
+    if sum(w.nbytes for w in weights.values()) > CHECK_BYTES:
+        weights = {name: w for name, w in weights.items() if w.type.name == "F32"}
+    file.check_values(weights)
+
+
+def _cache_options(config: EngineConfig, ctx: int) -> dict[str, Any]:
+    return {
+        "n_slots": config.parallel,
+        "n_ctx": ctx,
+        "k_type": kv_type(config.ctk, "-ctk"),
+        "v_type": kv_type(config.ctv, "-ctv"),
+    }
+
+
+def _on_cpu(
+    file: GGUF, tape: Tape, config: EngineConfig, ctx: int, ubatch: int, progress: Progress
+) -> tuple[Backend, Cache]:
+    options = _cache_options(config, ctx)
+    kv = options["k_type"], options["v_type"]
+    needed = config.parallel * sum(cache_bytes(tape.states, ctx, *kv))
+    free = available_memory()
+    if needed > free:
+        raise DesksideError(
+            f"-c {ctx} needs {needed / 1e9:.1f} GB of cache, of {free / 1e9:.1f} GB free; "
+            "lower -c or use -ctk q8_0 -ctv q8_0"
+        )
+    backend: Backend
+    if config.backend == "reference":
+        backend = ReferenceBackend(file, tape)
+    else:
+        backend = CpuBackend(
+            file,
+            tape,
+            n_threads=config.n_threads,
+            max_tokens=ubatch,
+            isa=config.isa,
+            reserve=needed,
+            huge_pages=config.huge_pages,
+            numa=config.numa,
+            progress=progress,
+        )
+    return backend, Cache(tape.states, **options)
+
+
+def _placed(
+    file: GGUF,
+    tape: Tape,
+    config: EngineConfig,
+    plan: Plan,
+    lending: Lending | None,
+    max_outputs: int,
+    progress: Progress,
+) -> tuple[Backend, Cache]:
+    try:
+        from deskside.backends.experts.resident import ExpertCache
+        from deskside.backends.experts.stream import StreamOptions
+        from deskside.backends.placed import PlacedBackend, open_devices
+    except ImportError:
+        raise DesksideError(
+            f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"
+        ) from None
+    stream = resident = None
+    if lending is not None and lending.stream is not None:
+        s = lending.stream
+        stream = StreamOptions(
+            lending.device, lending.min_tokens, s.slot_bytes, s.slots, s.host_below
+        )
+    if lending is not None and lending.cache_bytes:
+        resident = ExpertCache(lending.device, lending.cache_bytes)
+    usage = {u.device.name: u for u in plan.usage}
+    backend = PlacedBackend(
+        file,
+        tape,
+        plan.placement,
+        open_devices([usage[name].device for name in plan.used if name != CPU]),
+        n_threads=config.n_threads,
+        max_tokens=plan.options.ubatch,
+        max_outputs=max_outputs,
+        isa=config.isa,
+        reserve=usage[CPU].kv + usage[CPU].recurrent,
+        stream=stream,
+        expert_cache=resident,
+        huge_pages=config.huge_pages,
+        numa=config.numa,
+        progress=progress,
+    )
+    return backend, backend.new_cache(**_cache_options(config, plan.options.ctx))
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt behind the block, a second one at once. In other threads, and
+    where somebody else handles the signal, nothing changes."""
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt

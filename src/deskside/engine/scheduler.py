@@ -1,0 +1,51 @@
+"""Which tokens of which sequences the model computes next, and what comes of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deskside.engine import sequence
+from deskside.engine.load import Part
+from deskside.engine.results import Chunk
+
+Scheduled = list[tuple[sequence.Sequence, Part]]
+
+
+def schedule(
+    sequences: Iterable[sequence.Sequence],
+    max_tokens: int,
+    max_outputs: int,
+    max_prefill: int | None = None,
+) -> Scheduled:
+    """The parts of one step: the next token of every sequence that decodes, then pieces of prompts
+    in the given order, as far as the step has room. Those that are done are left out.
+
+    max_prefill: tokens of prompts in a step beside others that decode, so that those wait less.
+    """
+    left = [s for s in sequences if not s.done]
+    decoding, prefilling = [s for s in left if s.tokens], [s for s in left if not s.tokens]
+    parts: Scheduled = []
+    for s in decoding[: min(max_tokens, max_outputs)]:
+        parts.append((s, s.next_part(1)))
+    room = max_tokens - len(parts)
+    if parts and max_prefill is not None:
+        room = min(room, max_prefill)
+    for s in prefilling:
+        if room == 0 or len(parts) == max_outputs:
+            break
+        parts.append((s, s.next_part(room)))
+        room -= len(parts[-1][1].tokens)
+    return parts
+
+
+def accept(parts: Scheduled, logits: NDArray[np.float32]) -> list[tuple[sequence.Sequence, Chunk]]:
+    """Hand each sequence its row of the logits (wanted rows, n_vocab), if it wanted one; the text
+    that became certain."""
+    chunks, rows = [], iter(logits)
+    for s, part in parts:
+        made = s.computed(next(rows) if len(part.outputs) else None)
+        chunks += [(s, chunk) for chunk in made]
+    return chunks
