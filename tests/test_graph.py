@@ -437,3 +437,23 @@ def test_a_recording_repeats_on_the_same_memory() -> None:
         got = out.clone()
         compute()
         assert torch.equal(got, out) and out.data_ptr() == place
+
+
+def test_a_failed_capture_on_cuda_leaves_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes no other graph into a pool that a failed capture left open (seen on an H200)."""
+    handles, ended = iter(range(10)), list[tuple[int, int]]()
+    none = contextlib.nullcontext
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    for name in ("Stream", "device", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: none())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: none())
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *at: ended.append(at), raising=False
+    )
+    maker = torch_graph.graph_maker(torch.device("cuda", 1), torch_graph.Kernels())
+    with pytest.raises(ZeroDivisionError):
+        maker([], []).capture(lambda: 1 // 0)
+    assert ended == [(1, 0)] and maker.pool == 0
+    maker.renew()
+    assert maker.pool == 1

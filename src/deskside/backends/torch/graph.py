@@ -5,19 +5,20 @@ batch says from tensors (`torch_ops.Given`). So a section of it is run once as i
 kernels and sets libraries up), captured the next time, and replayed from then on. All values that
 cross a section's border lie in buffers of the shape, at addresses that do not change.
 
-On CUDA that is a CUDA graph. **No line of `CudaGraph` has run on hardware.** An emulated device
-records the calls that torch dispatches (`torch_record`) and repeats them on the same memory; it
-refuses what a capture would: ops that wait for the device, and data from the host.
+On CUDA that is a CUDA graph. An emulated device records the calls that torch dispatches
+(`record.py`) and repeats them on the same memory. It refuses what a capture would: ops that wait
+for the device, and data from the host.
 
 Where a capture fails, the section runs as it always did, with one note.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,50 +53,86 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-# An empty graph that may use the tensors of the first sequence; the second are states.
-NewGraph = Callable[[Sequence[Tensor], Sequence[Tensor]], Graph]
+class NewGraph(Protocol):
+    """Makes the empty graphs of a device."""
+
+    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Graph:
+        """One that may use these tensors; the second ones are states."""
+        ...
+
+    def renew(self) -> None:
+        """No graph that it made is kept any more, or the making of one failed."""
+        ...
+
+
+class CudaGraphs:
+    """Makes CUDA graphs. They share a pool of memory, since they never overlap, and with it the
+    stream that they are captured on (torch's own would be of the first device for all)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.renew()
+
+    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> CudaGraph:
+        return CudaGraph(self)
+
+    def renew(self) -> None:
+        # A pool that a failed capture leaves open, or that no graph holds, takes no other graph.
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 class CudaGraph:
-    """A CUDA graph. Those of a device share a pool of memory, since they never overlap, and with it
-    the stream that they are captured on (torch's own would be of the first device for all)."""
+    """One section."""
 
-    def __init__(self, device: torch.device, pool: Any, stream: Any) -> None:
-        self._device = device
-        self._pool = pool
-        self._stream = stream
+    def __init__(self, maker: CudaGraphs) -> None:
+        self._maker = maker
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], None]) -> None:
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream(self._device)
+        maker = self._maker
+        with torch.cuda.device(maker.device):
+            current = torch.cuda.current_stream(maker.device)
             try:
                 with torch.cuda.graph(
                     self._graph,
-                    pool=self._pool,
-                    stream=self._stream,
+                    pool=maker.pool,
+                    stream=maker.stream,
                     # Other threads may use CUDA meanwhile: only this one's calls are checked.
                     capture_error_mode="thread_local",
                 ):
                     run()
+            except BaseException:
+                # Where the end of a capture fails, torch keeps allocating to its pool.
+                with contextlib.suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(maker.device.index or 0, maker.pool)
+                raise
             finally:
-                torch.cuda.set_stream(
-                    current
-                )  # which torch leaves where the end of a capture fails
+                torch.cuda.set_stream(current)  # which torch leaves where the end fails
         self.replay()  # capturing has computed nothing
 
     def replay(self) -> None:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._maker.device):
             self._graph.replay()
+
+
+class Recordings:
+    """Makes recordings, on an emulated device. They share blocks of memory."""
+
+    def __init__(self, device: torch.device, kernels: Kernels) -> None:
+        self._blocks = Blocks(device)
+        self._kernels = kernels
+
+    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Recording:
+        return Recording(outside, states, self._blocks, self._kernels)
+
+    def renew(self) -> None:
+        """Blocks serve any recording."""
 
 
 def graph_maker(device: torch.device, kernels: Kernels) -> NewGraph:
     """Empty graphs of a device: CUDA's, or recordings."""
-    if device.type == "cuda":
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        return lambda outside, states: CudaGraph(device, pool, stream)
-    blocks = Blocks(device)
-    return lambda outside, states: Recording(outside, states, blocks, kernels)
+    return CudaGraphs(device) if device.type == "cuda" else Recordings(device, kernels)
 
 
 @dataclass(frozen=True)
@@ -162,6 +199,7 @@ class Graphs:
         """Forget all graphs, and their memory: the cache that they point to is replaced."""
         self._shapes.clear()
         self._states, self._now, self._full = (), None, False
+        self._new_graph.renew()
 
     def run(
         self, section: Section, values: dict[int, Tensor], step: TorchStep, ops: RunOps
@@ -243,6 +281,7 @@ class Graphs:
             graph.capture(run)
         except Exception as error:  # whatever it is, the section can still run as it is
             self._never.add((id(section), shaped.shape.tokens))
+            self._new_graph.renew()
             first: BaseException = error
             while first.__context__ is not None:  # the end of a failed capture fails too
                 first = first.__context__
