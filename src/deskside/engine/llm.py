@@ -14,13 +14,13 @@ from deskside.backends import Backend
 from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.engine.config import DEFAULT_CTX, EngineConfig
-from deskside.engine.placing import Lending, place
+from deskside.engine.placing import ExpertOffload, place
 from deskside.engine.results import Chunk, Completion, Timings
 from deskside.engine.sampler import Sampler, SamplingParams
 from deskside.errors import DamagedLogits, DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.gguf.quants import QuantType
-from deskside.lowering.work import MOST_OUTPUTS
+from deskside.lowering.scratch import MAX_OUTPUTS
 from deskside.machine.devices import CPU
 from deskside.machine.pages import lock, need_lockable
 from deskside.machine.system import available_memory
@@ -79,14 +79,14 @@ class LLM:
             self.file.read_in(
                 w.name for op in self.tape.ops if op.kind == "embed" for w in op.weights
             )
-        self._lends = self.plan is not None and placing.lending is not None
+        self._offloads = self.plan is not None and placing.offload is not None
         self._check_values()
         k_type, v_type = kv_type(self.config.ctk, "-ctk"), kv_type(self.config.ctv, "-ctv")
         self.max_outputs = self.ubatch
         self.backend: Backend
         if self.plan is not None:
             self.backend, self.cache = self._placed(
-                self.plan, placing.lending, k_type, v_type, progress
+                self.plan, placing.offload, k_type, v_type, progress
             )
         else:
             self._check_memory(k_type, v_type)
@@ -121,7 +121,7 @@ class LLM:
     def _placed(
         self,
         plan: Plan,
-        lending: Lending | None,
+        offload: ExpertOffload | None,
         k_type: QuantType,
         v_type: QuantType,
         progress: Progress,
@@ -134,15 +134,15 @@ class LLM:
             raise DesksideError(
                 f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"
             ) from None
-        self.max_outputs = min(self.ubatch, MOST_OUTPUTS)
+        self.max_outputs = min(self.ubatch, MAX_OUTPUTS)
         stream = cache = None
-        if lending is not None and lending.stream is not None:
-            s = lending.stream
+        if offload is not None and offload.stream is not None:
+            s = offload.stream
             stream = StreamOptions(
-                lending.device, lending.min_tokens, s.slot_bytes, s.slots, s.host_below
+                offload.device, offload.min_tokens, s.slot_bytes, s.slots, s.host_below
             )
-        if lending is not None and lending.cache_bytes:
-            cache = ExpertCache(lending.device, lending.cache_bytes)
+        if offload is not None and offload.cache_bytes:
+            cache = ExpertCache(offload.device, offload.cache_bytes)
         usage = {u.device.name: u for u in plan.usage}
         backend = PlacedBackend(
             self.file,
@@ -190,10 +190,10 @@ class LLM:
                 "lower -c or use -ctk q8_0 -ctv q8_0"
             )
 
-    def lent_experts(self) -> Any:
+    def offload_metrics(self) -> Any:
         """`ExpertMetrics` of --stream-experts and --expert-cache; None without either."""
         backend: Any = self.backend
-        return backend.expert_metrics if self._lends else None
+        return backend.expert_metrics if self._offloads else None
 
     @property
     def template(self) -> ChatTemplate:

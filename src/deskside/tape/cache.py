@@ -73,7 +73,7 @@ def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     return data[start : start + size].view(dtype).reshape(shape)
 
 
-class Held(Protocol):
+class DeviceState(Protocol):
     """A state that lies in the memory of a device."""
 
     @property
@@ -97,9 +97,9 @@ class Cache:
         n_ctx: int,
         k_type: QuantType,
         v_type: QuantType,
-        held: Mapping[int, Held] | None = None,
+        held: Mapping[int, DeviceState] | None = None,
     ) -> None:
-        self.held: Mapping[int, Held] = held or {}
+        self.held: Mapping[int, DeviceState] = held or {}
         self.states = tuple(states)
         self.n_slots = n_slots
         self.n_ctx = n_ctx
