@@ -39,7 +39,7 @@ from deskside.plan import Options, make_plan
 from deskside.plan.calibrate import calibrate, sort_of
 from deskside.plan.rules import Rules
 from deskside.plan.speed import SpeedModel, Step
-from deskside.plan.units import cut
+from deskside.plan.units import group_units
 from deskside.progress import Progress
 
 FILES = ("qwen3.5-35b-a3b-8l.gguf", "qwen3.5-397b-a17b-4l-320e.gguf")
@@ -108,7 +108,7 @@ def predicted(llm: LLM, machine: Machine) -> dict[str, float]:
     options = Options(ctx=llm.ctx, ubatch=llm.ubatch, threads=machine.cores)
     plan = make_plan(llm.tape, machine, Rules(), options)
     f16 = quant_type("f16")
-    model = SpeedModel(cut(llm.tape, {}), plan.machine, f16, f16)
+    model = SpeedModel(group_units(llm.tape, {}), plan.machine, f16, f16)
     place = np.zeros(len(model.cut.atoms), np.intp)
     found = {
         f"prefill of {n}": model.rate(Step(llm.ubatch, 0), place, n).rate

@@ -60,7 +60,7 @@ def table(rows: Iterator[Row], text: str, name: str, ctx: int, ref: LogProbs) ->
     )
     for row in rows:
         llm = LLM(row.path, ctx=ctx, **row.options)
-        r = quality.perplexity(llm, quality.cut(llm, text, name), name, reference=ref)
+        r = quality.perplexity(llm, quality.windows(llm, text, name), name, reference=ref)
         d = r.divergence
         assert d is not None
         yield (
@@ -143,7 +143,7 @@ def main() -> None:
     text, name = quality.read_text(args.text)
     with tempfile.TemporaryDirectory() as folder:
         llm = LLM(model, ctx=args.window, **F32_KV)
-        windows = quality.cut(llm, text, name)
+        windows = quality.windows(llm, text, name)
         path = Path(folder) / "reference"
         with LogProbWriter(
             path, quality.header(llm, windows, name, __version__), windows

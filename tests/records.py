@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from deskside.bench.record import Ceiling, ModelFile, OpProfile, Record, Run, Target
-from deskside.machine.watch import Load, Machine
+from deskside.machine.watch import Host, Load
 
 BANDWIDTH, COMPUTE = 33.7e9, 900e9  # bytes and multiply-adds per second
 WEIGHTS, MACS, KV = 0.9e9, 1.0e9, 10e3  # bytes and multiply-adds of a token, bytes of a position
@@ -131,7 +131,7 @@ def make_record(
     return Record(
         workload={"name": "article", "runs": len(runs)},
         targets={side: target for side in sides},
-        machine=Machine(
+        machine=Host(
             cpu="Intel Xeon",
             cores=2,
             memory=24 * 2**30,

@@ -18,7 +18,8 @@ from deskside.gguf import GGUF
 from deskside.lowering.steps import Stretch
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from lent import (
+from models import tiny
+from offload import (
     EXPERT,
     N_EXPERT,
     NAMES,
@@ -32,7 +33,6 @@ from lent import (
     results,
     results_of,
 )
-from models import tiny
 from placements import IDS, batch, cache_options
 from torch_devices import ExpertCache, StreamOptions
 
@@ -135,7 +135,7 @@ def test_quantised_models_are_as_near_to_the_reference_as_the_cpu(seed: int) -> 
 def test_promotions_beside_the_next_steps_change_no_bit() -> None:
     """As on CUDA: what arrives late is used late, and an eviction is seen at once."""
     backend = placed(native=False, expert_cache=room(12, max_promotions=6, half_life=2.0))
-    residents = backend.lent.residents
+    residents = backend.offload.residents
     residents.background = True
     assert_same(results(backend), plain())
     residents.drain()
@@ -155,7 +155,7 @@ def test_hits_and_misses_are_those_of_a_recount(
 ) -> None:
     backend = placed(native=False, expert_cache=room(30, policy=policy, max_promotions=5))
     cache = backend.new_cache(**cache_options("f16"))
-    residents = backend.lent.residents
+    residents = backend.offload.residents
     routes = record_routes(monkeypatch)
     hits = misses = 0
     steps = [batch((0, 0, IDS[:20])), batch((0, 20, IDS[:1]), (1, 0, IDS[5:12]))]
@@ -245,7 +245,7 @@ def test_a_profile_fills_the_cache_before_the_first_token() -> None:
 def test_a_device_never_holds_more_than_was_reckoned(native: bool) -> None:
     backend = placed(native=native, expert_cache=room(50, max_promotions=50))
     limit = needed(backend)
-    assert backend.lent.nbytes("emu0") == 50 * EXPERT + TABLE
+    assert backend.offload.nbytes("emu0") == 50 * EXPERT + TABLE
     gc.collect()
     meter = backend.devices["emu0"].meter
     meter.peak = meter.live
@@ -278,7 +278,7 @@ def test_bad_options_are_one_line(options: dict[str, object], part: str) -> None
 
 def test_where_the_host_has_no_experts_a_cache_takes_no_memory() -> None:
     backend = placed(placement=dict.fromkeys(NAMES, "emu0"), expert_cache=room(9))
-    assert backend.lent.nbytes("emu0") == 0 and backend.expert_metrics.slots == 0
+    assert backend.offload.nbytes("emu0") == 0 and backend.expert_metrics.slots == 0
     assert backend.expert_usage() == {}
 
 

@@ -127,7 +127,7 @@ def test_every_tiny_model_is_among_the_cases() -> None:
 def test_replays_give_the_bits_of_the_ops(
     preset: str, types: str, kv: str, place: Any, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "LEAST_BUCKET", 16 if n == 40 else 4)
+    monkeypatch.setattr(torch_ops, "MIN_BUCKET", 16 if n == 40 else 4)
     assert len({bucket for tokens, _, bucket in shapes(n) if tokens == 1}) == 3
     own = backend(preset, types, graphs=True, place=place)
     # On one device: placements give the same bits, see test_placed.
@@ -174,7 +174,7 @@ def test_another_cache_gets_graphs_of_its_own() -> None:
             np.testing.assert_array_equal(own.run(step, cache), wanted)
 
 
-def test_sections_that_lend_experts_run_op_by_op_and_the_others_replay() -> None:
+def test_sections_that_offload_experts_run_op_by_op_and_the_others_replay() -> None:
     """Batches alternate between streaming, the expert cache and a third sequence's single tokens:
     each way to run keeps its own graphs."""
     results = []
@@ -383,11 +383,11 @@ def test_graphs_are_counted_and_leave_the_work_memory() -> None:
 
 
 def test_shapes_that_were_not_used_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_graph, "MOST_SHAPES", 2)
+    monkeypatch.setattr(torch_graph, "MAX_SHAPES", 2)
     own = backend("tiny-llama", graphs=True)
     plain = backend("tiny-llama", graphs=False)
     caches = [b.new_cache(**cache_options("f16")) for b in (own, plain)]
-    monkeypatch.setattr(torch_ops, "LEAST_BUCKET", 2)
+    monkeypatch.setattr(torch_ops, "MIN_BUCKET", 2)
     for i in range(20):
         step = batch((0, i, IDS[i : i + 1]))
         a, b = (x.run(step, c) for x, c in zip((own, plain), caches, strict=True))
@@ -409,11 +409,11 @@ def test_places_do_not_overlap_while_they_live() -> None:
                 together = first[i] <= last[j]
                 apart = offsets[i] >= offsets[j] + sizes[j] or offsets[j] >= offsets[i] + sizes[i]
                 assert apart or not together
-        most = max(
+        max_live = max(
             sum(s for s, a, b in zip(sizes, first, last, strict=True) if a <= t <= b)
             for t in range(50)
         )
-        assert total >= most
+        assert total >= max_live
 
 
 def test_a_recording_repeats_on_the_same_memory() -> None:

@@ -20,7 +20,7 @@ from deskside.engine.config import EngineConfig
 from deskside.engine.placing import place
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.lowering.sections import cut, hops
+from deskside.lowering.sections import cut_by_device, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape
@@ -108,7 +108,7 @@ def test_experts_stream_and_are_cached_as_the_plan_says() -> None:
     metrics = llm.backend.expert_metrics
     assert metrics.streamed > 0 and 0 < metrics.hit_rate < 1 and metrics.promotions > 0
     assert meter.peak <= usage.held
-    assert llm.lent_experts() == metrics
+    assert llm.offload_metrics() == metrics
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_experts_stream_and_are_cached_as_the_plan_says() -> None:
         ({"cpu_moe": True, "stream_experts": "auto", "ctx": 8}, "no batch of up to 8 tokens"),
     ],
 )
-def test_lending_that_helps_nobody_is_noted(options: dict[str, Any], part: str) -> None:
+def test_an_offload_that_helps_nobody_is_noted(options: dict[str, Any], part: str) -> None:
     llm = LLM(tiny(), devices="emu0:300MiB", **options)
     assert part in llm.notes[0] and llm.plan is not None
     assert not any(u.reserved for u in llm.plan.usage)
@@ -131,7 +131,7 @@ def test_a_plan_hops_as_often_as_it_reckons() -> None:
     config = EngineConfig(devices="emu0:300MiB", cpu_moe=True)
     plan = place(tape, config, 512, 64).plan
     assert plan is not None
-    count, _ = hops(cut(tape, plan.placement), lambda v: 4 * v.width)
+    count, _ = hops(cut_by_device(tape, plan.placement), lambda v: 4 * v.width)
     layers = 1 + max(op.layer for op in tape.ops)
     assert count == 2 * layers + 1
 
@@ -256,13 +256,13 @@ def test_run_over_devices_answers_as_the_cpu_does() -> None:
     assert spread.stdout == alone.stdout
 
 
-def test_run_shows_what_became_of_lent_experts() -> None:
+def test_run_shows_what_became_of_offloaded_experts() -> None:
     done = deskside(
         *("run", "-m", str(tiny()), "-p", "word " * 90, "--no-chat", "-n", "8", "--ignore-eos"),
         *("-dev", "emu0:300MiB", "-cmoe", "--stream-experts", "24", "--expert-cache", "2MiB"),
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(rb"lent experts: \d+ % of decode's, \d+ streamed", done.stderr)
+    assert re.search(rb"offloaded experts: \d+ % of decode's, \d+ streamed", done.stderr)
 
 
 def test_run_says_what_a_rule_lacks() -> None:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deskside.backends.native.program import CpuBackend
-from deskside.convert.synth import make_plan as synth_plan
+from deskside.convert.synth import outline
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
@@ -23,8 +23,8 @@ from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Device, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
+from deskside.plan.remedies import remedies
 from deskside.plan.rules import Override, Rules, apply
-from deskside.plan.ways import ways_out
 from deskside.tape import Tape
 from deskside.tape.cache import Cache
 from deskside.tape.cost import Work
@@ -35,7 +35,7 @@ MiB = 1 << 20
 
 @cache
 def tape_of(preset: str, layers: int | None = None) -> Tape:
-    return build_tape(synth_plan(preset, layers=layers).outline())
+    return build_tape(outline(preset, layers=layers).gguf())
 
 
 @cache
@@ -215,7 +215,7 @@ def test_bytes_and_products_are_those_of_cost() -> None:
 )  # fmt: skip
 def test_the_reference_boxs_roofline(ctx: int, kv: str, want: float) -> None:
     types = [("^output", quant_type("Q8_0"))]
-    tape = build_tape(synth_plan("qwen3.5-397b-a17b", types=types).outline())
+    tape = build_tape(outline("qwen3.5-397b-a17b", types=types).gguf())
     o = Options(ctx=ctx, ctk=kv, ctv=kv, threads=16)
     plan = make_plan(tape, load_machine("epyc-9175f-1x96gb"), Rules(cpu_moe=True), o)
     found = [r for r in plan.rates if not r.prompt][-1]
@@ -257,14 +257,14 @@ def test_a_refusal_says_what_lacks_and_three_ways_that_are_enough() -> None:
     make_plan(tape, enough, rules, o)
     with pytest.raises(DoesNotFit):
         make_plan(tape, short, rules, o)
-    ways = ways_out(tape, small, rules, o)
-    assert len(ways) == 3 and [w.price for w in ways] == sorted(w.price for w in ways)
-    for way in ways:
-        assert all(u.free >= 0 for u in way.plan.usage)
+    found = remedies(tape, small, rules, o)
+    assert len(found) == 3 and [w.price for w in found] == sorted(w.price for w in found)
+    for remedy in found:
+        assert all(u.free >= 0 for u in remedy.plan.usage)
     with pytest.raises(DoesNotFit, match="cpu lacks") as on_cpu:
         make_plan(tape, machine(40), Rules(), o)
     assert on_cpu.value.shortfall["cpu"] > 0
-    flags = [w.flags for w in ways_out(tape, machine(60), Rules(), o)]
+    flags = [w.flags for w in remedies(tape, machine(60), Rules(), o)]
     assert len(flags) == 3 and "-ctk q8_0 -ctv q8_0" in flags
 
 

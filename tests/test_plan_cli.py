@@ -51,7 +51,7 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert [d["name"] for d in values["devices"]] == ["cpu", "emu0", "emu1"]
     for d in values["devices"]:
         parts = sum(d["weights"].values()) + d["kv"] + d["recurrent"] + d["buffers"] + d["margin"]
-        parts += d["lent_experts"]
+        parts += d["offloaded_experts"]
         assert parts == d["total"] == d["memory"] - d["free"]
     assert set(values["placement"].values()) <= {"cpu", "emu0", "emu1"}
     assert sum(g["count"] for g in values["groups"]) == len(values["placement"])

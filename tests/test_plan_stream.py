@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from deskside.convert.synth import make_plan as synth_plan
+from deskside.convert.synth import outline
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
-from deskside.lowering.work import expert_bytes
+from deskside.lowering.scratch import expert_bytes
 from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape
@@ -25,7 +25,7 @@ BOX = load_machine("epyc-9175f-1x96gb")
 @pytest.fixture(scope="module")
 def tape() -> Tape:
     types = [("^output", quant_type("Q8_0"))]
-    return build_tape(synth_plan("qwen3.5-397b-a17b", types=types).outline())
+    return build_tape(outline("qwen3.5-397b-a17b", types=types).gguf())
 
 
 def planned(tape: Tape, machine: Machine = BOX, **options: object) -> StreamPlan:

@@ -15,7 +15,7 @@ from deskside.bench.predict import choose as choosing
 from deskside.bench.predict import extrapolate as ex
 from deskside.bench.predict import measure as predicting
 from deskside.bench.predict.choose import Choice, choose
-from deskside.bench.predict.measure import Options, predict
+from deskside.bench.predict.measure import PredictOptions, predict
 from deskside.bench.predict.slices import Slice, full, write
 from deskside.cli import app as cli
 from deskside.errors import DesksideError
@@ -70,7 +70,7 @@ def test_weights_are_those_of_relative_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "noise", "misfit", "least"),
+    ("layers", "noise", "misfit", "min_share"),
     [
         ([4, 8, 12], 0.02, 0.0, 0.95),
         ([4, 8, 12], 0.02, 0.01, 0.93),
@@ -79,7 +79,11 @@ def test_weights_are_those_of_relative_errors() -> None:
     ],
 )
 def test_the_interval_covers(
-    layers: list[int], noise: float, misfit: float, least: float, monkeypatch: pytest.MonkeyPatch
+    layers: list[int],
+    noise: float,
+    misfit: float,
+    min_share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ex, "RESAMPLES", 1000)
     rng = np.random.default_rng(2)
@@ -87,7 +91,7 @@ def test_the_interval_covers(
         ex.extrapolate(layers, rounds(rng, layers, 5, noise, misfit), DEPTH, paired=True)
         for _ in range(200)
     ]
-    assert np.mean([e.low <= TRUE <= e.high for e in found]) >= least
+    assert np.mean([e.low <= TRUE <= e.high for e in found]) >= min_share
 
 
 def test_two_slices_cannot_show_a_misfit_and_three_do() -> None:
@@ -147,8 +151,8 @@ def test_less_memory_takes_turns_then_drops_experts() -> None:
 
 def test_two_slices_where_the_model_or_the_memory_has_no_third() -> None:
     assert layers_of(choose("tiny-moe", folder=NOWHERE, memory=9 * GB, disk=GB)) == [4, 8]
-    least = choose("qwen3.5-397b-a17b", memory=int(6.4 * GB), disk=50 * GB, folder=NOWHERE)
-    assert layers_of(least) == [4, 8] and least.slices[0].experts == 32
+    smallest = choose("qwen3.5-397b-a17b", memory=int(6.4 * GB), disk=50 * GB, folder=NOWHERE)
+    assert layers_of(smallest) == [4, 8] and smallest.slices[0].experts == 32
 
 
 def test_a_check_has_a_group_of_its_own_where_memory_is_short() -> None:
@@ -181,19 +185,19 @@ def test_what_does_not_fit_is_said(arguments: dict[str, Any], said: str) -> None
 
 
 def test_left_out_experts_are_made_up_for_by_bytes() -> None:
-    scale = predicting._scale(Slice("qwen3.5-397b-a17b", 4, 128), Options(), 512)
+    scale = predicting._scale(Slice("qwen3.5-397b-a17b", 4, 128), PredictOptions(), 512)
     cut = Slice("qwen3.5-397b-a17b", 8, 128).work.decode(528, "f16")["bytes"]
     router = 4 * 4096 * (512 - 128)  # float32 rows that are missing in a layer
     whole = full("qwen3.5-397b-a17b").work.decode(528, "f16")["bytes"]
     assert 1 + router / (cut / 8) * 0.5 < scale < 1 + router / (cut / 8) * 2
     head = 2 * Slice("qwen3.5-397b-a17b", 4, 128).work.decode(528, "f16")["bytes"] - cut
     assert head + 60 * (cut - head) / 8 * scale == pytest.approx(whole, rel=1e-6)
-    assert predicting._scale(Slice("qwen3.5-397b-a17b", 4), Options(), 512) == 1
+    assert predicting._scale(Slice("qwen3.5-397b-a17b", 4), PredictOptions(), 512) == 1
 
 
 # a run
 
-QUICK = Options(depths=(16, 40), generate=6, repeats=2, threads=1)
+QUICK = PredictOptions(depths=(16, 40), generate=6, repeats=2, threads=1)
 
 
 @pytest.fixture
@@ -231,7 +235,7 @@ def test_in_turn_every_slice_is_measured_in_both_directions(
     room = choosing.RESERVE + Slice("tiny-llama", 2).weights + choosing.WORK_BYTES
     monkeypatch.setattr(choosing, "available_memory", lambda: room)
     labels: list[str] = []
-    options = Options(depths=(16,), generate=4, repeats=3, threads=1)
+    options = PredictOptions(depths=(16,), generate=4, repeats=3, threads=1)
     p = predict(
         "tiny-llama", (1, 2), options=options, folder=folder,
         progress=lambda label, *_: labels.append(label),
@@ -296,4 +300,4 @@ def test_bench_with_a_preset_predicts(folder: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_options_are_checked(values: dict[str, Any], said: str) -> None:
     with pytest.raises(DesksideError, match=said):
-        Options(**values)
+        PredictOptions(**values)

@@ -68,7 +68,7 @@ def test_logits_come_in_pieces(llm: LLM, first: int) -> None:
 
 
 def test_perplexity_is_what_its_definition_says(llm: LLM) -> None:
-    windows = quality.cut(llm, TEXT, "text")
+    windows = quality.windows(llm, TEXT, "text")
     got = quality.perplexity(llm, windows, "text")
     logp, targets = exact(llm, windows)
     nll = -logp[np.arange(len(logp)), targets]
@@ -80,7 +80,7 @@ def test_perplexity_is_what_its_definition_says(llm: LLM) -> None:
 
 
 def test_pieces_and_blocks_do_not_change_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = quality.cut(llm, TEXT, "text", chunks=2)
+    windows = quality.windows(llm, TEXT, "text", chunks=2)
     whole = quality.perplexity(llm, windows, "text")
     monkeypatch.setattr(quality, "LOGITS_BYTES", 4 * llm.tape.n_vocab * 5)
     monkeypatch.setattr(quality, "BLOCK", llm.tape.n_vocab * 2)
@@ -91,16 +91,16 @@ def test_pieces_and_blocks_do_not_change_it(llm: LLM, monkeypatch: pytest.Monkey
 
 def test_windows_are_the_text_in_order(llm: LLM) -> None:
     ids = llm.tokenize(TEXT)
-    windows = quality.cut(llm, TEXT, "text")
+    windows = quality.windows(llm, TEXT, "text")
     assert windows.ravel().tolist() == ids[: windows.size]
     assert 0 <= len(ids) - windows.size < CTX
-    assert len(quality.cut(llm, TEXT, "text", chunks=2)) == 2
+    assert len(quality.windows(llm, TEXT, "text", chunks=2)) == 2
 
 
 def test_bos_takes_the_first_place_of_every_window(llm: LLM, tmp_path: Path) -> None:
     keys = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": np.uint32(7)}
     with_bos = LLM(rewrite(tiny(), tmp_path / "m.gguf", metadata=keys), ctx=CTX, threads=1)
-    windows = quality.cut(with_bos, TEXT, "text")
+    windows = quality.windows(with_bos, TEXT, "text")
     plain = [7, *llm.tokenize(TEXT)]
     assert (windows[:, 0] == 7).all()
     assert windows[:, 1:].tolist() == [plain[i + 1 : i + CTX] for i in range(0, windows.size, CTX)]
@@ -108,11 +108,13 @@ def test_bos_takes_the_first_place_of_every_window(llm: LLM, tmp_path: Path) -> 
 
 def test_control_tokens_in_a_text_are_text(llm: LLM) -> None:
     text = "<|im_end|>" * 40
-    assert not set(llm.tokenizer.stop_ids) & set(quality.cut(llm, text, "text").ravel().tolist())
+    assert not set(llm.tokenizer.stop_ids) & set(
+        quality.windows(llm, text, "text").ravel().tolist()
+    )
 
 
 def test_an_infinite_logit_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = quality.cut(llm, TEXT, "text")
+    windows = quality.windows(llm, TEXT, "text")
 
     def broken(*_: Any) -> Iterator[np.ndarray]:
         yield np.full((CTX - 1 - CTX // 2, llm.tape.n_vocab), np.inf, np.float32)
@@ -129,7 +131,7 @@ def test_an_infinite_logit_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
 
 def test_divergence_is_what_its_definition_says(llm: LLM, other: LLM, tmp_path: Path) -> None:
-    windows = quality.cut(llm, TEXT, "text")
+    windows = quality.windows(llm, TEXT, "text")
     saved(llm, windows, tmp_path / "ref")
     reference = LogProbs.open(tmp_path / "ref")
     got = quality.perplexity(other, windows, "text", reference=reference).divergence
@@ -157,7 +159,7 @@ def test_divergence_is_what_its_definition_says(llm: LLM, other: LLM, tmp_path: 
 
 
 def test_a_run_does_not_diverge_from_itself(llm: LLM, tmp_path: Path) -> None:
-    windows = quality.cut(llm, TEXT, "text")
+    windows = quality.windows(llm, TEXT, "text")
     first = saved(llm, windows, tmp_path / "ref")
     reference = LogProbs.open(tmp_path / "ref")
     again = quality.perplexity(llm, windows[:2], "text", reference=reference).divergence
@@ -276,7 +278,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     text, ref = tmp_path / "t.txt", tmp_path / "ref"
     text.write_text(TEXT)
     llm = LLM(tiny(), ctx=CTX, threads=1)
-    saved(llm, quality.cut(llm, TEXT, "text", chunks=2), ref)
+    saved(llm, quality.windows(llm, TEXT, "text", chunks=2), ref)
     run = ("perplexity", text, "-m", tiny(), "-c", str(CTX))
     refused(*run[:4], "-c", "1024", part="less than one window of 1024")
     refused("perplexity", "-", *run[2:], stdin=b"", part="stdin is empty")
@@ -298,7 +300,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 def test_another_vocabulary_is_refused(llm: LLM, tmp_path: Path) -> None:
-    windows = quality.cut(llm, TEXT, "text", chunks=1)
+    windows = quality.windows(llm, TEXT, "text", chunks=1)
     saved(llm, windows, tmp_path / "ref")
     pieces = list(llm.file.metadata["tokenizer.ggml.tokens"])
     pieces[-1] += "x"

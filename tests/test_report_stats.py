@@ -217,7 +217,7 @@ def test_a_start_that_is_too_little_lower_is_none() -> None:
     x = np.random.default_rng(9).normal(0, 0.001, 28)
     x[:4] -= 0.008
     assert stats.low_start(x.tolist()).count == 4
-    assert stats.low_start(x.tolist(), least=0.01).count == 0
+    assert stats.low_start(x.tolist(), min_gap=0.01).count == 0
 
 
 def test_a_high_start_is_not_a_low_one() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deskside.convert.synth import make_plan
+from deskside.convert.synth import outline
 from deskside.errors import DesksideError
 from deskside.models import build_tape
 from deskside.plan.emit import numbers
@@ -22,7 +22,7 @@ from deskside.plan.rules import (
     parse_split,
 )
 
-NAMES = list(build_tape(make_plan("qwen3.5-35b-a3b", layers=8).outline()).weights())
+NAMES = list(build_tape(outline("qwen3.5-35b-a3b", layers=8).gguf()).weights())
 GPUS = ("cuda0", "cuda1")
 # As the reference article splits experts over two GPUs.
 ARTICLE = r"blk\.(0|1|2|3)\.ffn_.*_exps=CUDA0,blk\.(4|5)\.ffn_.*_exps=CUDA1,ffn_.*_exps=CPU"
@@ -127,7 +127,7 @@ def test_what_makes_no_sense_is_said(rules, gpus, says: str) -> None:  # type: i
 
 
 def test_experts_flags_need_experts() -> None:
-    names = list(build_tape(make_plan("tiny-llama").outline()).weights())
+    names = list(build_tape(outline("tiny-llama").gguf()).weights())
     with pytest.raises(DesksideError, match="no routed experts"):
         apply(Rules(cpu_moe=True), names, 4, GPUS)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside.gguf import GGUF
-from deskside.lowering.sections import HOST, HOST_TORCH, cut, hops
+from deskside.lowering.sections import HOST, HOST_TORCH, cut_by_device, hops
 from deskside.models import build_tape
 from models import PRESETS, tiny
 from placements import cpu_moe, named
@@ -23,7 +23,7 @@ def test_sections_hold_every_op_once_in_an_order_that_runs(
     tape = TAPES[preset]
     device = st.sampled_from(["cpu", "emu0", "emu1"])
     placement = {name: data.draw(device) for name in tape.weights()}
-    sections = cut(tape, placement)
+    sections = cut_by_device(tape, placement)
     weights = [w.name for s in sections for op in s.ops for w in op.weights]
     assert sorted(weights) == sorted(w.name for op in tape.ops for w in op.weights)
     states = [op.state for s in sections for op in s.ops if op.state is not None]
@@ -45,7 +45,7 @@ def test_sections_hold_every_op_once_in_an_order_that_runs(
 
 def test_a_gpu_hands_over_to_the_experts_before_it_computes_the_shared_one() -> None:
     tape = TAPES["tiny-moe"]
-    sections = cut(tape, cpu_moe(tape.weights()))
+    sections = cut_by_device(tape, cpu_moe(tape.weights()))
     kinds = [(s.device, [op.kind for op in s.ops][-1]) for s in sections]
     layer = [("emu0", "route"), ("cpu", "experts"), ("emu0", "sigmoid_gate")]
     assert kinds == [("cpu", "embed"), *(4 * layer), ("emu0", "linear")]
@@ -55,15 +55,15 @@ def test_a_gpu_hands_over_to_the_experts_before_it_computes_the_shared_one() -> 
 
 def test_one_device_is_one_section() -> None:
     for tape in TAPES.values():
-        sections = cut(tape, dict.fromkeys(tape.weights(), "emu0"))
+        sections = cut_by_device(tape, dict.fromkeys(tape.weights(), "emu0"))
         assert len(sections) == 1 and sections[0].exports == (tape.logits,)
         assert hops(sections, lambda v: v.width) == (0, 0)
-        (native,) = cut(tape, dict.fromkeys(tape.weights(), "cpu"))
+        (native,) = cut_by_device(tape, dict.fromkeys(tape.weights(), "cpu"))
         assert native.ops == tape.ops and native.exports == ()
 
 
 @pytest.mark.parametrize("name", ["one expert tensor alone", "convolution apart"])
 def test_torch_runs_on_the_host_only_what_no_native_kernel_has(name: str) -> None:
-    sections = cut(TAPES["tiny-moe"], named("tiny-moe")[name])
+    sections = cut_by_device(TAPES["tiny-moe"], named("tiny-moe")[name])
     kinds = {op.kind for s in sections if s.device == HOST_TORCH for op in s.ops}
     assert kinds and kinds <= {"conv_silu", "expert_linear", "expert_sum"}

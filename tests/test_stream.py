@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
-from deskside.lowering.work import expert_bytes
+from deskside.lowering.scratch import expert_bytes
 from deskside.models import build_tape
-from lent import (
+from models import tiny
+from offload import (
     EXPERT,
     N_EXPERT,
     NAMES,
@@ -28,7 +29,6 @@ from lent import (
     relative,
     results,
 )
-from models import tiny
 from placements import IDS, batch, cache_options, drawn
 from torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
 
@@ -90,7 +90,7 @@ def test_only_chosen_experts_are_copied_and_what_is_resident_is_not(
     backend = placed(native=False, stream=ALWAYS, expert_cache=cache)
     own = backend.new_cache(**cache_options("f16"))
     backend.run(batch((0, 0, IDS[:3])), own)
-    there = backend.lent.residents._slot_of >= 0
+    there = backend.offload.residents._slot_of >= 0
     assert there.any()
     routes = record_routes(monkeypatch)
     backend.run(batch((0, 3, IDS[3:33])), own)
@@ -113,21 +113,21 @@ def test_the_next_layers_experts_come_ahead(
     tokens = IDS if sure == 8 else IDS[:18]
     cache = ExpertCache("emu0", 20 * EXPERT + TABLE)
     stream = StreamOptions("emu0", 1, 3 * EXPERT, slots)
-    helped = placed(native=False, stream=stream, expert_cache=cache, max_tokens=90)
+    offloading = placed(native=False, stream=stream, expert_cache=cache, max_tokens=90)
     alone = placed(native=False, max_tokens=90)
     steps = [batch((0, 0, tokens[:3])), batch((1, 0, tokens)), batch((2, 0, tokens))]
     got, expected = ([], [])
     routes = []
-    for backend, results_ in ((helped, got), (alone, expected)):
+    for backend, results_ in ((offloading, got), (alone, expected)):
         own = backend.new_cache(**cache_options("f16"))
         for step in steps:
             routes = (
-                record_routes(monkeypatch) if step is steps[1] and backend is helped else routes
+                record_routes(monkeypatch) if step is steps[1] and backend is offloading else routes
             )
             results_.append(backend.run(step, own))
     assert_same(got, expected)
     chosen = 2 * sum(len(np.unique(ids)) for ids in routes[:4])
-    metrics = helped.expert_metrics
+    metrics = offloading.expert_metrics
     wasted = metrics.streamed + metrics.spared - chosen
     assert wasted == 0 if sure == 8 else 0 < wasted <= 2 * 3 * slots * 3
 
@@ -152,7 +152,7 @@ def test_small_batches_and_layers_on_devices_do_not_stream() -> None:
     idle = placed(native=False, stream=ALWAYS, placement=dict.fromkeys(NAMES, "emu0"))
     never = placed(native=False, stream=StreamOptions("emu0", 41, EXPERT))
     assert len(idle.routes) == len(never.routes) == 1
-    assert idle.lent.nbytes("emu0") == never.lent.nbytes("emu0") == 0
+    assert idle.offload.nbytes("emu0") == never.offload.nbytes("emu0") == 0
 
 
 def test_profile_has_the_sections_of_the_way_that_is_taken() -> None:
@@ -180,10 +180,10 @@ def test_a_device_never_holds_more_than_was_reckoned(host_below: int) -> None:
     assert backend.weight_bytes()["emu0"] + 6 * EXPERT < meter.peak <= limit
 
 
-@pytest.mark.parametrize("helped", ["stream", "cache"])
-def test_a_batch_whose_tokens_all_choose_the_same_experts_fits_too(helped: str) -> None:
+@pytest.mark.parametrize("by", ["stream", "cache"])
+def test_a_batch_whose_tokens_all_choose_the_same_experts_fits_too(by: str) -> None:
     stream, cache = StreamOptions("emu1", 1, EXPERT), ExpertCache("emu1", 20 * EXPERT)
-    options = {"stream": stream} if helped == "stream" else {"expert_cache": cache}
+    options = {"stream": stream} if by == "stream" else {"expert_cache": cache}
     backend = placed(max_tokens=600, **options)
     own = backend.new_cache(**(cache_options("f16") | {"n_ctx": 640, "n_slots": 1}))
     gc.collect()
@@ -191,7 +191,7 @@ def test_a_batch_whose_tokens_all_choose_the_same_experts_fits_too(helped: str) 
     device.meter.peak = device.meter.live
     for pos in (0, 600):
         backend.run(batch((0, pos, [7] * (600 if pos == 0 else 1)), outputs=[]), own)
-    limit = backend._work(device) + backend.lent.nbytes("emu1")
+    limit = backend._work(device) + backend.offload.nbytes("emu1")
     assert 600 * 4 * 4 * 256 < device.meter.peak <= limit
 
 
@@ -291,9 +291,9 @@ def test_experts_are_read_as_they_lie_in_the_file(tmp_path: Path) -> None:
 def test_the_cpus_packed_weights_are_a_source_too(types: str) -> None:
     backend = placed(types, stream=StreamOptions("emu0", 1, 8 * EXPERT))
     file = GGUF.open(tiny("tiny-moe", types))
-    source = backend.lent.streamer._copier._source
-    for op in backend.lent.ops[:2]:
-        for info, _, n in backend.lent.layouts[op.layer].parts:
+    source = backend.offload.streamer._copier._source
+    for op in backend.offload.ops[:2]:
+        for info, _, n in backend.offload.layouts[op.layer].parts:
             assert info.name in source.packed
             to = np.zeros(n, np.uint8)
             source.read(info, 3, to)

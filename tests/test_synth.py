@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside.convert import synth
-from deskside.convert.synth import PRESETS, estimate, make_plan, synth_file
+from deskside.convert.synth import PRESETS, estimate, outline, synth_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
@@ -63,12 +63,12 @@ def test_any_number_of_layers(tmp_path: Path, layers: int) -> None:
 def test_real_presets_have_the_published_size(
     preset: str, billions: float, rounding: float
 ) -> None:
-    weights = sum(math.prod(tensor.shape) for tensor in make_plan(preset).tensors)
+    weights = sum(math.prod(tensor.shape) for tensor in outline(preset).tensors)
     assert weights / 1e9 == pytest.approx(billions, abs=rounding)
 
 
 def test_real_preset_shapes_and_types() -> None:
-    plan = make_plan("qwen3.5-397b-a17b", mtp=True)
+    plan = outline("qwen3.5-397b-a17b", mtp=True)
     table = {
         tensor.name: (tensor.shape, kind.name)
         for tensor, kind in zip(plan.tensors, plan.types, strict=True)

@@ -392,9 +392,9 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
                 rows.append((f"{name}: the same bits again", same_as_first(out), off, "rel."))
             elif way == "gpu without graphs":
                 rows.append((f"{name}: graphs give the ops' bits", same_as_first(out), off, "rel."))
-            lent = backend.expert_metrics
+            offload = backend.expert_metrics
             if way in ("streamed", "cached"):
-                used = lent.streamed if way == "streamed" else lent.hits
+                used = offload.streamed if way == "streamed" else offload.hits
                 rows.append((f"{name}: {way} at all", used > 0, used, "experts"))
         except Exception as failure:  # the others should still be seen
             import traceback

@@ -40,7 +40,7 @@ def test_same_perplexity_as_from_llama_cpps_logits(
     path = DEMO if name == "demo" else need.member(SMOLLM2)
     text = TEXT.read_text(encoding="utf-8")
     llm = LLM(path, ctx=CTX, threads=2)
-    windows = quality.cut(llm, text, TEXT.name, WINDOWS)
+    windows = quality.windows(llm, text, TEXT.name, WINDOWS)
     ours = quality.perplexity(llm, windows, TEXT.name)
 
     first = CTX // 2

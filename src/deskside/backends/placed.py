@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deskside._native import Weights
-from deskside.backends.experts.lent import LentExperts
+from deskside.backends.experts.offload import OffloadedExperts
 from deskside.backends.experts.resident import ExpertCache, ExpertMetrics
 from deskside.backends.experts.stream import StreamOptions
 from deskside.backends.native.program import CpuBackend
@@ -30,17 +30,17 @@ from deskside.backends.torch.ops import TorchStep
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.scratch import work_bytes
 from deskside.lowering.sections import (
-    BORROWING,
     HOST,
     HOST_TORCH,
+    OFFLOADED,
     Section,
-    cut,
+    cut_by_device,
     hops,
     state_homes,
 )
 from deskside.lowering.steps import Stretch
-from deskside.lowering.work import work_bytes
 from deskside.machine.devices import Device
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
@@ -59,15 +59,15 @@ class Traffic:
 class Route:
     """One way to run the tape, for steps of at most `max_tokens` tokens.
 
-    lends: whether a device computes experts of the host in it, and whether they stream.
+    offloads: whether a device computes experts of the host in it; streams: whether they stream.
     """
 
     def __init__(
-        self, sections: tuple[Section, ...], max_tokens: int, *, lends: bool, streams: bool
+        self, sections: tuple[Section, ...], max_tokens: int, *, offloads: bool, streams: bool
     ) -> None:
         self.sections = sections
         self.max_tokens = max_tokens
-        self.lends = lends
+        self.offloads = offloads
         self.streams = streams
         # The number of a native section among its program's stretches.
         native = [i for i, s in enumerate(sections) if s.device == HOST]
@@ -115,28 +115,30 @@ class PlacedBackend:
         placement = {name: device.lower() for name, device in placement.items()}
         _check(tape, placement, devices)
         self.devices = {d.name: d for d in devices}
-        self.lent = LentExperts(tape, placement, self.devices, stream, expert_cache, max_tokens)
+        self.offload = OffloadedExperts(
+            tape, placement, self.devices, stream, expert_cache, max_tokens
+        )
         self.routes = [
             Route(
-                cut(tape, placement, native=native, helper=way.helper),
-                way.max_tokens,
-                lends=way.helper is not None,
-                streams=way.streams,
+                cut_by_device(tape, placement, native=native, offload=route.offload),
+                route.max_tokens,
+                offloads=route.offload is not None,
+                streams=route.streams,
             )
-            for way in self.lent.ways
+            for route in self.offload.routes
         ]
         self.sections = self.routes[0].sections
         self._homes = state_homes(self.sections)
         if any(s.device == HOST_TORCH for s in self._all_sections()):
             self.devices[HOST_TORCH] = TorchDevice(HOST_TORCH, torch.device("cpu"))
-        reserve += self.lent.host_bytes()
+        reserve += self.offload.host_bytes()
         self._expect_host_memory(reserve)
         self._active: Route | None = None
         try:
             for device in self.devices.values():
                 weights, work = self._weights(device.name), self._work(device)
-                self.lent.expect(device, sum(w.nbytes for w in weights), work)
-                device.load(file, weights, work + self.lent.nbytes(device.name), progress)
+                self.offload.expect(device, sum(w.nbytes for w in weights), work)
+                device.load(file, weights, work + self.offload.nbytes(device.name), progress)
             packed: Mapping[str, Weights] = {}
             for route in self.routes:
                 if not route.native:
@@ -155,9 +157,9 @@ class PlacedBackend:
                     progress=progress,
                 )
                 packed = route.cpu.weights
-            self.lent.load(packed, n_threads)
+            self.offload.load(packed, n_threads)
         except BaseException:
-            self.lent.release()
+            self.offload.release()
             for device in self.devices.values():
                 device.weights.clear()
             raise
@@ -180,9 +182,9 @@ class PlacedBackend:
         return [s for route in self.routes for s in route.sections]
 
     def _weights(self, device: str) -> list[TensorInfo]:
-        """What a device holds; what it borrows is not among it."""
+        """What a device holds; the experts offloaded to it are not among it."""
         ops = [op for s in self._all_sections() if s.device == device for op in s.ops]
-        held = (w for op in ops if op.kind not in BORROWING for w in op.weights)
+        held = (w for op in ops if op.kind not in OFFLOADED for w in op.weights)
         return list({w.name: w for w in held}.values())
 
     def _work(self, device: TorchDevice) -> int:
@@ -214,11 +216,11 @@ class PlacedBackend:
     @property
     def expert_metrics(self) -> ExpertMetrics:
         """What came of `stream` and `expert_cache` so far."""
-        return self.lent.metrics
+        return self.offload.metrics
 
     def expert_usage(self) -> dict[int, list[float]]:
         """By layer, how often a token chose each expert of late: a profile for `ExpertCache`."""
-        return self.lent.residents.usage() if self.lent.residents else {}
+        return self.offload.residents.usage() if self.offload.residents else {}
 
     def new_cache(self, *, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType) -> Cache:
         """A cache whose states lie beside their ops; `run` takes no other."""
@@ -271,9 +273,9 @@ class PlacedBackend:
             self._active = route
         run = _Run(self, route, batch, cache, logits)
         try:
-            self.lent.begin_step()
+            self.offload.begin_step()
             run.all(micros)
-            self.lent.end_step()
+            self.offload.end_step()
             cache.advance(batch)
         except BaseException:
             run.settle()
@@ -320,7 +322,7 @@ class _Run:
             self.cache.k_type,
             self.cache.v_type,
             device.kernels,
-            self.backend.lent.lender(self.route.streams) if self.route.lends else None,
+            self.backend.offload.supplier(self.route.streams) if self.route.offloads else None,
         )
 
     def all(self, micros: list[float] | None) -> None:
@@ -345,7 +347,7 @@ class _Run:
     def settle(self) -> None:
         """Nothing may still write to the states when they are cleared."""
         wait_for(self.jobs)
-        self.backend.lent.drain()
+        self.backend.offload.drain()
 
     def _native(self, i: int, section: Section) -> None:
         imports = {v.id: self.arrived[v.id] for v in section.imports}

@@ -23,7 +23,7 @@ Matrix = NDArray[np.float32]
 
 
 @dataclass
-class Step:
+class BatchStep:
     """One batch on its way through the tape."""
 
     batch: Batch
@@ -45,7 +45,7 @@ class ReferenceBackend:
         self.tape = tape
 
     def run(self, batch: Batch, cache: Cache, out: Matrix | None = None) -> Matrix:
-        step = Step(
+        step = BatchStep(
             batch,
             cache,
             weight=lambda info: self.file.dequantized(info.name),
@@ -77,14 +77,14 @@ def softplus(x: Matrix) -> Matrix:
     return np.logaddexp(0, x).astype(np.float32)
 
 
-def embed(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def embed(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Row `token` of the embedding matrix."""
     (info,) = op.weights
     rows = step.raw(info)[step.batch.tokens]
     return [dequantize(rows, info.type, info.row_len)]
 
 
-def rms_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def rms_norm(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """y = w x / sqrt(mean(x^2) + eps) over groups as long as w."""
     (x,) = inputs
     w = step.weight(op.weights[0])
@@ -93,21 +93,21 @@ def rms_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [(groups * scale * w).reshape(x.shape)]
 
 
-def linear(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def linear(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """y = W x."""
     (x,) = inputs
     w = step.weight(op.weights[0]).reshape(-1, x.shape[1])
     return [x @ w.T]
 
 
-def split_gate(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def split_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Per head [q | gate] -> all q, all gates."""
     (x,) = inputs
     pairs = x.reshape(len(x), int(op.attrs["heads"]), 2, int(op.attrs["head_dim"]))
     return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
 
 
-def rope(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def rope(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Rotate the pairs of the first n_rot dimensions of each head by pos * base^(-2i / n_rot).
 
     Pair i is (i, i + n_rot / 2) in NeoX order, else (2i, 2i + 1).
@@ -130,7 +130,7 @@ def rope(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [y.reshape(x.shape)]
 
 
-def attention(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def attention(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Append k and v to the cache, then softmax(scale q K^T) V over positions up to the token's."""
     q, k, v = inputs
     heads, kv_heads, head_dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
@@ -170,7 +170,7 @@ def _append(
     return flat.reshape(kv_heads, pos + n, head_dim)
 
 
-def conv_silu(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def conv_silu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Causal depthwise convolution, then SiLU: y_t = silu(sum_j w_j u_(t - kernel + 1 + j))."""
     (x,) = inputs
     w = step.weight(op.weights[0])
@@ -188,7 +188,7 @@ def conv_silu(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [out]
 
 
-def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def gated_delta(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """The gated delta rule, token by token (FACTS 1.4). Value head j reads key head j % k_heads.
 
     S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
@@ -228,29 +228,29 @@ def gated_delta(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [out.reshape(n, -1)]
 
 
-def gated_norm(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def gated_norm(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """rms_norm(x) * silu(z)."""
     x, z = inputs
     return [rms_norm(op, [x], step)[0] * silu(z)]
 
 
-def sigmoid_gate(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def sigmoid_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """x * sigmoid(gate); a gate of width 1 scales the whole row."""
     x, gate = inputs
     return [x * sigmoid(gate)]
 
 
-def swiglu(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def swiglu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     gate, up = inputs
     return [silu(gate) * up]
 
 
-def add(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def add(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     x, y = inputs
     return [x + y]
 
 
-def route(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def route(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """The top_k experts of each token, best first, and the softmax over their logits.
 
     Equal to softmax over all experts, top-k, divided by the chosen sum. Of equal logits the lower
@@ -263,7 +263,7 @@ def route(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [ids.astype(np.float32), p / p.sum(-1, keepdims=True)]
 
 
-def experts(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def experts(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """y = sum over a token's experts e of p_e W_down,e (silu(W_gate,e x) * W_up,e x)."""
     x, ids, p = inputs
     out = np.zeros_like(x)
@@ -275,18 +275,18 @@ def experts(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
     return [out]
 
 
-def _expert(info: TensorInfo, e: int, step: Step) -> Matrix:
+def _expert(info: TensorInfo, e: int, step: BatchStep) -> Matrix:
     rows = info.shape[1]
     return dequantize(step.raw(info)[e * rows : (e + 1) * rows], info.type, info.row_len)
 
 
-def take_rows(op: Op, inputs: list[Matrix], step: Step) -> list[Matrix]:
+def take_rows(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Keep the rows whose logits are wanted."""
     (x,) = inputs
     return [x[step.batch.outputs]]
 
 
-OPS: dict[str, Callable[[Op, list[Matrix], Step], list[Matrix]]] = {
+OPS: dict[str, Callable[[Op, list[Matrix], BatchStep], list[Matrix]]] = {
     f.__name__: f
     for f in (
         embed,

@@ -18,7 +18,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from deskside.errors import DesksideError
 from deskside.files import write_whole
-from deskside.machine.watch import Load, Machine
+from deskside.machine.watch import Host, Load
 
 SCHEMA = 1
 
@@ -151,7 +151,7 @@ class Record:
 
     workload: dict[str, Any]
     targets: dict[str, Target]  # by side
-    machine: Machine = field(default_factory=Machine)
+    machine: Host = field(default_factory=Host)
     runs: list[Run] = field(default_factory=list)
     profile: list[OpProfile] = field(default_factory=list)
     command: list[str] = field(default_factory=list)

@@ -19,8 +19,8 @@ def show_workloads() -> None:
     for name in shipped():
         w = Workload.read(name)
         runs = "the tree's" if any(i.tree for i in w.items) else str(len(w.items))
-        most = max(depth for _, depth in w.depths())
-        table.add_row(name, w.description, runs, f"{most:,}")
+        max_depth = max(depth for _, depth in w.depths())
+        table.add_row(name, w.description, runs, f"{max_depth:,}")
     wide().print(table)
 
 

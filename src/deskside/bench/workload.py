@@ -30,7 +30,7 @@ SAMPLING = (
 )
 STDLIB = "stdlib"
 # A prompt that is scaled down still has a nonce and some text, an answer still has a gap.
-LEAST_PROMPT, LEAST_GENERATE = 16, 2
+MIN_PROMPT, MIN_GENERATE = 16, 2
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Workload:
             raise DesksideError("name is empty")
         if not self.items:
             raise DesksideError("items is empty: a workload needs at least one")
-        for where, value, least in (
+        for where, value, min_value in (
             ("repeats", self.repeats, 1),
             ("warmup", self.warmup, 0),
             ("max_prompt", self.max_prompt, 1),
             ("max_tokens", self.max_tokens, 1),
         ):
-            if value is not None and value < least:
-                raise DesksideError(f"{where} is {value}; expected at least {least}")
+            if value is not None and value < min_value:
+                raise DesksideError(f"{where} is {value}; expected at least {min_value}")
         if not 0 < self.scale <= 1:
             raise DesksideError(f"scale is {self.scale}; expected more than 0 and at most 1")
         if self.too_long not in ("refuse", "skip"):
@@ -132,15 +132,15 @@ class Workload:
             if value is not None and value < 1:
                 raise DesksideError(f"{flag} {value}: expected at least 1")
 
-        def scaled(n: int, least: int, most: int | None) -> int:
-            n = min(n, max(least, round(n * scale)))
-            return n if most is None else min(n, most)
+        def scaled(n: int, min_n: int, max_n: int | None) -> int:
+            n = min(n, max(min_n, round(n * scale)))
+            return n if max_n is None else min(n, max_n)
 
         cut = None if self.too_long == "skip" else max_prompt
         items = []
         for item in self.items:
-            prompt = scaled(item.prompt, LEAST_PROMPT, cut)
-            generate = scaled(item.generate, LEAST_GENERATE, max_tokens)
+            prompt = scaled(item.prompt, MIN_PROMPT, cut)
+            generate = scaled(item.generate, MIN_GENERATE, max_tokens)
             changed = (prompt, generate) != (item.prompt, item.generate)
             name = f"{item.name} ({prompt}+{generate})" if changed else item.name
             items.append(dataclasses.replace(item, name=name, prompt=prompt, generate=generate))
@@ -148,8 +148,8 @@ class Workload:
             self,
             items=tuple(items),
             scale=self.scale * scale,
-            max_prompt=_least(self.max_prompt, max_prompt),
-            max_tokens=_least(self.max_tokens, max_tokens),
+            max_prompt=_smaller(self.max_prompt, max_prompt),
+            max_tokens=_smaller(self.max_tokens, max_tokens),
         )
 
     def within(self, n_ctx: int) -> Workload:
@@ -310,5 +310,5 @@ def _sampling(data: Any) -> dict[str, Any]:
     return dict(data)
 
 
-def _least(a: int | None, b: int | None) -> int | None:
+def _smaller(a: int | None, b: int | None) -> int | None:
     return min((n for n in (a, b) if n is not None), default=None)

@@ -131,13 +131,13 @@ def advice(limits: CpuLimits) -> list[str]:
 
 def _threads(limits: CpuLimits) -> str:
     rates = limits.bandwidth[TAKEN]
-    fewest, most = limits.fewest_threads(), max(rates)
+    fewest, max_threads = limits.fewest_threads(), max(rates)
     best = f"{max(rates.values()) / 1e9:.1f} GB/s"
-    if fewest == most:
-        return f"-t {most} (the default): fewer threads read less than 97 % of {best}"
+    if fewest == max_threads:
+        return f"-t {max_threads} (the default): fewer threads read less than 97 % of {best}"
     return (
         f"-t {fewest}: the fewest threads that read 97 % of the best, {best}; prefill is bound by "
-        f"arithmetic and may still gain from all {most}"
+        f"arithmetic and may still gain from all {max_threads}"
     )
 
 

@@ -107,8 +107,8 @@ def plan(
         _emit(plan_emit.emit(made, emit, str((model or Path(f"{preset}.gguf")).absolute())), out)
     elif as_json:
         values = plan_table.to_dict(made, name, known)
-        lent = dataclasses.asdict(placed.lending) if placed.lending else None
-        print(json.dumps({**values, "lending": lent}, indent=1))
+        offload = dataclasses.asdict(placed.offload) if placed.offload else None
+        print(json.dumps({**values, "offload": offload}, indent=1))
     else:
         plan_table.show(made, name, known)
         for line in lines(placed):
@@ -118,7 +118,7 @@ def plan(
 
 def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
     from deskside.convert.quantize import parse_rule
-    from deskside.convert.synth import make_plan
+    from deskside.convert.synth import outline
     from deskside.engine.config import demo_model
     from deskside.gguf import GGUF
 
@@ -126,7 +126,7 @@ def _model(model: Path | None, preset: str | None, types: list[str] | None) -> t
         raise DesksideError("-m and --preset are two models: give one of them")
     if preset is not None:
         rules = [parse_rule(entry) for entry in types or ()]
-        return make_plan(preset, types=rules).outline(), preset
+        return outline(preset, types=rules).gguf(), preset
     if types:
         raise DesksideError("--tensor-type is for a --preset: a file has its types")
     path = model or demo_model()
@@ -157,20 +157,20 @@ def _refuse(
 ) -> int:
     """Says what is lacking and what would be enough; exit code 2."""
     from deskside import console
-    from deskside.plan.table import VERSION, way_line
-    from deskside.plan.ways import ways_out
+    from deskside.plan.remedies import remedies
+    from deskside.plan.table import VERSION, remedy_line
 
-    ways = ways_out(tape, machine, wishes, options)
+    found = remedies(tape, machine, wishes, options)
     if as_json:
         print(json.dumps({
             "version": VERSION, "fits": False, "model": name, "reason": str(refusal),
             "shortfall": refusal.shortfall,
-            "ways_out": [{"flags": w.flags, "price": w.price} for w in ways],
+            "ways_out": [{"flags": w.flags, "price": w.price} for w in found],
         }, indent=1))  # fmt: skip
     console.error(str(refusal))
-    for way in ways:
-        console.err.print(f"enough would be: {way_line(way)}", markup=False)
-    if not ways:
+    for remedy in found:
+        console.err.print(f"enough would be: {remedy_line(remedy)}", markup=False)
+    if not found:
         console.err.print("no smaller context or cache is enough: it needs more memory, or a file "
                           "of fewer bits", markup=False)  # fmt: skip
     return 2

@@ -41,14 +41,14 @@ def predict(
     out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
 ) -> None:
     """The speed of a large model on this machine, before its download: from slices of it."""
-    from deskside.bench.predict.measure import Options, predict
+    from deskside.bench.predict.measure import PredictOptions, predict
     from deskside.bench.predict.table import show
     from deskside.console import note, progress_bar
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise DesksideError(f"--out {out}: expected a file in a folder that exists")
     wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
-    options = Options(
+    options = PredictOptions(
         depths=_numbers("--depths", depths), generate=generate, repeats=repeats,
         threads=threads, kv=kv, ubatch=ubatch, isa=isa,
     )  # fmt: skip

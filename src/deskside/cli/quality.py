@@ -76,7 +76,7 @@ def perplexity(
         )  # fmt: skip
         for line in llm.notes:
             note(line)
-        windows = quality.cut(llm, text, name, chunks)
+        windows = quality.windows(llm, text, name, chunks)
         writer = None
         if save is not None:
             header = quality.header(llm, windows, name, __version__, progress)

@@ -253,9 +253,10 @@ def _show(stream: Stream, pieces: list[str]) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     err.print(_figures(stream.timings, "stopped" if stopped else stream.stop_reason), style="dim")
-    if (lent := stream.llm.lent_experts()) is not None:
+    if (offload := stream.llm.offload_metrics()) is not None:
         err.print(
-            f"lent experts: {100 * lent.hit_rate:.0f} % of decode's, {lent.streamed} streamed",
+            f"offloaded experts: {100 * offload.hit_rate:.0f} % of decode's, "
+            f"{offload.streamed} streamed",
             style="dim",
         )
 

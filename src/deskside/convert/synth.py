@@ -157,7 +157,7 @@ _ALL_RANDOM = 1 << 27
 
 
 @dataclass(frozen=True)
-class Plan:
+class Outline:
     """What a file will hold, before anything is written."""
 
     metadata: dict[str, Any]
@@ -175,7 +175,7 @@ class Plan:
         # A token costs its text, a length and a type.
         return self.data_bytes + sum(len(t) + 12 for t in self.metadata["tokenizer.ggml.tokens"])
 
-    def outline(self) -> GGUF:
+    def gguf(self) -> GGUF:
         """The file as it will be, without data: for its tape, and what that costs."""
         path = Path(self.metadata["general.name"])
         named = zip(self.tensors, self.types, strict=True)
@@ -203,7 +203,7 @@ def synth_file(
     recipe; norms, router and convolution stay F32. mtp: add a multi-token-prediction layer.
     Raises DesksideError for values that make no model, and if the disk has too little room.
     """
-    plan = make_plan(
+    made = outline(
         preset,
         layers=layers,
         experts=experts,
@@ -218,18 +218,18 @@ def synth_file(
         free = shutil.disk_usage(out.parent).free
     except OSError as error:
         raise DesksideError(f"{out}: cannot be written: {error.strerror}") from None
-    if plan.nbytes > free:
+    if made.nbytes > free:
         raise DesksideError(
-            f"{out}: needs {plan.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+            f"{out}: needs {made.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
             "use fewer layers or experts"
         )
-    tied = all(t.name != "output.weight" for t in plan.tensors)
+    tied = all(t.name != "output.weight" for t in made.tensors)
     pools: dict[tuple[QuantType, int, float], _Pool] = {}
-    big = sum(math.prod(t.shape) for t in plan.tensors) > _ALL_RANDOM
-    table = [(t.name, kind, t.shape) for t, kind in zip(plan.tensors, plan.types, strict=True)]
-    total, done = plan.data_bytes, 0
-    with GGUFWriter(out, plan.metadata, table) as writer:
-        for tensor, kind in zip(plan.tensors, plan.types, strict=True):
+    big = sum(math.prod(t.shape) for t in made.tensors) > _ALL_RANDOM
+    table = [(t.name, kind, t.shape) for t, kind in zip(made.tensors, made.types, strict=True)]
+    total, done = made.data_bytes, 0
+    with GGUFWriter(out, made.metadata, table) as writer:
+        for tensor, kind in zip(made.tensors, made.types, strict=True):
             rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
             # Outputs of the order of the inputs: 1 / sqrt(inputs of a dot product). A row of the
             # embedding is picked, not multiplied, unless it is the head as well.
@@ -250,10 +250,10 @@ def synth_file(
 
 def estimate(preset: str, **arguments: Any) -> int:
     """Size in bytes of the file that `synth_file` writes for the same arguments."""
-    return make_plan(preset, **arguments).nbytes
+    return outline(preset, **arguments).nbytes
 
 
-def make_plan(
+def outline(
     preset: str,
     *,
     layers: int | None = None,
@@ -262,7 +262,7 @@ def make_plan(
     overrides: Mapping[str, Any] | None = None,
     types: Rules = (),
     mtp: bool = False,
-) -> Plan:
+) -> Outline:
     """Metadata and tensor table of `synth_file`'s output; its arguments, its errors."""
     if preset not in PRESETS:
         raise DesksideError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
@@ -294,7 +294,7 @@ def make_plan(
         **{f"{arch}.{key}": value for key, value in hyper_parameters.items()},
         **toy_vocab(hyper_parameters["vocab_size"], _PRE[arch]),
     }
-    return Plan(metadata, outputs.tensors, kinds)
+    return Outline(metadata, outputs.tensors, kinds)
 
 
 class _Shapes(Outputs):

@@ -30,11 +30,11 @@ def toy_vocab(n_vocab: int, pre: str) -> dict[str, Any]:
     can be encoded; `<|im_end|>` is eos; the chat template is Qwen3.5's. The merges depend on the
     running Python's docstrings only. DesksideError if `n_vocab` cannot hold bytes and specials.
     """
-    least = 256 + len(_SPECIALS)
-    if n_vocab < least:
+    min_vocab = 256 + len(_SPECIALS)
+    if n_vocab < min_vocab:
         raise DesksideError(
             f"a vocabulary of {n_vocab} is too small: 256 bytes and {len(_SPECIALS)} special "
-            f"tokens need {least}"
+            f"tokens need {min_vocab}"
         )
     learned, merges = _train(min(n_vocab - len(_SPECIALS), MAX_LEARNED), pre)
     tokens = learned + _SPECIALS

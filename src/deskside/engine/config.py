@@ -98,14 +98,14 @@ class EngineConfig:
     mlock: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value, least in (
+        for flag, value, min_value in (
             ("-c/ctx", 0 if self.ctx is None else self.ctx, 0),
             ("-t/threads", self.threads, 0),
             ("-ub/ubatch", self.ubatch, 1),
             ("-np/parallel", self.parallel, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < min_value:
+                raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {min_value}")
         for name, kinds, expected in _KINDS:
             value = getattr(self, name)
             whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)

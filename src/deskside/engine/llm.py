@@ -184,7 +184,7 @@ class LLM:
             for slot in self.loaded.slots:
                 slot.clear()
 
-    def lent_experts(self) -> Any:
+    def offload_metrics(self) -> Any:
         """`ExpertMetrics` of --stream-experts and --expert-cache; None without either."""
         backend: Any = self.backend
         return backend.expert_metrics if self.loaded.offloads else None

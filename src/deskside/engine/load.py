@@ -18,11 +18,11 @@ from deskside.backends import Backend
 from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.engine.config import DEFAULT_CTX, EngineConfig
-from deskside.engine.placing import Lending, place
+from deskside.engine.placing import ExpertOffload, place
 from deskside.engine.slots import Slot
 from deskside.errors import DesksideError, drop_frames
 from deskside.gguf import GGUF
-from deskside.lowering.work import MOST_OUTPUTS
+from deskside.lowering.scratch import MAX_OUTPUTS
 from deskside.machine.devices import CPU
 from deskside.machine.pages import lock, need_lockable
 from deskside.machine.system import available_memory
@@ -164,8 +164,8 @@ def _load(path: str | Path, config: EngineConfig, progress: Progress) -> Loaded:
         max_outputs = ubatch
         backend, cache = _on_cpu(file, tape, config, ctx, ubatch, progress)
     else:
-        max_outputs = min(ubatch, MOST_OUTPUTS)
-        backend, cache = _placed(file, tape, config, plan, launch.lending, max_outputs, progress)
+        max_outputs = min(ubatch, MAX_OUTPUTS)
+        backend, cache = _placed(file, tape, config, plan, launch.offload, max_outputs, progress)
     if config.mlock:
         lock()
     return Loaded(
@@ -181,7 +181,7 @@ def _load(path: str | Path, config: EngineConfig, progress: Progress) -> Loaded:
         max_outputs=max_outputs,
         plan=plan,
         notes=launch.notes,
-        offloads=plan is not None and launch.lending is not None,
+        offloads=plan is not None and launch.offload is not None,
         banned=tokenizer.banned(tape.n_vocab),
         _rows=np.empty((config.parallel, tape.n_vocab), np.float32),
     )
@@ -252,7 +252,7 @@ def _placed(
     tape: Tape,
     config: EngineConfig,
     plan: Plan,
-    lending: Lending | None,
+    offload: ExpertOffload | None,
     max_outputs: int,
     progress: Progress,
 ) -> tuple[Backend, Cache]:
@@ -265,13 +265,13 @@ def _placed(
             f"device {plan.used[-1]} needs torch: pip install 'deskside[gpu]'"
         ) from None
     stream = resident = None
-    if lending is not None and lending.stream is not None:
-        s = lending.stream
+    if offload is not None and offload.stream is not None:
+        s = offload.stream
         stream = StreamOptions(
-            lending.device, lending.min_tokens, s.slot_bytes, s.slots, s.host_below
+            offload.device, offload.min_tokens, s.slot_bytes, s.slots, s.host_below
         )
-    if lending is not None and lending.cache_bytes:
-        resident = ExpertCache(lending.device, lending.cache_bytes)
+    if offload is not None and offload.cache_bytes:
+        resident = ExpertCache(offload.device, offload.cache_bytes)
     usage = {u.device.name: u for u in plan.usage}
     backend = PlacedBackend(
         file,

@@ -11,22 +11,22 @@ from dataclasses import dataclass, field, replace
 
 from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
-from deskside.lowering.memory import Way
-from deskside.lowering.sections import Helper
-from deskside.lowering.work import FEW_PAIRS, expert_bytes, table_bytes
+from deskside.lowering.memory import StepShape
+from deskside.lowering.scratch import FEW_PAIRS, expert_bytes, table_bytes
+from deskside.lowering.sections import Offload
 from deskside.machine.descriptions import this_machine
 from deskside.machine.devices import CPU, Machine, choose_devices, parse_size, show_size
 from deskside.plan import DoesNotFit, Options, Plan, make_plan, rules
+from deskside.plan.remedies import remedies
 from deskside.plan.speed import LONG_PROMPT
 from deskside.plan.stream import StreamPlan, plan_stream
-from deskside.plan.ways import ways_out
 from deskside.tape import Tape
 
 _NO_GPU = "does nothing: there is no GPU to use"
 
 
 @dataclass(frozen=True)
-class Lending:
+class ExpertOffload:
     """Experts of the CPU that a GPU computes. stream: how they pass through it in long prompts,
     from `min_tokens` tokens on; cache_bytes: of its memory, for those that are chosen often."""
 
@@ -37,11 +37,11 @@ class Lending:
 
 
 @dataclass(frozen=True)
-class Placing:
+class Launch:
     """plan: None where there is nothing to decide; notes: lines for the user."""
 
     plan: Plan | None = None
-    lending: Lending | None = None
+    offload: ExpertOffload | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -50,12 +50,12 @@ class Placing:
         return self.plan is not None and self.plan.used not in ((), (CPU,))
 
 
-def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Placing:
+def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
     """The plan of a model under an engine's options; nothing is loaded. ctx, ubatch: tokens, as the
     engine will have them. DesksideError for options that make no sense or cannot be met, with the
     ways out."""
     if not config.placing():
-        return Placing()
+        return Launch()
     if config.backend != "cpu":
         raise DesksideError(f"--backend {config.backend} computes everything in one place: leave "
                             "out --device and the rules of placement")  # fmt: skip
@@ -69,26 +69,26 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Placing:
     if not machine.gpus:
         wishes, notes = _without_gpu(wishes)
     try:
-        placing = plan_for(tape, config, machine, wishes, options)
+        launch = plan_for(tape, config, machine, wishes, options)
     except DoesNotFit as refusal:
-        ways = "; or ".join(w.flags for w in ways_out(tape, machine, wishes, options))
-        raise DesksideError(f"{refusal}{'; enough would be: ' if ways else ''}{ways}") from None
-    placing.notes.extend(notes)
-    return placing
+        enough = "; or ".join(r.flags for r in remedies(tape, machine, wishes, options))
+        raise DesksideError(f"{refusal}{'; enough would be: ' if enough else ''}{enough}") from None
+    launch.notes.extend(notes)
+    return launch
 
 
 def plan_for(
     tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
-) -> Placing:
+) -> Launch:
     """As `place`, of a machine and rules that are known; DoesNotFit."""
     size = parse_size(config.expert_cache, "--expert-cache") if config.expert_cache else 0
-    least = _stream_from(config)
-    if not size and least is None:
-        return Placing(make_plan(tape, machine, wishes, options))
+    min_tokens = _stream_from(config)
+    if not size and min_tokens is None:
+        return Launch(make_plan(tape, machine, wishes, options))
     asked = "--expert-cache" if size else "--stream-experts"
     if not machine.gpus:
         plan = make_plan(tape, machine, wishes, options)
-        return Placing(plan, notes=[f"{asked} {_NO_GPU}"])
+        return Launch(plan, notes=[f"{asked} {_NO_GPU}"])
     experts = [op for op in tape.ops if op.kind == "experts"]
     if size and experts:
         one = table_bytes([op.weights[0].shape[2] for op in experts])
@@ -99,46 +99,50 @@ def plan_for(
                 f"of this model takes {one:,} bytes"
             )
     device = machine.gpus[wishes.main_gpu or 0].name
-    cached = replace(options, reserved={device: size}, ways=(Way(options.ubatch, _some(device)),))
+    cached = replace(
+        options, reserved={device: size}, shapes=(StepShape(options.ubatch, _some(device)),)
+    )
     plan = make_plan(tape, machine, wishes, cached if size else options)
-    if not any(_is_lent(name, d) for name, d in plan.placement.items()):
+    if not any(_is_offloaded(name, d) for name, d in plan.placement.items()):
         plan = make_plan(tape, machine, wishes, options)
-        return Placing(plan, notes=[f"{asked} does nothing: no routed expert is on the CPU"])
-    lending, notes = Lending(device, cache_bytes=size), list[str]()
-    if least is not None:
-        plan, lending, notes = _streaming(plan, lending, least)
-    return Placing(plan, lending if lending.stream or size else None, notes)
+        return Launch(plan, notes=[f"{asked} does nothing: no routed expert is on the CPU"])
+    offload, notes = ExpertOffload(device, cache_bytes=size), list[str]()
+    if min_tokens is not None:
+        plan, offload, notes = _streaming(plan, offload, min_tokens)
+    return Launch(plan, offload if offload.stream or size else None, notes)
 
 
-def _streaming(plan: Plan, lending: Lending, least: int) -> tuple[Plan, Lending, list[str]]:
-    """With staging slots. least: tokens of a batch that streams, 0 to leave that and the size of a
+def _streaming(
+    plan: Plan, offload: ExpertOffload, min_tokens: int
+) -> tuple[Plan, ExpertOffload, list[str]]:
+    """With staging slots. min_tokens: of a batch that streams, 0 to leave that and the size of a
     batch to `plan_stream`; the largest batch that fits is taken then."""
-    o, device = plan.options, lending.device
+    o, device = plan.options, offload.device
     prompt = min(LONG_PROMPT, o.ctx)
-    chunk = o.ubatch if least else prompt
+    chunk = o.ubatch if min_tokens else prompt
     while True:
         found = plan_stream(
             plan.machine, plan.tape, plan.placement, device=device, prompt=prompt, max_chunk=chunk
         )
         assert found is not None
-        if not least and (found.break_even is None or found.break_even > found.chunk):
+        if not min_tokens and (found.break_even is None or found.break_even > found.chunk):
             note = (f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
                     f"{device} than on the CPU")  # fmt: skip
-            return plan, lending, [note]
-        ubatch = o.ubatch if least else max(o.ubatch, found.chunk)
-        first = max(2, least or found.break_even or 1, FEW_PAIRS // found.top_k + 1)
-        small = Way(min(first - 1, ubatch), _some(device) if lending.cache_bytes else None)
-        large = Way(ubatch, Helper(device, all=found.host_below <= 1))
+            return plan, offload, [note]
+        ubatch = o.ubatch if min_tokens else max(o.ubatch, found.chunk)
+        first = max(2, min_tokens or found.break_even or 1, FEW_PAIRS // found.top_k + 1)
+        small = StepShape(min(first - 1, ubatch), _some(device) if offload.cache_bytes else None)
+        large = StepShape(ubatch, Offload(device, all=found.host_below <= 1))
         options = replace(
             o,
             ubatch=ubatch,
-            reserved={device: lending.cache_bytes + found.slots * found.slot_bytes},
-            ways=(small, large),
+            reserved={device: offload.cache_bytes + found.slots * found.slot_bytes},
+            shapes=(small, large),
         )
         try:
             made = make_plan(plan.tape, plan.machine, plan.rules, options)
         except DoesNotFit:
-            if least or chunk <= o.ubatch:
+            if min_tokens or chunk <= o.ubatch:
                 raise
             chunk = max(o.ubatch, chunk // 2)
             continue
@@ -146,20 +150,20 @@ def _streaming(plan: Plan, lending: Lending, least: int) -> tuple[Plan, Lending,
             if chunk > o.ubatch:
                 chunk = max(o.ubatch, chunk // 2)
                 continue
-            return plan, lending, [f"--stream-experts does nothing: {device} has no room for it"]
-        return made, replace(lending, stream=found, min_tokens=first), []
+            return plan, offload, [f"--stream-experts does nothing: {device} has no room for it"]
+        return made, replace(offload, stream=found, min_tokens=first), []
 
 
-def _some(device: str) -> Helper:
-    return Helper(device, all=False)
+def _some(device: str) -> Offload:
+    return Offload(device, all=False)
 
 
-def _is_lent(name: str, device: str) -> bool:
+def _is_offloaded(name: str, device: str) -> bool:
     return "_exps" in name and device == CPU
 
 
 def _stream_from(config: EngineConfig) -> int | None:
-    """Least tokens of a batch that streams; 0 for the planner's choice, None for never."""
+    """Fewest tokens of a batch that streams; 0 for the planner's choice, None for never."""
     text = str(config.stream_experts).lower()
     if text in ("off", "auto"):
         return None if text == "off" else 0
@@ -170,23 +174,23 @@ def _stream_from(config: EngineConfig) -> int | None:
     return int(text)
 
 
-def lines(placing: Placing) -> list[str]:
-    """What is lent, for people."""
-    found, lending = list[str](), placing.lending
-    if lending is None:
+def lines(launch: Launch) -> list[str]:
+    """How experts are offloaded, for people."""
+    found, offload = list[str](), launch.offload
+    if offload is None:
         return found
-    if lending.stream:
-        s = lending.stream
+    if offload.stream:
+        s = offload.stream
         below = f"; experts of fewer than {s.host_below} tokens stay" if s.host_below else ""
         found.append(
-            f"batches of {lending.min_tokens:,} tokens or more have the CPU's experts "
-            f"({show_size(s.nbytes)}) pass through {lending.device}, in {s.slots} slots of "
+            f"batches of {offload.min_tokens:,} tokens or more have the CPU's experts "
+            f"({show_size(s.nbytes)}) pass through {offload.device}, in {s.slots} slots of "
             f"{show_size(s.slot_bytes)}{below}: prefill of long prompts {s.rate:,.0f} tok/s by "
             f"{s.chunk:,} tokens, limited by {s.limit}; {s.cpu_rate:,.0f} on the CPU"
         )
-    if lending.cache_bytes:
+    if offload.cache_bytes:
         found.append(
-            f"{show_size(lending.cache_bytes)} of {lending.device} hold the CPU's experts that are "
+            f"{show_size(offload.cache_bytes)} of {offload.device} hold the CPU's experts that are "
             "chosen most often (not in the predictions: how often is not known before)"
         )
     return found
@@ -224,8 +228,8 @@ def _wants_gpu(config: EngineConfig) -> bool:
     moe = wishes.cpu_moe or wishes.n_cpu_moe is not None
     layers = wishes.gpu_layers is not None and wishes.gpu_layers > 0
     split = bool(wishes.tensor_split) or wishes.main_gpu is not None
-    lends = config.expert_cache is not None or _stream_from(config) is not None
-    return elsewhere or moe or layers or split or lends
+    offloads = config.expert_cache is not None or _stream_from(config) is not None
+    return elsewhere or moe or layers or split or offloads
 
 
 def _without_gpu(wishes: rules.Rules) -> tuple[rules.Rules, list[str]]:

@@ -98,10 +98,10 @@ class Cursor:
     def u64(self, what: str) -> int:
         return int(struct.unpack("<Q", self.take(8, what))[0])
 
-    def count(self, what: str, at_least: int) -> int:
-        """A u64 number of items of at least that many bytes each."""
+    def count(self, what: str, min_bytes: int) -> int:
+        """A u64 number of items of `min_bytes` or more each."""
         n = self.u64(what)
-        if n * at_least > self.left:
+        if n * min_bytes > self.left:
             raise self.fail(f"{what} is {n}, more than the remaining {self.left} bytes can hold")
         return n
 

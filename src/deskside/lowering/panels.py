@@ -13,7 +13,7 @@ ALIGN = 4096  # a matrix starts on a page of its own
 
 
 @dataclass(frozen=True)
-class Placement:
+class PanelRange:
     """Where a tensor goes: `groups` matrices (one an expert), panels `stride` bytes apart."""
 
     info: TensorInfo
@@ -39,9 +39,9 @@ def matrices(steps: Iterable[Step]) -> list[tuple[TensorInfo, ...]]:
     return found
 
 
-def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], int]:
+def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[PanelRange], int]:
     """Places of all tensors, and the arena's bytes."""
-    placements: list[Placement] = []
+    ranges: list[PanelRange] = []
     total = 0
     seen: set[str] = set()
     for together in tensors:
@@ -53,8 +53,8 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], in
         for info, panel in zip(together, panels, strict=True):
             groups = info.shape[2] if len(info.shape) > 2 else 1
             rows = info.n_rows // groups
-            placements.append(Placement(info, at, stride, rows, groups))
+            ranges.append(PanelRange(info, at, stride, rows, groups))
             at += panel
         n_panels = -(-rows // _native.PANEL_ROWS) * groups
         total += -(-stride * n_panels // ALIGN) * ALIGN
-    return placements, total
+    return ranges, total

@@ -24,12 +24,12 @@ HOST = "cpu"  # the native program
 # Ops on the host that no native kernel has: a convolution apart from its linear, and experts whose
 # matrices lie on several devices. Torch runs them, on the file's mapped bytes.
 HOST_TORCH = "cpu (torch)"
-# Ops whose weights the placement leaves on the host, and a helper brings in by itself.
-BORROWING = frozenset({"expert_own", "expert_own_pairs"})
+# Ops whose weights the placement has on the host; the device that computes them brings them in.
+OFFLOADED = frozenset({"expert_offload", "expert_offload_pairs"})
 
 
 @dataclass(frozen=True)
-class Helper:
+class Offload:
     """A device that computes experts which the placement has on the host.
 
     all: every expert that is chosen; else those that the device picks as it runs, and the host
@@ -52,35 +52,35 @@ class Section:
     waits: tuple[int, ...] = ()
 
 
-def cut(
+def cut_by_device(
     tape: Tape,
     placement: Mapping[str, str],
     *,
     native: bool = True,
-    helper: Helper | None = None,
+    offload: Offload | None = None,
 ) -> tuple[Section, ...]:
     """The sections of `tape`, in an order in which they can run.
 
     placement: the device of every tensor that the tape reads; DesksideError if one is missing.
-    native: whether the host has the native program; else torch runs there too. helper: see there.
+    native: whether the host has the native program; else torch runs there too. offload: see there.
     """
     for name in tape.weights():
         if name not in placement:
             raise DesksideError(f"the placement has no device for tensor {name}")
     ops = list(_split_experts(tape, placement))
     pinned: dict[int, str] = {}
-    if helper is not None:
-        helped = {id(op) for op in borrowed(tape, placement)}
+    if offload is not None:
+        offloaded = {id(op) for op in offloadable(tape, placement)}
         next_id = 1 + max(v.id for op in ops for v in op.outputs)
         whole, ops = ops, []
         for op in whole:
-            if id(op) not in helped:
+            if id(op) not in offloaded:
                 ops.append(op)
                 continue
-            parts = _helped(op, helper, native, next_id)
+            parts = _offloaded(op, offload, native, next_id)
             next_id += 4
-            own = [o for o in parts if o.kind.startswith("expert_") and o.kind != "expert_pairs"]
-            pinned.update({id(o): helper.device for o in own})
+            moved = [o for o in parts if o.kind.startswith("expert_") and o.kind != "expert_pairs"]
+            pinned.update({id(o): offload.device for o in moved})
             ops += parts
     devices = _devices(ops, placement, pinned)
     if not native:
@@ -109,8 +109,8 @@ def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
         yield Op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
 
 
-def borrowed(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
-    """The experts that a helper can compute: whole layers that the placement has on the host."""
+def offloadable(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
+    """The experts that can be offloaded: whole layers that the placement has on the host."""
     return [
         op
         for op in tape.ops
@@ -118,36 +118,36 @@ def borrowed(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
     ]
 
 
-def _helped(op: Op, helper: Helper, native: bool, next_id: int) -> list[Op]:
-    """What a layer's experts become where a helper computes some of them.
+def _offloaded(op: Op, offload: Offload, native: bool, next_id: int) -> list[Op]:
+    """What a layer's experts become where a device computes some of them.
 
-    expert_divide     ids             own, rest: the ids of either part, -1 in the place of others
-    expert_own        x, own, p; W    sum over a token's own experts, as `experts`; brings in W
-    expert_own_pairs  x, own; W       the terms of that sum side by side, without p
-    expert_pairs      x, rest; W      the same of the host's part
-    expert_merge      y, z, ids, p    the sum over both parts' terms, in `experts`' own order
+    expert_divide         ids             there, here: the ids of either part, -1 for the others
+    expert_offload        x, there, p; W  the sum over a token's experts there; brings in W
+    expert_offload_pairs  x, there; W     the terms of that sum side by side, without p
+    expert_pairs          x, here; W      the same of the host's part
+    expert_merge          y, z, ids, p    the sum over both parts' terms, in `experts`' own order
 
     The native program adds up its part by itself: then the parts' sums are added.
     """
     x, ids, p = op.inputs
     (out,) = op.outputs
-    if helper.all:
-        return [Op("expert_own", op.layer, (x, ids, p), (out,), op.weights)]
-    own, rest = (Value(next_id + i, ids.width) for i in range(2))
+    if offload.all:
+        return [Op("expert_offload", op.layer, (x, ids, p), (out,), op.weights)]
+    there, here = (Value(next_id + i, ids.width) for i in range(2))
     width = out.width if native else out.width * ids.width
     y, z = (Value(next_id + 2 + i, width) for i in range(2))
-    divide = Op("expert_divide", op.layer, (ids,), (own, rest))
+    divide = Op("expert_divide", op.layer, (ids,), (there, here))
     if native:
         return [
             divide,
-            Op("expert_own", op.layer, (x, own, p), (y,), op.weights),
-            Op("experts", op.layer, (x, rest, p), (z,), op.weights),
+            Op("expert_offload", op.layer, (x, there, p), (y,), op.weights),
+            Op("experts", op.layer, (x, here, p), (z,), op.weights),
             Op("add", op.layer, (y, z), (out,)),
         ]
     return [
         divide,
-        Op("expert_own_pairs", op.layer, (x, own), (y,), op.weights),
-        Op("expert_pairs", op.layer, (x, rest), (z,), op.weights),
+        Op("expert_offload_pairs", op.layer, (x, there), (y,), op.weights),
+        Op("expert_pairs", op.layer, (x, here), (z,), op.weights),
         Op("expert_merge", op.layer, (y, z, ids, p), (out,)),
     ]
 

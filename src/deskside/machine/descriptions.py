@@ -199,9 +199,9 @@ def _table(values: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]
     return table
 
 
-def _number(values: Mapping[str, Any], key: str, path: Path, most: float = 1e9) -> float:
+def _number(values: Mapping[str, Any], key: str, path: Path, max_value: float = 1e9) -> float:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= max_value:
         raise DesksideError(f"{path}: {key} is {value!r}; expected a number above 0")
     return float(value)
 
@@ -220,7 +220,7 @@ def _device(values: Mapping[str, Any], base: Device, path: Path, name: str) -> D
         if key in values:
             changes[key] = parse_size(str(values[key]), f"{path}: {name}.{key}")
     if "sustained" in values:
-        changes["sustained"] = _number(values, "sustained", path, most=1)
+        changes["sustained"] = _number(values, "sustained", path, max_value=1)
     return replace(base, **changes)
 
 

@@ -155,9 +155,9 @@ def _readable(kind: str, nbytes: int) -> tuple[int, str]:
         return 0, "none on this system"
     size = min(nbytes, pool.free * pool.size)
     # fewer bytes than this would be read from the caches
-    least = min(nbytes, max(1 << 27, 2 * rates.last_level_cache()))
-    if size < least:
-        few = f"{pool.free} free, {-(-least // pool.size)} are needed"
+    min_bytes = min(nbytes, max(1 << 27, 2 * rates.last_level_cache()))
+    if size < min_bytes:
+        few = f"{pool.free} free, {-(-min_bytes // pool.size)} are needed"
         return 0, few if pool.total else "none are reserved"
     return size, ""
 

@@ -45,7 +45,9 @@ class Load:
 
 
 @dataclass
-class Machine:
+class Host:
+    """The machine that a record is of."""
+
     cpu: str = ""
     cores: int = 0
     memory: int = 0
@@ -65,10 +67,10 @@ def rss(pid: int) -> dict[str, int]:
     return found
 
 
-def describe() -> Machine:
+def describe() -> Host:
     """The machine that this process runs on."""
     flags = cpu_flags()
-    return Machine(
+    return Host(
         cpu=cpu_name(),
         cores=usable_cores(),
         memory=total_memory(),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deskside.errors import DesksideError
-from deskside.lowering.memory import Way
+from deskside.lowering.memory import StepShape
 from deskside.machine.devices import Device, Machine
 from deskside.plan.rules import Rules
 from deskside.plan.speed import Rate
@@ -17,7 +17,7 @@ from deskside.tape.cache import kv_type
 @dataclass(frozen=True)
 class Options:
     """ctx: tokens of one sequence; parallel: sequences; reserved: bytes by device for experts that
-    pass through it or are cached there; ways: how steps run where that is so; the rest as in
+    pass through it or are cached there; shapes: how steps run where that is so; the rest as in
     `EngineConfig`."""
 
     ctx: int
@@ -29,7 +29,7 @@ class Options:
     mmap: bool = True
     mlock: bool = False
     reserved: Mapping[str, int] = field(default_factory=dict)
-    ways: tuple[Way, ...] = ()
+    shapes: tuple[StepShape, ...] = ()
 
     def __post_init__(self) -> None:
         for flag, value in (("-c", self.ctx), ("-ub", self.ubatch), ("--parallel", self.parallel)):

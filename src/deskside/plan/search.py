@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
-from deskside.lowering.memory import Memory, Way, buffers
+from deskside.lowering.memory import Memory, StepShape, buffers
 from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
 from deskside.plan.speed import SpeedModel, Step, predict
-from deskside.plan.units import EMBED, HEAD, KINDS, Cut, Unit, cut
+from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
 
@@ -66,15 +66,15 @@ class _Search:
         self.gpus = self.names[1:]
         n_layers = 1 + max(op.layer for op in tape.ops)
         self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
-        self.cut: Cut = cut(tape, self.pinned.devices)
+        self.grouping: Grouping = group_units(tape, self.pinned.devices)
         k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
-        self.speed = SpeedModel(self.cut, machine, k, v)
+        self.speed = SpeedModel(self.grouping, machine, k, v)
         self.states = [
             tuple(options.parallel * n for n in cache_bytes([s], options.ctx, k, v))
             for s in tape.states
         ]
         self.atom_states = [
-            [op.state for op in a.ops if op.state is not None] for a in self.cut.atoms
+            [op.state for op in a.ops if op.state is not None] for a in self.grouping.atoms
         ]
         self.step = Step(1, options.ctx // 2)
         self.order = self._order()
@@ -88,10 +88,10 @@ class _Search:
         gpu = min(self.machine.gpus, key=lambda d: (-d.bandwidth.value, d.name))
 
         def key(i: int) -> tuple[float, int, int]:
-            unit = self.cut.units[i]
+            unit = self.grouping.units[i]
             size = sum(self.memory.gpu[n] for n in unit.tensors) + sum(
                 sum(self.states[s])
-                for a, states in zip(self.cut.atoms, self.atom_states, strict=True)
+                for a, states in zip(self.grouping.atoms, self.atom_states, strict=True)
                 if a.unit == i and a.pin is None
                 for s in states
             )
@@ -100,12 +100,12 @@ class _Search:
             return (-float(f"{gain:.6e}"), -unit.layer, i)
 
         # one row a token is read of the embedding: it is never worth a GPU's memory
-        free = [i for i, u in enumerate(self.cut.units) if u.tensors and u.role != EMBED]
+        free = [i for i, u in enumerate(self.grouping.units) if u.tensors and u.role != EMBED]
         return sorted(free, key=key)
 
     def _splits(self) -> list[tuple[int, ...]]:
         """Number of the GPU of each layer and of the head, for every way to deal them out."""
-        n, g = self.cut.n_layers, len(self.gpus)
+        n, g = self.grouping.n_layers, len(self.gpus)
         if self.pinned.layer_gpu:
             found = [tuple(self.names.index(name) for name in self.pinned.layer_gpu)]
         elif g == 0:
@@ -128,9 +128,9 @@ class _Search:
     def _family(self, split: tuple[int, ...]) -> Indices:
         """(k, units): where each unit is when the first k of the order are on their GPU."""
         n = len(self.order)
-        place = np.zeros((n + 1, len(self.cut.units)), np.intp)
+        place = np.zeros((n + 1, len(self.grouping.units)), np.intp)
         for at, i in enumerate(self.order):
-            place[at + 1 :, i] = self._gpu(split, self.cut.units[i])
+            place[at + 1 :, i] = self._gpu(split, self.grouping.units[i])
         return place
 
     @staticmethod
@@ -139,13 +139,13 @@ class _Search:
 
     def _atoms(self, split: tuple[int, ...], units: Indices) -> Indices:
         """(k, atoms) from (k, units)."""
-        places = np.empty((len(units), len(self.cut.atoms)), np.intp)
-        for i, atom in enumerate(self.cut.atoms):
+        places = np.empty((len(units), len(self.grouping.atoms)), np.intp)
+        for i, atom in enumerate(self.grouping.atoms):
             if atom.pin is None:
                 # a unit that rules took all tensors of follows what is pinned in it
                 places[:, i] = units[:, atom.unit]
             elif atom.pin == GPU:
-                places[:, i] = self._gpu(split, self.cut.units[atom.unit])
+                places[:, i] = self._gpu(split, self.grouping.units[atom.unit])
             else:
                 places[:, i] = self.names.index(atom.pin)
         return places
@@ -155,7 +155,7 @@ class _Search:
         total = np.zeros((len(units), len(self.names)), np.int64)
         rows = np.arange(len(units))
         resident = self.options.resident
-        for i, unit in enumerate(self.cut.units):
+        for i, unit in enumerate(self.grouping.units):
             sizes = [
                 sum(self.memory.of(n, cpu=d == 0, resident=resident) for n in unit.tensors)
                 for d in (0, 1)
@@ -182,7 +182,7 @@ class _Search:
         """Split and units of the fastest placement that fits; DoesNotFit."""
         memories = np.array([d.memory for d in self.machine.devices])
         best: tuple[float, float, tuple[int, ...], Indices] | None = None
-        least: tuple[int, Bytes] | None = None
+        min_over: tuple[int, Bytes] | None = None
         for split in self._splits():
             units = self._family(split)
             atoms = self._atoms(split, units)
@@ -191,8 +191,8 @@ class _Search:
             fits = ~over.any(axis=1)
             if not fits.any():
                 k = int(over.sum(axis=1).argmin())
-                if least is None or over[k].sum() < least[0]:
-                    least = int(over[k].sum()), over[k]
+                if min_over is None or over[k].sum() < min_over[0]:
+                    min_over = int(over[k].sum()), over[k]
                 continue
             room = np.append(fits[1:], False)[fits]  # for the next one in the order as well
             units, need = units[fits], need[fits]
@@ -207,8 +207,8 @@ class _Search:
                 best = min(seconds[k], best[0] if best else np.inf), fill, split, units[k]
                 self.room = bool(room[k])
         if best is None:
-            assert least is not None
-            raise self._does_not_fit(least[1])
+            assert min_over is not None
+            raise self._does_not_fit(min_over[1])
         return best[2], best[3]
 
     def _does_not_fit(self, over: Bytes) -> DoesNotFit:
@@ -233,7 +233,7 @@ class _Search:
         atoms = self._atoms(split, units[None])[0]
         placement: dict[str, str] = {}
         reasons: dict[str, str] = {}
-        for i, unit in enumerate(self.cut.units):
+        for i, unit in enumerate(self.grouping.units):
             for name in unit.tensors:
                 placement[name] = self.names[units[i]]
                 reasons[name] = self._reason(i, int(units[i]))
@@ -242,8 +242,8 @@ class _Search:
                 reasons[name] = self.pinned.reasons[name]
         in_order = self.tape.weights()
         o = self.options
-        ways = o.ways or (Way(o.ubatch),)
-        taken, sections = buffers(self.tape, placement, ways, threads=o.threads)
+        shapes = o.shapes or (StepShape(o.ubatch),)
+        taken, sections = buffers(self.tape, placement, shapes, threads=o.threads)
         homes = state_homes(sections)
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
@@ -251,7 +251,7 @@ class _Search:
             self.tape, o, self.machine, self.rules,
             {name: placement[name] for name in in_order},
             {name: reasons[name] for name in in_order},
-            tuple(states), self.cut.kinds,
+            tuple(states), self.grouping.kinds,
             self._usage(placement, states, taken), tuple(rates),
         )  # fmt: skip
 
@@ -260,7 +260,7 @@ class _Search:
             return "there is no other device"
         if device:
             return "saves most time per byte"
-        if self.cut.units[i].role == EMBED:
+        if self.grouping.units[i].role == EMBED:
             return "a token reads one row"
         if self.speed.gain(i, self.step, self.machine.gpus[0]) <= 0:
             return "no faster on a GPU"
@@ -279,7 +279,7 @@ class _Search:
             for name, where in placement.items():
                 if where == device.name:
                     size = self.memory.of(name, cpu=d == 0, resident=resident)
-                    weights[self.cut.kinds[name]] += size
+                    weights[self.grouping.kinds[name]] += size
                     mapped += self.memory.mapped.get(name, 0) if d == 0 and not resident else 0
             kv, recurrent = (
                 sum(s[i] for s, w in zip(self.states, states, strict=True) if w == device.name)

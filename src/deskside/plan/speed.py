@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
-from deskside.plan.units import EXPERTS, SHARED, Atom, Cut
+from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
 from deskside.tape import Op
 from deskside.tape.cache import cache_bytes
 from deskside.tape.cost import Experts
@@ -92,7 +92,9 @@ class Rate:
 class SpeedModel:
     """Seconds of steps on a machine, for whole families of placements at once."""
 
-    def __init__(self, cut: Cut, machine: Machine, k_type: QuantType, v_type: QuantType) -> None:
+    def __init__(
+        self, cut: Grouping, machine: Machine, k_type: QuantType, v_type: QuantType
+    ) -> None:
         self.cut = cut
         self.machine = machine
         self.k_type, self.v_type = k_type, v_type

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from deskside.machine.devices import Published, show_size
 from deskside.plan.plan import Plan, Usage
+from deskside.plan.remedies import Remedy
 from deskside.plan.rules import layer_of
 from deskside.plan.speed import Rate, sources
 from deskside.plan.units import KINDS
-from deskside.plan.ways import Way
 
 VERSION = 1
 
@@ -154,7 +154,7 @@ def _memory_table(usage: Iterable[Usage]) -> Table:
             table.add_row(kind, *(_cell(u.weights.get(kind, 0)) for u in usage))
     for label, name in (
         ("keys and values", "kv"), ("recurrent state", "recurrent"), ("compute buffers", "buffers"),
-        ("lent experts", "reserved"),
+        ("offloaded experts", "reserved"),
     ):  # fmt: skip
         if name != "reserved" or any(u.reserved for u in usage):
             table.add_row(label, *(_cell(getattr(u, name)) for u in usage))
@@ -181,9 +181,9 @@ def _rate_table(rates: Iterable[Rate]) -> Table:
     return table
 
 
-def way_line(way: Way) -> str:
-    decode = next(r for r in way.plan.rates if not r.prompt)
-    return f"{way.flags}  ({decode.rate:.1f} tok/s predicted at depth 0)"
+def remedy_line(remedy: Remedy) -> str:
+    decode = next(r for r in remedy.plan.rates if not r.prompt)
+    return f"{remedy.flags}  ({decode.rate:.1f} tok/s predicted at depth 0)"
 
 
 def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
                 "kv": u.kv,
                 "recurrent": u.recurrent,
                 "buffers": u.buffers,
-                "lent_experts": u.reserved,
+                "offloaded_experts": u.reserved,
                 "margin": u.device.margin,
                 "total": u.total,
                 "free": u.free,

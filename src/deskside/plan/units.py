@@ -1,4 +1,4 @@
-"""A tape cut for placing: units, whose tensors go to a device together, and atoms, which run there.
+"""A tape grouped for placing: units, whose tensors share a device, and atoms, which run there.
 
 A unit is what makes sense only as a whole: a layer's mixer (attention or delta net with its state),
 its router with norms (of a dense model: its feed-forward block), its shared expert, its routed
@@ -49,7 +49,7 @@ class Atom:
 
 
 @dataclass
-class Cut:
+class Grouping:
     """Units and atoms of a tape in its order; `kinds` of all its tensors."""
 
     tape: Tape
@@ -62,7 +62,7 @@ class Cut:
         return self.tape.weights()
 
 
-def cut(tape: Tape, pinned: Mapping[str, str]) -> Cut:
+def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
     """`tape` in units and atoms, with the tensors of `pinned` on their devices."""
     n_layers = 1 + max(op.layer for op in tape.ops)
     kinds = tensor_kinds(tape)
@@ -108,7 +108,7 @@ def cut(tape: Tape, pinned: Mapping[str, str]) -> Cut:
         if last is None or (last.unit, last.pin) != (numbers[key], pin):
             atoms.append(Atom(numbers[key], place, role, pin))
         atoms[-1].ops.append(op)
-    return Cut(tape, n_layers, list(units.values()), atoms, kinds)
+    return Grouping(tape, n_layers, list(units.values()), atoms, kinds)
 
 
 def _role(name: str) -> str:

@@ -76,7 +76,7 @@ def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
 Arrays = tuple[NDArray[np.uint8] | NDArray[np.float32], ...]
 
 
-class Held(Protocol):
+class DeviceState(Protocol):
     """A state that lies in the memory of a device. Positions count for keys and values only."""
 
     @property
@@ -131,9 +131,9 @@ class Cache:
         n_ctx: int,
         k_type: QuantType,
         v_type: QuantType,
-        held: Mapping[int, Held] | None = None,
+        held: Mapping[int, DeviceState] | None = None,
     ) -> None:
-        self.held: Mapping[int, Held] = held or {}
+        self.held: Mapping[int, DeviceState] = held or {}
         self.states = tuple(states)
         self.n_slots = n_slots
         self.n_ctx = n_ctx

@@ -27,7 +27,7 @@ from deskside import _native
 from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
-from deskside.lowering.work import BORDER
+from deskside.lowering.scratch import BORDER
 from deskside.tape import Op
 
 Bytes = NDArray[np.uint8]

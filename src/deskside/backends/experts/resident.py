@@ -21,9 +21,9 @@ from torch import Tensor
 
 from deskside.backends.experts.copies import Copier, Layout, Source
 from deskside.backends.torch.device import TorchDevice, show
-from deskside.backends.torch.expert_ops import Matrices
+from deskside.backends.torch.expert_ops import Gathers, Matrices, Offloads
 from deskside.errors import DesksideError
-from deskside.lowering.work import table_bytes
+from deskside.lowering.scratch import table_bytes
 from deskside.tape import Op
 
 POLICIES = ("lfu", "lru")
@@ -106,8 +106,8 @@ class ExpertMetrics:
         return self.hits / max(1, self.hits + self.misses)
 
 
-class Residents:
-    """The experts that are on a device, as a lender of their matrices.
+class Residents(Offloads, Gathers):
+    """The experts that are on a device, which supply their matrices.
 
     ops: the layers' experts. max_tokens: of the steps that `divide` is called in.
     """
@@ -188,7 +188,7 @@ class Residents:
         self._metrics = replace(self._metrics, promotions=0, promoted_bytes=0)
         self._upload()
 
-    # ---- as a lender ----------------------------------------------------------------------------
+    # ---- as `Offloads` and `Gathers` -----------------------------------------------------------
 
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         row = self._row[layer]
@@ -199,15 +199,12 @@ class Residents:
         else:  # through NumPy: a device's meter would count the host's memory as its own
             self._chosen.numpy()[row, :n, :top_k] = ids.numpy()
         self._noted[row] = (n, top_k)
-        own = self.held(layer, ids.long())
-        return ids.masked_fill(~own, -1.0), ids.masked_fill(own, -1.0)
+        there = self.held(layer, ids.long())
+        return ids.masked_fill(~there, -1.0), ids.masked_fill(there, -1.0)
 
     def held(self, layer: int, ids: Tensor) -> Tensor:
         """Whether each of `ids`, int64, is here."""
         return self._table[self._row[layer]][ids] >= 0
-
-    def gathers(self) -> bool:
-        return True
 
     def stacks(self, op: Op) -> Matrices:
         return self._layouts[op.layer].matrices(self._pool)

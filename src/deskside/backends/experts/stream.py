@@ -22,9 +22,9 @@ from torch import Tensor
 from deskside.backends.experts.copies import Copier, Layout, Source
 from deskside.backends.experts.resident import Residents
 from deskside.backends.torch.device import TorchDevice, show
-from deskside.backends.torch.expert_ops import Matrices
+from deskside.backends.torch.expert_ops import Matrices, Offloads
 from deskside.errors import DesksideError
-from deskside.lowering.work import FEW_PAIRS
+from deskside.lowering.scratch import FEW_PAIRS
 from deskside.tape import Op
 
 SURE = 8  # pairs of token and expert for each expert, from which on all are expected to be chosen
@@ -52,7 +52,7 @@ class StreamOptions:
                 f"host_below of at least 0, got {self.min_tokens}, {self.slots}, {self.host_below}"
             )
 
-    def least(self, top_k: int) -> int:
+    def min_batch(self, top_k: int) -> int:
         """Tokens from which on batches stream: fewer pairs than that are computed another way."""
         return max(2, self.min_tokens, FEW_PAIRS // top_k + 1)
 
@@ -77,8 +77,8 @@ class Fetch:
     job: Future[Any]
 
 
-class Streamer:
-    """Lends a device the experts of one layer after another. layouts: by layer."""
+class Streamer(Offloads):
+    """Supplies a device with the experts of one layer after another. layouts: by layer."""
 
     def __init__(
         self,
@@ -111,19 +111,10 @@ class Streamer:
         # Not bincount: its result would be as long as the largest id, and the device would wait.
         counts = torch.zeros(n_expert, dtype=torch.long, device=ids.device)
         counts.scatter_add_(0, chosen.reshape(-1), torch.ones_like(chosen).reshape(-1))
-        own = counts[chosen] >= self.options.host_below
+        there = counts[chosen] >= self.options.host_below
         if self._residents is not None:
-            own |= self._residents.held(layer, chosen)
-        return ids.masked_fill(~own, -1.0), ids.masked_fill(own, -1.0)
-
-    def gathers(self) -> bool:
-        return False
-
-    def stacks(self, op: Op) -> Matrices:
-        raise NotImplementedError
-
-    def places(self, layer: int, ids: Tensor) -> Tensor:
-        raise NotImplementedError
+            there |= self._residents.held(layer, chosen)
+        return ids.masked_fill(~there, -1.0), ids.masked_fill(there, -1.0)
 
     def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
         if self._pass is not None:

@@ -40,17 +40,17 @@ def load(
     DesksideError where they do not fit or cannot be read. Whatever fails, Ctrl-C included, nothing
     is kept, even by those who hold the exception.
     """
-    placements, total = layout(
+    ranges, total = layout(
         together for together in matrices(steps) if any(t.name not in packed for t in together)
     )
     arena = _arena(total, reserve, huge_pages, numa)
     weights = dict(packed)
     files: dict[Path, int] = {}
-    done, whole = 0, sum(p.info.nbytes for p in placements)
+    done, whole = 0, sum(p.info.nbytes for p in ranges)
     # What is packed is not read from the file again; a large file must not push the arena out.
     forget = whole > available_memory() // 2
     try:
-        for p in placements:
+        for p in ranges:
             info = p.info
             if info.path not in files:
                 files[info.path] = os.open(info.path, os.O_RDONLY)

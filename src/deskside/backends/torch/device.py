@@ -26,8 +26,8 @@ from deskside.backends.torch.quants import TYPES
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.scratch import ALIGN
 from deskside.lowering.sections import HOST_TORCH, Section, last_uses
-from deskside.lowering.work import ALIGN
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
 from deskside.tape.cache import state_shapes
@@ -37,7 +37,7 @@ COPY = 64 << 20  # bytes of a weight on their way to a device at a time
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
 
 
-class DeviceState:
+class TorchState:
     """The arrays of one state in a device's memory, laid out as `cache.py` has them."""
 
     def __init__(self, device: TorchDevice, arrays: tuple[Tensor, ...], recurrent: bool) -> None:
@@ -183,7 +183,7 @@ class TorchDevice:
 
     def hold(
         self, state: State, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType
-    ) -> DeviceState:
+    ) -> TorchState:
         """Zeroed memory for a state."""
         for _, _, graphs in self._plans.values():
             if graphs is not None:
@@ -195,7 +195,7 @@ class TorchDevice:
             arrays = tuple(
                 torch.zeros((n_slots, *shape), dtype=kind, device=self.device) for shape in shapes
             )
-        return DeviceState(self, arrays, not kv)
+        return TorchState(self, arrays, not kv)
 
     def run(self, section: Section, values: dict[int, Tensor], step: TorchStep, rows: int) -> None:
         """The section's ops on `values`; those made are added, those no longer needed go.
@@ -205,7 +205,7 @@ class TorchDevice:
         for part in self._parts.get(id(section), (section,)):
             if (
                 self.graphs is None
-                or _lends(part.ops[0])
+                or _is_offloaded(part.ops[0])
                 or not self._replay(part, values, step, rows)
             ):
                 for op in part.ops:
@@ -267,10 +267,10 @@ class TorchDevice:
             return None
         own = []
         for section in (s for s in sections if s.device == self.name):
-            runs = [tuple(ops) for _, ops in groupby(section.ops, _lends)]
+            runs = [tuple(ops) for _, ops in groupby(section.ops, _is_offloaded)]
             parts = tuple(Section(self.name, ops, exports=section.exports) for ops in runs)
             self._parts[id(section)] = parts
-            own += [part for part in parts if not _lends(part.ops[0])]
+            own += [part for part in parts if not _is_offloaded(part.ops[0])]
         return Graphs(
             self.device,
             own,
@@ -342,8 +342,8 @@ class TorchDevice:
         return wait
 
 
-def _lends(op: Op) -> bool:
-    """Whether the host keeps books at every run of the op: no graph can do that."""
+def _is_offloaded(op: Op) -> bool:
+    """Whether the op is of offloaded experts: the host keeps books at every run, no graph can."""
     return op.kind in EXPERT_OPS
 
 

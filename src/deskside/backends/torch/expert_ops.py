@@ -1,6 +1,6 @@
-"""Routed experts that a device computes for the host: the ops, and what lends them matrices.
+"""Routed experts that a device computes for the host: the ops, and what supplies their matrices.
 
-`sections._helped` has the ops. A device's own part of a layer's experts is computed exactly as the
+`sections._offloaded` has the ops. A device's part of a layer's experts is computed exactly as the
 `experts` op computes it: the same products for the same tokens, added in the same order, so on
 torch alone it changes no bit who computes what.
 """
@@ -8,51 +8,63 @@ torch alone it changes no bit who computes what.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from deskside.backends.torch.ops import TorchStep, by_expert, gathered, multiply, rounded
-from deskside.lowering.work import FEW_PAIRS
+from deskside.lowering.scratch import FEW_PAIRS
 from deskside.tape import Op
 
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up, down of one expert: uint8 (rows, row_bytes)
 
 
-class Lender(Protocol):
-    """What has experts' matrices on a device for the time of a step."""
+class Divides(Protocol):
+    """What decides which of the chosen experts a device computes."""
 
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (tokens, top_k) -> those computed here, those left to the host; -1 for the others."""
+        """ids (tokens, top_k) -> those computed there, and those that the host computes; -1 for
+        the others."""
+        ...
 
-    def gathers(self) -> bool:
-        """Whether `stacks` serves, so that few tokens need not wait for their experts' numbers."""
 
-    def stacks(self, op: Op) -> Matrices:
-        """gate, up, down of all that is here: uint8 (n, rows, row_bytes) each."""
-
-    def places(self, layer: int, ids: Tensor) -> Tensor:
-        """The place in `stacks` of every id (any for -1), int64 of its shape."""
+class Supplies(Protocol):
+    """What has experts' matrices where they are computed, for the time of a step."""
 
     def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
         """Gives the matrices of `experts`, asked for in that order; each until the next, the last
         until `done`. pairs: of token and expert."""
+        ...
 
     def done(self) -> None: ...
 
 
-class HostLender:
+@runtime_checkable
+class Gathers(Supplies, Protocol):
+    """What has them all in one place, so that few tokens need not wait for their experts' numbers.
+
+    A class that does must name this one as its base: `_few` asks for that.
+    """
+
+    def stacks(self, op: Op) -> Matrices:
+        """gate, up, down of all that is here: uint8 (n, rows, row_bytes) each."""
+        ...
+
+    def places(self, layer: int, ids: Tensor) -> Tensor:
+        """The place in `stacks` of every id (any for -1), int64 of its shape."""
+        ...
+
+
+class Offloads(Divides, Supplies, Protocol):
+    """What a step's offloaded experts need."""
+
+
+class HostExperts(Gathers):
     """The host's own weights, for `expert_pairs`."""
 
     def __init__(self, step: TorchStep) -> None:
         self.step = step
-
-    def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def gathers(self) -> bool:
-        return True
 
     def stacks(self, op: Op) -> Matrices:
         gate, up, down = (
@@ -72,34 +84,34 @@ class HostLender:
 
 
 def expert_divide(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
-    return list(step.lent.divide(op.layer, inputs[0]))
+    return list(step.offload.divide(op.layer, inputs[0]))
 
 
-def expert_own(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+def expert_offload(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     x, ids, p = inputs
-    if _few(ids, step.lent):
-        return [(p[:, :, None] * _gathered_terms(op, x, ids, step.lent)).sum(1)]
+    if _few(step.offload, ids):
+        return [(p[:, :, None] * _gathered_terms(op, x, ids, step.offload)).sum(1)]
     out = x.new_zeros(len(x), op.weights[2].shape[1])
-    for token, slot, y in _terms(op, x, ids, step, step.lent):
+    for token, slot, y in _terms(op, x, ids, step, step.offload):
         out[token] += p[token, slot][:, None] * y
     return [out]
 
 
-def expert_own_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+def expert_offload_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     x, ids = inputs
-    return [_pairs(op, x, ids, step, step.lent)]
+    return [_pairs(op, x, ids, step, step.offload)]
 
 
 def expert_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     x, ids = inputs
-    return [_pairs(op, x, ids, step, HostLender(step))]
+    return [_pairs(op, x, ids, step, HostExperts(step))]
 
 
 def expert_merge(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     """Of a pair's two terms one is 0; the sum goes as in `torch_ops._sum_experts`."""
-    own, rest, ids, p = inputs
+    there, here, ids, p = inputs
     n, top_k = ids.shape
-    y = (own + rest).reshape(n, top_k, -1)
+    y = (there + here).reshape(n, top_k, -1)
     if n * top_k <= FEW_PAIRS:
         return [(p[:, :, None] * y).sum(1)]
     order = ids.argsort(dim=1)  # a token has an expert once
@@ -111,27 +123,27 @@ def expert_merge(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     return [out]
 
 
-def _few(ids: Tensor, lender: Lender) -> bool:
-    return ids.numel() <= FEW_PAIRS and lender.gathers()
+def _few(supplier: Supplies, ids: Tensor) -> TypeGuard[Gathers]:
+    return ids.numel() <= FEW_PAIRS and isinstance(supplier, Gathers)
 
 
-def _pairs(op: Op, x: Tensor, ids: Tensor, step: TorchStep, lender: Lender) -> Tensor:
+def _pairs(op: Op, x: Tensor, ids: Tensor, step: TorchStep, supplier: Supplies) -> Tensor:
     """Every pair's W_down h, or 0 for the id -1: (tokens, top_k * rows)."""
-    if _few(ids, lender):
-        return _gathered_terms(op, x, ids, lender).reshape(len(x), -1)
+    if _few(supplier, ids):
+        return _gathered_terms(op, x, ids, supplier).reshape(len(x), -1)
     out = x.new_zeros(*ids.shape, op.weights[2].shape[1])
-    for token, slot, y in _terms(op, x, ids, step, lender):
+    for token, slot, y in _terms(op, x, ids, step, supplier):
         out[token, slot] = y
     return out.reshape(len(x), -1)
 
 
-def _gathered_terms(op: Op, x: Tensor, ids: Tensor, lender: Lender) -> Tensor:
+def _gathered_terms(op: Op, x: Tensor, ids: Tensor, supplier: Gathers) -> Tensor:
     """(tokens, top_k, rows). Pairs that are not computed here take some matrix, whatever it holds:
     then shapes do not depend on the ids, and nothing waits."""
     n, top_k = ids.shape
     down = op.weights[2]
-    stacks = lender.stacks(op)
-    places = lender.places(op.layer, ids).reshape(-1)
+    stacks = supplier.stacks(op)
+    places = supplier.places(op.layer, ids).reshape(-1)
 
     def per_pair(stack: Tensor, i: int) -> Tensor:
         rows = rounded(x, op.weights[i].type).repeat_interleave(top_k, dim=0)
@@ -144,12 +156,12 @@ def _gathered_terms(op: Op, x: Tensor, ids: Tensor, lender: Lender) -> Tensor:
 
 
 def _terms(
-    op: Op, x: Tensor, ids: Tensor, step: TorchStep, lender: Lender
+    op: Op, x: Tensor, ids: Tensor, step: TorchStep, supplier: Supplies
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(tokens, their slots, W_down h) expert by expert, in the order of their numbers."""
     gate, up, down = op.weights
     parts = by_expert(ids)
-    matrices = lender.each(op, [e for e, _, _ in parts], ids.numel())
+    matrices = supplier.each(op, [e for e, _, _ in parts], ids.numel())
     for_gate = rounded(x, gate.type)
     for_up = for_gate if up.type is gate.type else rounded(x, up.type)
     for e, token, slot in parts:
@@ -157,9 +169,10 @@ def _terms(
         h = torch.nn.functional.silu(multiply(for_gate[token], w[0], gate, step.kernels))
         h = h * multiply(for_up[token], w[1], up, step.kernels)
         yield token, slot, multiply(rounded(h, down.type), w[2], down, step.kernels)
-    lender.done()
+    supplier.done()
 
 
 EXPERT_OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
-    f.__name__: f for f in (expert_divide, expert_own, expert_own_pairs, expert_pairs, expert_merge)
+    f.__name__: f
+    for f in (expert_divide, expert_offload, expert_offload_pairs, expert_pairs, expert_merge)
 }

@@ -1,7 +1,7 @@
 """A section captured once and replayed: no Python between its ops, one launch on CUDA.
 
 A step of one token a sequence has shapes that follow from its `Shape` alone, and reads what the
-batch says from tensors (`torch_ops.Given`). So a section of it is run once as it is (which compiles
+batch says from `ops.BatchTensors`. So a section of it is run once as it is (which compiles
 kernels and sets libraries up), captured the next time, and replayed from then on. All values that
 cross a section's border lie in buffers of the shape, at addresses that do not change.
 
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from deskside.backends.torch.kernels import Kernels
-from deskside.backends.torch.ops import Given, TorchStep, bucket_of
+from deskside.backends.torch.ops import BatchTensors, TorchStep, bucket_of
 from deskside.backends.torch.quants import codebooks
 from deskside.backends.torch.record import Blocks, Recording
 from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
 RunOps = Callable[[dict[int, Tensor], TorchStep], None]
-MOST_TOKENS = 8  # of a step that is captured
-MOST_SHAPES = 8  # kept at a time
+MAX_TOKENS = 8  # of a step that is captured
+MAX_SHAPES = 8  # kept at a time
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Shaped:
     """What is kept for a shape."""
 
     shape: Shape
-    given: Tensor  # `Given.packed`, on the device
+    packed: Tensor  # `BatchTensors.packed`, on the device
     buffers: dict[int, Tensor] = field(default_factory=dict)  # by value that crosses a border
     seen: set[int] = field(default_factory=set)  # sections that have run once, by id()
     graphs: dict[int, Graph] = field(default_factory=dict)
@@ -210,7 +210,7 @@ class Graphs:
         ops(values, step) runs the section's ops as they are, and adds to `values`.
         """
         n = len(step.batch.tokens)
-        if n > MOST_TOKENS or not bucket_of(step.batch):
+        if n > MAX_TOKENS or not bucket_of(step.batch):
             return False
         if self._full or (id(section), n) in self._never:
             return False
@@ -243,14 +243,14 @@ class Graphs:
             self.drop()
             self._states = states
         shape = Shape(len(step.batch.tokens), len(step.batch.outputs), bucket_of(step.batch))
-        packed = Given.packed(step.batch)
+        packed = BatchTensors.packed(step.batch)
         shaped = self._shapes.pop(shape, None)
         if shaped is None:
             shaped = _Shaped(shape, torch.empty_like(packed, device=self._device))
         self._shapes[shape] = shaped  # the last one used stands last
-        while len(self._shapes) > MOST_SHAPES:
+        while len(self._shapes) > MAX_SHAPES:
             del self._shapes[next(iter(self._shapes))]
-        shaped.given.copy_(packed)
+        shaped.packed.copy_(packed)
         self._now = (weakref.ref(step), shaped)
         return shaped
 
@@ -265,7 +265,7 @@ class Graphs:
         border = self._borders[id(section)]
         # Its own rotations: those of `step` may have been computed outside of the graph.
         own = replace(step, _rotations={})
-        own.given = Given.of(step.batch, shaped.given)
+        own.tensors = BatchTensors.of(step.batch, shaped.packed)
 
         def run() -> None:
             values = {v.id: shaped.buffers[v.id] for v in border.needed}
@@ -276,7 +276,7 @@ class Graphs:
         try:
             for v in border.kept:
                 self._buffer(shaped, v)
-            outside = [*step.weights.values(), *shaped.buffers.values(), shaped.given]
+            outside = [*step.weights.values(), *shaped.buffers.values(), shaped.packed]
             graph = self._new_graph([*outside, codebooks(self._device)], self._states)
             graph.capture(run)
         except Exception as error:  # whatever it is, the section can still run as it is

@@ -5,7 +5,7 @@ kernel that multiplies by the bytes themselves takes their place where a device 
 Activations that meet quantised weights are rounded to 8 bits per block of 32 as on the CPU, so that
 a model is the same on every device but for the order of its sums.
 
-What a batch says, ops read from tensors (`Given`) where each sequence has one token. The shapes of
+What a batch says, ops read from `BatchTensors` where each sequence has one token. The shapes of
 such a step follow from the number of sequences, of wanted logits and the bucket of positions alone,
 and nothing waits for the device: `torch_graph` captures it.
 """
@@ -25,17 +25,17 @@ from deskside.backends.torch.kernels import NONE, Kernels
 from deskside.backends.torch.quants import decode_cached, dequantize, encode_cached, round_to_8_bits
 from deskside.gguf import TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.scratch import FEW_PAIRS, PIECE
 from deskside.lowering.steps import FLOAT_TYPES
-from deskside.lowering.work import FEW_PAIRS, PIECE
 from deskside.tape import Op
 from deskside.tape.cache import Batch
 
 DELTA_BLOCK = 64  # tokens that the delta rule takes at once
-LEAST_BUCKET = 256  # positions; see `Given.bucket`
+MIN_BUCKET = 256  # positions; see `BatchTensors.bucket`
 
 
 @dataclass(frozen=True)
-class Given:
+class BatchTensors:
     """A batch on the device, int32. `bucket`: where each sequence has one token, a power of 2 that
     is no less than the positions of any of them; else 0."""
 
@@ -54,17 +54,17 @@ class Given:
         return torch.from_numpy(np.concatenate(parts).astype(np.int32))
 
     @staticmethod
-    def of(batch: Batch, packed: Tensor) -> Given:
+    def of(batch: Batch, packed: Tensor) -> BatchTensors:
         n = len(batch.tokens)
         tokens, slots, positions, outputs = packed.split([n, n, n, len(batch.outputs)])
-        return Given(tokens, slots, positions, outputs, bucket_of(batch))
+        return BatchTensors(tokens, slots, positions, outputs, bucket_of(batch))
 
 
 def bucket_of(batch: Batch) -> int:
     if any(s.n != 1 for s in batch.segments):
         return 0
     longest = 1 + max(s.pos for s in batch.segments)
-    return max(LEAST_BUCKET, 1 << (longest - 1).bit_length())
+    return max(MIN_BUCKET, 1 << (longest - 1).bit_length())
 
 
 @dataclass
@@ -79,12 +79,13 @@ class TorchStep:
     k_type: QuantType
     v_type: QuantType
     kernels: Kernels = NONE
-    lent: Any = None  # experts that the device computes for the host: see torch_experts.py
+    offload: Any = None  # `expert_ops.Offloads`: experts that the device computes for the host
     _rotations: dict[tuple[object, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
-    def given(self) -> Given:
-        return Given.of(self.batch, Given.packed(self.batch).to(self.device))
+    def tensors(self) -> BatchTensors:
+        """Of the batch, on the device."""
+        return BatchTensors.of(self.batch, BatchTensors.packed(self.batch).to(self.device))
 
     def floats(self, info: TensorInfo) -> Tensor:
         """A small tensor in float32, in NumPy order."""
@@ -100,7 +101,7 @@ class TorchStep:
             inv_freq = float(op.attrs["base"]) ** (exponent * 2 / n_rot)
             if op.weights:
                 inv_freq = inv_freq / self.floats(op.weights[0])
-            angle = self.given.positions[:, None, None] * inv_freq
+            angle = self.tensors.positions[:, None, None] * inv_freq
             self._rotations[key] = (angle.cos().float(), angle.sin().float())
         return self._rotations[key]
 
@@ -124,7 +125,7 @@ def multiply(x: Tensor, w: Tensor, info: TensorInfo, kernels: Kernels) -> Tensor
 
 def embed(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (info,) = op.weights
-    rows = step.weights[info.name][step.given.tokens]
+    rows = step.weights[info.name][step.tensors.tokens]
     return [dequantize(rows, info.type, info.row_len)]
 
 
@@ -169,7 +170,7 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     heads, kv_heads, dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
     k_cache, v_cache = step.states[op.state]
-    if step.given.bucket:
+    if step.tensors.bucket:
         return [_attend_tokens(op, q, k, v, step)]
     out = torch.empty_like(q)
     start = 0
@@ -198,17 +199,17 @@ def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> 
     kv_heads, dim = int(op.attrs["kv_heads"]), int(op.attrs["head_dim"])
     assert op.state is not None
     caches, types = step.states[op.state], (step.k_type.name, step.v_type.name)
-    given, n = step.given, len(q)
+    tensors, n = step.tensors, len(q)
     for x, cache, t in zip((k, v), caches, types, strict=True):
-        cache[given.slots, :, given.positions] = encode_cached(x.reshape(n, kv_heads, dim), t)
-    bucket = min(given.bucket, caches[0].shape[2])
+        cache[tensors.slots, :, tensors.positions] = encode_cached(x.reshape(n, kv_heads, dim), t)
+    bucket = min(tensors.bucket, caches[0].shape[2])
     kernels, names = step.kernels, (types[0].lower(), types[1].lower())
     if kernels.attention is not None and kernels.takes_attention(*names, dim):
         return kernels.attention(
             q.contiguous(),
             *caches,
-            given.slots,
-            given.positions + 1,
+            tensors.slots,
+            tensors.positions + 1,
             k_type=names[0],
             v_type=names[1],
             dim=dim,
@@ -216,11 +217,15 @@ def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> 
             splits=kernels.splits(bucket),
         )
     grouped = q.reshape(n, kv_heads, -1, dim) * op.attrs["scale"]
-    return _attend_bucket(grouped, caches, types, given, bucket).reshape(q.shape)
+    return _attend_bucket(grouped, caches, types, tensors, bucket).reshape(q.shape)
 
 
 def _attend_bucket(
-    q: Tensor, caches: tuple[Tensor, ...], types: tuple[str, str], given: Given, bucket: int
+    q: Tensor,
+    caches: tuple[Tensor, ...],
+    types: tuple[str, str],
+    tensors: BatchTensors,
+    bucket: int,
 ) -> Tensor:
     """Softmax attention of q (n, kv_heads, group, dim), one token a sequence, over all `bucket`
     positions, those past a token's own masked. In pieces as `_attend`; the first has position 0."""
@@ -230,9 +235,9 @@ def _attend_bucket(
     total, acc = torch.zeros_like(top), torch.zeros_like(q)
     for a in range(0, bucket, size):
         b = min(a + size, bucket)
-        past = torch.arange(a, b, device=q.device) > given.positions[:, None]
+        past = torch.arange(a, b, device=q.device) > tensors.positions[:, None]
         keys, values = (
-            decode_cached(cache[:, :, a:b].index_select(0, given.slots), t)
+            decode_cached(cache[:, :, a:b].index_select(0, tensors.slots), t)
             for cache, t in zip(caches, types, strict=True)
         )
         scores = q @ keys.transpose(2, 3)
@@ -279,12 +284,12 @@ def conv_silu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     kernel = int(op.attrs["kernel"])
     assert op.state is not None
     (state,) = step.states[op.state]
-    if step.given.bucket:
-        u = torch.cat([state[step.given.slots], x[:, None]], 1)
+    if step.tensors.bucket:
+        u = torch.cat([state[step.tensors.slots], x[:, None]], 1)
         y = u[:, 0] * w[:, 0]
         for j in range(1, kernel):
             y += u[:, j] * w[:, j]
-        state[step.given.slots] = u[:, 1:]
+        state[step.tensors.slots] = u[:, 1:]
         return [torch.nn.functional.silu(y)]
     out = torch.empty_like(x)
     start = 0
@@ -307,10 +312,10 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     assert op.state is not None
     (states,) = step.states[op.state]
     kernel = step.kernels.delta_step
-    if step.given.bucket and kernel is not None and step.kernels.takes_delta(dim):
+    if step.tensors.bucket and kernel is not None and step.kernels.takes_delta(dim):
         given = (qkv.contiguous(), a.contiguous(), b.contiguous(), ssm_a, dt_bias)
         eps = float(op.attrs["eps"])
-        return [kernel(*given, states, step.given.slots, k_heads=k_heads, eps=eps)]
+        return [kernel(*given, states, step.tensors.slots, k_heads=k_heads, eps=eps)]
 
     def unit(x: Tensor) -> Tensor:
         length = ((x * x).sum(-1, keepdim=True) + op.attrs["eps"]).sqrt()
@@ -323,10 +328,10 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     beta = b.sigmoid().T
     g = (ssm_a * torch.nn.functional.softplus(a + dt_bias, threshold=50)).T
 
-    if step.given.bucket:
+    if step.tensors.bucket:
         tokens = [
             delta_token(q[:, i], k[:, i], v[:, i], g[:, i], beta[:, i], states, slot)
-            for i, slot in enumerate(step.given.slots.split(1))
+            for i, slot in enumerate(step.tensors.slots.split(1))
         ]
         return [torch.stack(tokens).reshape(n, -1)]
     out = torch.empty_like(v)
@@ -502,7 +507,7 @@ def gathered(x: Tensor, ids: Tensor, matrices: Tensor, info: TensorInfo) -> Tens
 
 def take_rows(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
-    return [x[step.given.outputs]]
+    return [x[step.tensors.outputs]]
 
 
 OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {

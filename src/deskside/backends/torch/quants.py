@@ -33,11 +33,10 @@ def round_to_8_bits(x: Tensor) -> Tensor:
     blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
     top = blocks.abs().amax(-1, keepdim=True)
     some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
-    most = torch.full_like(
-        top, 127.0
-    )  # by a number CUDA multiplies with its reciprocal: other bits
-    q = (blocks * (most / top).masked_fill(some, 0.0)).round_()
-    return (q * (top / most).masked_fill(some, 0.0)).reshape(x.shape)
+    # by a number CUDA multiplies with its reciprocal: other bits
+    max_q = torch.full_like(top, 127.0)
+    q = (blocks * (max_q / top).masked_fill(some, 0.0)).round_()
+    return (q * (top / max_q).masked_fill(some, 0.0)).reshape(x.shape)
 
 
 def encode_cached(x: Tensor, name: str) -> Tensor:

@@ -220,8 +220,8 @@ def sort_pairs(
     counts = counts.scatter_add_(0, expert, torch.ones_like(expert))[:n_experts]
     ends, tile_ends = counts.cumsum(0), (-(-counts // block_m)).cumsum(0)
     pairs = len(expert)
-    most = min(pairs, pairs // block_m + n_experts)
-    tile = torch.arange(most, device=expert.device)
+    max_tiles = min(pairs, pairs // block_m + n_experts)
+    tile = torch.arange(max_tiles, device=expert.device)
     of = torch.searchsorted(tile_ends, tile, right=True).clamp(max=n_experts - 1)
     within = tile - (tile_ends[of] - -(-counts[of] // block_m))
     first = ends[of] - counts[of] + within * block_m

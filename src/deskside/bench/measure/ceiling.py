@@ -39,19 +39,19 @@ class Roof:
             depth = run.depth + run.generated_tokens / 2
             macs = self.work.macs + self.work.head_macs
             found.decode_bytes = self.decode_bytes(depth)
-            found.decode_rate, found.decode_limit = _least(
+            found.decode_rate, found.decode_limit = _min_rate(
                 bandwidth / found.decode_bytes, compute / macs
             )
         if run.prompt_tokens:
             needed = self.work.prefill(run.prompt_tokens, self.ubatch)
             found.prefill_macs = needed["macs"]
-            found.prefill_rate, found.prefill_limit = _least(
+            found.prefill_rate, found.prefill_limit = _min_rate(
                 bandwidth / needed["bytes"], compute / needed["macs"]
             )
         return found
 
 
-def _least(reading: float, multiplying: float) -> tuple[float, str]:
+def _min_rate(reading: float, multiplying: float) -> tuple[float, str]:
     return min((reading, "bandwidth"), (multiplying, "compute"))
 
 

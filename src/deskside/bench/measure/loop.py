@@ -19,11 +19,11 @@ from deskside.bench.record import Record, Run, Target
 from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
 from deskside.machine import watch
-from deskside.machine.watch import Machine
+from deskside.machine.watch import Host
 from deskside.progress import Progress, silent
 
 SAMPLE = 4000  # characters that a target is shown beforehand
-MOST_FAILURES = 3  # in a row, until it makes no sense to go on
+MAX_FAILURES = 3  # in a row, until it makes no sense to go on
 # Seconds between two looks at the progress bar: drawing it takes time from a decoding thread.
 BETWEEN = 1.0
 # How many tokens of a prompt take as long as a generated one, until a run has told.
@@ -31,11 +31,11 @@ USUAL_RATIO = 12.0
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class PlannedRun:
     """A run to make. `index` counts the plan's entries: the sides of a pair have the same one.
 
     key: decides the text. part: of the tree, for an item that stands for all of it. before: the
-    step whose prompt and answer this one continues.
+    run whose prompt and answer this one continues.
     """
 
     index: int
@@ -44,14 +44,14 @@ class Step:
     key: str
     warmup: bool = False
     part: int | None = None
-    before: Step | None = None
+    before: PlannedRun | None = None
 
     @property
     def name(self) -> str:
         return self.item.name if self.part is None else f"{self.item.name} {self.part + 1}"
 
 
-def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) -> list[Step]:
+def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) -> list[PlannedRun]:
     """The runs in their order. parts: prompts that the tree is read in.
 
     Two sides take turns, and which one is first changes with every pair and every round.
@@ -62,16 +62,16 @@ def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) ->
     entries = [(listed[0], True, i) for i in range(workload.warmup)]
     for r in range(workload.repeats):
         entries += [(entry, False, r + place) for place, entry in enumerate(listed)]
-    steps: list[Step] = []
-    last: dict[str, Step] = {}
+    runs: list[PlannedRun] = []
+    last: dict[str, PlannedRun] = {}
     for index, ((item, number), warmup, turn) in enumerate(entries):
         swapped = turn % 2 == 1
         for side in reversed(sides) if swapped else sides:
             before = last[side] if item.continues else None
             key = f"{seed} {index}"
-            last[side] = Step(index, side, item, key, warmup, number, before)
-            steps.append(last[side])
-    return steps
+            last[side] = PlannedRun(index, side, item, key, warmup, number, before)
+            runs.append(last[side])
+    return runs
 
 
 def characterise(
@@ -91,8 +91,8 @@ def characterise(
     resume is of something else; and if the runs cannot go on, as when an endpoint is gone.
     Interrupted (KeyboardInterrupt), the run at hand is lost and those before it are in `out`.
     """
-    least = min(targets.values(), key=lambda t: t.n_ctx or float("inf"))
-    fitted, skipped = fit_context(workload, least.n_ctx, least.limit)
+    shortest = min(targets.values(), key=lambda t: t.n_ctx or float("inf"))
+    fitted, skipped = fit_context(workload, shortest.n_ctx, shortest.limit)
     corpus = Corpus.of(fitted.text)
     for target in targets.values():
         target.learn(corpus.sample(SAMPLE, str(seed)))
@@ -139,11 +139,11 @@ class _Session:
         # A cache that cannot be switched off may know the prompts of another sitting.
         self.salt = record.created if any(t.caches for t in targets.values()) else ""
         self.trees: dict[str, list[Token]] = {}
-        steps = plan(workload, list(targets), f"{record.seed}{self.salt}", self._parts())
+        runs = plan(workload, list(targets), f"{record.seed}{self.salt}", self._parts())
         done = {(run.index, run.side) for run in record.runs if run.ok}
-        self.steps = [step for step in steps if (step.index, step.side) not in done]
-        self.said: dict[Step, list[Token]] = {}  # prompt and answer of a side's last step
-        self.bar = _Bar(progress, steps, self.steps)
+        self.runs = [planned for planned in runs if (planned.index, planned.side) not in done]
+        self.said: dict[PlannedRun, list[Token]] = {}  # prompt and answer of a side's last run
+        self.bar = _Bar(progress, runs, self.runs)
         self.failures = 0
 
     def _parts(self) -> int:
@@ -153,92 +153,93 @@ class _Session:
             return 0
         for side, target in self.targets.items():
             self.trees[side] = tokens_of(self.corpus, target.encode)
-        most = max(len(tokens) for tokens in self.trees.values()) * self.workload.scale
-        return max(1, -int(-most // text_of_part(items[0].prompt)))
+        max_tokens = max(len(tokens) for tokens in self.trees.values()) * self.workload.scale
+        return max(1, -int(-max_tokens // text_of_part(items[0].prompt)))
 
     def go(self) -> None:
-        for step in self.steps:
-            self.bar.begin(step)
-            run = self._run(step)
+        for planned in self.runs:
+            self.bar.begin(planned)
+            run = self._run(planned)
             run.index, run.name, run.side, run.warmup = (
-                step.index,
-                step.name,
-                step.side,
-                step.warmup,
+                planned.index,
+                planned.name,
+                planned.side,
+                planned.warmup,
             )
             place = (run.index, run.side)
             self.record.runs = [r for r in self.record.runs if (r.index, r.side) != place]
             self.record.runs.append(run)
             self.save()
-            self.bar.end(step, run)
+            self.bar.end(planned, run)
             if run.error is not None:
-                self._stop_if_hopeless(step, run.error)
+                self._stop_if_hopeless(planned, run.error)
             else:
                 self.failures = 0
 
-    def _run(self, step: Step) -> Run:
-        """The step's run; a failure is a run, too."""
-        target = self.targets[step.side]
-        limits = self.limits.get(step.side)
+    def _run(self, planned: PlannedRun) -> Run:
+        """What became of it; a failure is a run, too."""
+        target = self.targets[planned.side]
+        limits = self.limits.get(planned.side)
         if limits is not None:
             limits.refresh()
         started = _now()
         seen = watch.Watch(own=target.own, local=target.local)
         try:
-            prompt = self._prompt(step)
+            prompt = self._prompt(planned)
             with seen:
-                run = self._generate(step, prompt)
+                run = self._generate(planned, prompt)
         except DesksideError as failure:
-            run = Run(index=step.index, name=step.name, error=str(failure))
+            run = Run(index=planned.index, name=planned.name, error=str(failure))
         run.started, run.load = started, seen.load
         run.gaps = [round(gap, 6) for gap in run.gaps]  # no clock here tells more; files stay small
-        roof = self.roofs[step.side]
+        roof = self.roofs[planned.side]
         if run.ok and roof is not None and limits is not None:
             run.ceiling = roof.over(run, limits.bandwidth, limits.compute)
         return run
 
-    def _generate(self, step: Step, prompt: list[Token]) -> Run:
-        params = self.workload.params(step.item.generate, self.record.seed + step.index)
-        run, answer = self.targets[step.side].run(
-            prompt, params, reuse=step.item.continues, on_token=self.bar.token
+    def _generate(self, planned: PlannedRun, prompt: list[Token]) -> Run:
+        params = self.workload.params(planned.item.generate, self.record.seed + planned.index)
+        run, answer = self.targets[planned.side].run(
+            prompt, params, reuse=planned.item.continues, on_token=self.bar.token
         )
-        self.said = {s: tokens for s, tokens in self.said.items() if s.side != step.side}
-        self.said[step] = prompt + answer
+        self.said = {s: tokens for s, tokens in self.said.items() if s.side != planned.side}
+        self.said[planned] = prompt + answer
         return run
 
-    def _prompt(self, step: Step) -> list[Token]:
-        encode, item = self.targets[step.side].encode, step.item
-        if step.part is not None:
-            return part(item.prompt, step.part, step.key, self.trees[step.side], encode)
-        if step.before is None:
-            return fresh(item.prompt, step.key, self.corpus, encode)
-        said = self._said(step.before)
-        return said + exactly(item.prompt, self.corpus.shuffled(step.key), encode)
+    def _prompt(self, planned: PlannedRun) -> list[Token]:
+        encode, item = self.targets[planned.side].encode, planned.item
+        if planned.part is not None:
+            return part(item.prompt, planned.part, planned.key, self.trees[planned.side], encode)
+        if planned.before is None:
+            return fresh(item.prompt, planned.key, self.corpus, encode)
+        said = self._said(planned.before)
+        return said + exactly(item.prompt, self.corpus.shuffled(planned.key), encode)
 
-    def _said(self, step: Step) -> list[Token]:
-        """Prompt and answer of the step that is continued.
+    def _said(self, planned: PlannedRun) -> list[Token]:
+        """Prompt and answer of the run that is continued.
 
         In a record that is resumed it may have been run before: then it runs again, unrecorded, so
         that the conversation, and what a cache holds, is there.
         """
-        if step not in self.said:
-            if step in self.steps:
-                raise DesksideError(f"{step.name}, which it continues, failed")
-            self._generate(step, self._prompt(step))
-        return self.said[step]
+        if planned not in self.said:
+            if planned in self.runs:
+                raise DesksideError(f"{planned.name}, which it continues, failed")
+            self._generate(planned, self._prompt(planned))
+        return self.said[planned]
 
-    def _stop_if_hopeless(self, step: Step, error: str) -> None:
+    def _stop_if_hopeless(self, planned: PlannedRun, error: str) -> None:
         hint = kept(self.out)
         try:
-            self.targets[step.side].check()
+            self.targets[planned.side].check()
         except DesksideError:
-            raise DesksideError(f"{step.name}: {error}; {hint}") from None
-        if step.before is not None and step.before not in self.said:
+            raise DesksideError(f"{planned.name}: {error}; {hint}") from None
+        if planned.before is not None and planned.before not in self.said:
             return  # it was not even tried
         self.failures += 1
-        if self.failures == MOST_FAILURES:
+        if self.failures == MAX_FAILURES:
             raise DesksideError(
-                f"{MOST_FAILURES} runs in a row failed, the last one, {step.name}: {error}; {hint}"
+                f"{MAX_FAILURES} runs in a row failed, the last one, {planned.name}: {error}; "
+                f"{hint}"
             )
 
     def save(self) -> None:
@@ -265,9 +266,11 @@ def kept(out: Path) -> str:
 class _Bar:
     """Progress in units of a prompt's token, so that a bar can tell the time left."""
 
-    def __init__(self, progress: Progress, steps: Sequence[Step], left: Sequence[Step]) -> None:
+    def __init__(
+        self, progress: Progress, runs: Sequence[PlannedRun], left: Sequence[PlannedRun]
+    ) -> None:
         self._progress = progress
-        self._all = steps
+        self._all = runs
         self._left = list(left)
         self._ratio = USUAL_RATIO
         self._known = False
@@ -275,10 +278,10 @@ class _Bar:
         self._tokens = 0
         self._shown = 0.0
 
-    def begin(self, step: Step) -> None:
-        side = f" {step.side}" if len({s.side for s in self._all}) > 1 else ""
+    def begin(self, planned: PlannedRun) -> None:
+        side = f" {planned.side}" if len({s.side for s in self._all}) > 1 else ""
         n = len(self._all) - len(self._left) + 1
-        self._label = f"{n}/{len(self._all)} {step.name}{side}"
+        self._label = f"{n}/{len(self._all)} {planned.name}{side}"
         self._tokens = 0
         self._show()
 
@@ -287,8 +290,8 @@ class _Bar:
         if time.monotonic() - self._shown > BETWEEN:
             self._show()
 
-    def end(self, step: Step, run: Run) -> None:
-        self._left.remove(step)
+    def end(self, planned: PlannedRun, run: Run) -> None:
+        self._left.remove(planned)
         if run.prefill_rate and run.decode_rate and not self._known:
             self._ratio, self._known = run.prefill_rate / run.decode_rate, True
         self._tokens = 0
@@ -302,13 +305,13 @@ class _Bar:
             done += self._left[0].item.prompt + self._ratio * self._tokens
         self._progress(self._label, round(done), round(total))
 
-    def _cost(self, step: Step) -> float:
-        return step.item.prompt + self._ratio * step.item.generate
+    def _cost(self, planned: PlannedRun) -> float:
+        return planned.item.prompt + self._ratio * planned.item.generate
 
 
-def _machine(targets: Mapping[str, TargetRunner]) -> Machine:
+def _machine(targets: Mapping[str, TargetRunner]) -> Host:
     """This machine, if anything is measured on it; of another one nothing is known."""
-    return watch.describe() if any(t.local for t in targets.values()) else Machine()
+    return watch.describe() if any(t.local for t in targets.values()) else Host()
 
 
 def _expect_same(

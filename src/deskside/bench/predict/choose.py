@@ -83,11 +83,11 @@ def choose(
                 f"{period(preset)}; use whole periods"
             )
     every = [*slices, *((last,) if last else ())]
-    most = max(every, key=_memory)
-    if _memory(most) > room:
+    largest = max(every, key=_memory)
+    if _memory(largest) > room:
         raise DesksideError(
-            f"{most.name} needs {_memory(most) / 1e9:.1f} GB of memory, {max(room, 0) / 1e9:.1f} "
-            "GB can be had; use fewer layers or --experts"
+            f"{largest.name} needs {_memory(largest) / 1e9:.1f} GB of memory, "
+            f"{max(room, 0) / 1e9:.1f} GB can be had; use fewer layers or --experts"
         )
     needed = disk_needed(every, folder)
     if needed > disk:
@@ -150,9 +150,9 @@ def _auto(
                 if not (fits(deeper) and enough):
                     return made([p * times for p in periods], count)
                 times += 1
-    least = made((1, 2), counts[-1])
+    smallest = made((1, 2), counts[-1])
     raise DesksideError(
-        f"{whole.preset}: even {least[1].name} does not fit: {_memory(least[1]) / 1e9:.1f} GB of "
-        f"memory and {disk_needed(list(least), folder) / 1e9:.1f} GB of disk in {folder} are "
-        f"needed, {max(room, 0) / 1e9:.1f} and {disk / 1e9:.1f} GB can be had"
+        f"{whole.preset}: even {smallest[1].name} does not fit: {_memory(smallest[1]) / 1e9:.1f} "
+        f"GB of memory and {disk_needed(list(smallest), folder) / 1e9:.1f} GB of disk in {folder} "
+        f"are needed, {max(room, 0) / 1e9:.1f} and {disk / 1e9:.1f} GB can be had"
     )

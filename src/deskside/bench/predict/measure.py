@@ -46,7 +46,7 @@ MISFIT = 0.05
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """depths: tokens in the context when decoding begins, ascending; the prompt of the first is
     timed as prefill. generate: tokens per sample. The rest are options of the engine."""
 
@@ -65,13 +65,13 @@ class Options:
             _native.choose(self.isa or "")
         except ValueError as error:
             raise DesksideError(f"--isa {self.isa}: {error}") from None
-        for flag, value, least in (
+        for flag, value, min_value in (
             ("--repeats", self.repeats, 2),
             ("--generate", self.generate, 2),
             ("--depths", min(self.depths, default=0), 1),
         ):
-            if value < least:
-                raise DesksideError(f"{flag} {value}: expected at least {least}")
+            if value < min_value:
+                raise DesksideError(f"{flag} {value}: expected at least {min_value}")
         for a, b in zip(self.depths, self.depths[1:], strict=False):
             if b <= a + self.generate:
                 raise DesksideError(
@@ -136,7 +136,7 @@ class Prediction:
     layers: int
     nbytes: int  # of the whole model's file
     choice: Choice
-    options: Options
+    options: PredictOptions
     cpu: str
     threads: int
     isa: str
@@ -161,7 +161,7 @@ def predict(
     *,
     experts: int | None = None,
     check: int | None = None,
-    options: Options | None = None,
+    options: PredictOptions | None = None,
     keep: bool = True,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -173,12 +173,12 @@ def predict(
     keep: leave files that were written in the cache folder. say: is told sizes before anything is
     written. DesksideError for a shortfall of memory or disk, and for values that make no slice.
     """
-    options = options or Options()
+    options = options or PredictOptions()
     folder = folder or cache_folder()
     full(preset)  # is it known?
-    most = PRESETS[preset]["max_position_embeddings"]
-    if options.ctx > most:
-        raise DesksideError(f"--depths {options.depths[-1]}: {preset} has a context of {most}")
+    max_ctx = PRESETS[preset]["max_position_embeddings"]
+    if options.ctx > max_ctx:
+        raise DesksideError(f"--depths {options.depths[-1]}: {preset} has a context of {max_ctx}")
     choice = choose(preset, layers, experts=experts, check=check, folder=folder)
     missing = [s for s in choice.every if not s.file(folder).exists()]
     for s in choice.every:
@@ -201,7 +201,9 @@ class _Runner:
     """Measures the slices, group by group; with several groups forwards, then backwards, so that a
     drift of the machine falls on all alike."""
 
-    def __init__(self, choice: Choice, options: Options, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, choice: Choice, options: PredictOptions, folder: Path, progress: Progress
+    ) -> None:
         self.choice = choice
         self.options = options
         self.folder = folder
@@ -265,7 +267,7 @@ class _Runner:
         )
 
 
-def _times(llm: LLM, options: Options, rng: np.random.Generator) -> dict[str, float]:
+def _times(llm: LLM, options: PredictOptions, rng: np.random.Generator) -> dict[str, float]:
     """Seconds by kind: of the first prompt, and of a decoded token at each depth."""
     types = llm.tokenizer.types
     normal = np.flatnonzero((types != UNUSED) & (types != CONTROL))
@@ -293,7 +295,7 @@ def _times(llm: LLM, options: Options, rng: np.random.Generator) -> dict[str, fl
     return found
 
 
-def _result(preset: str, choice: Choice, options: Options, runner: _Runner) -> Prediction:
+def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runner) -> Prediction:
     whole = full(preset)
     bandwidth = statistics.median(runner.bandwidth)
     compute = statistics.median(runner.compute)
@@ -321,14 +323,14 @@ def _result(preset: str, choice: Choice, options: Options, runner: _Runner) -> P
     )  # fmt: skip
 
 
-def _work(work: Work, options: Options, depth: int) -> dict[str, float]:
+def _work(work: Work, options: PredictOptions, depth: int) -> dict[str, float]:
     """Bytes and MACs a token; depth 0 stands for the prefill."""
     if not depth:
         return work.prefill(options.depths[0], options.ubatch)
     return work.decode(depth + options.generate // 2, options.kv)
 
 
-def _scale(cut: Slice, options: Options, depth: int) -> float:
+def _scale(cut: Slice, options: PredictOptions, depth: int) -> float:
     """A layer of the full model over one of the slices, in bytes (prefill: in products)."""
     if cut.experts is None:
         return 1.0

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deskside.convert.synth import PRESETS, make_plan, synth_file
+from deskside.convert.synth import PRESETS, outline, synth_file
 from deskside.errors import DesksideError
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
@@ -56,8 +56,8 @@ class Slice:
 
 @cache
 def _measures(slice_: Slice) -> tuple[int, Work]:
-    plan = make_plan(slice_.preset, **slice_.shape)
-    return plan.nbytes, Work.of(build_tape(plan.outline()))
+    made = outline(slice_.preset, **slice_.shape)
+    return made.nbytes, Work.of(build_tape(made.gguf()))
 
 
 def full(preset: str) -> Slice:

@@ -84,7 +84,7 @@ class Perplexity:
     divergence: Divergence | None = None
 
 
-def cut(llm: LLM, text: str, name: str, chunks: int | None = None) -> Ints:
+def windows(llm: LLM, text: str, name: str, chunks: int | None = None) -> Ints:
     """The windows (n, llm.ctx) of a text; at most `chunks` of them. `name` is for errors."""
     if llm.ctx < MIN_CTX:
         raise DesksideError(f"-c {llm.ctx} leaves next to nothing to score; use at least {MIN_CTX}")
@@ -100,11 +100,11 @@ def cut(llm: LLM, text: str, name: str, chunks: int | None = None) -> Ints:
             "give more text or lower -c"
         )
     n = n if chunks is None else min(n, chunks)
-    windows = ids[: n * llm.ctx].reshape(n, llm.ctx)
+    found = ids[: n * llm.ctx].reshape(n, llm.ctx)
     bos = llm.tokenizer.bos_id
     if llm.tokenizer.add_bos and bos is not None:
-        windows[:, 0] = bos
-    return windows
+        found[:, 0] = bos
+    return found
 
 
 def log_softmax(logits: NDArray[np.float32]) -> Doubles:
@@ -124,7 +124,7 @@ def perplexity(
     reference: LogProbs | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
-    """Score windows that `cut` made of the text `name`.
+    """Score the `windows` of the text `name`, as the function of that name makes them.
 
     writer: takes the log-probabilities. reference: is compared with; DesksideError if it is of
     other tokens or another vocabulary. `progress` has the estimate so far in its label.

@@ -152,7 +152,7 @@ def _cut_warmup(side: Side) -> Start | None:
     tested = [(i, value) for i, value in zip(warm, found, strict=True) if value is not None]
     if len(tested) < 2:
         return None
-    start = low_start([value for _, value in tested], floor=material / OUTLIER, least=material)
+    start = low_start([value for _, value in tested], floor=material / OUTLIER, min_gap=material)
     last = tested[start.count - 1][0] if start.count else -1
     for i in warm:
         if i <= last:
@@ -281,10 +281,10 @@ def _warnings(side: Side) -> list[str]:
         said.append(f"{_runs(hot)}: {sum(hot.values())} thermal throttle events")
     shares = {row.run.index: max(row.pp_share or 0.0, row.tg_share or 0.0) for row in rows}
     if over := {i: share for i, share in shares.items() if share > ABOVE}:
-        most = 100 * max(over.values())
+        max_percent = 100 * max(over.values())
         said.append(
-            f"{_runs(over)}: up to {most:.0f} % of the ceiling: a small model stays in the CPU's "
-            "caches, or other programs slowed the sample of memory"
+            f"{_runs(over)}: up to {max_percent:.0f} % of the ceiling: a small model stays in the "
+            "CPU's caches, or other programs slowed the sample of memory"
         )
     if side.drift and not side.drift.low <= 0 <= side.drift.high:
         nearest = min(abs(side.drift.low), abs(side.drift.high))

@@ -167,10 +167,10 @@ def profile(record: Record, phase: str) -> Plot | None:
         end = plot.at_x(op.seconds * per)
         bar = plot.element("rect", "bar", x=start, y=top, width=end - start, height=THICK)
         figures = f"{number(op.seconds * per)} {unit}"
-        least = roofline(op, bandwidth, compute)
-        if least is not None:
-            figures += f", {percent(least / op.seconds)}"
-            x = plot.at_x(least * per)
+        min_seconds = roofline(op, bandwidth, compute)
+        if min_seconds is not None:
+            figures += f", {percent(min_seconds / op.seconds)}"
+            x = plot.at_x(min_seconds * per)
             plot.element("line", "least", x1=x, x2=x, y1=top - 2, y2=top + THICK + 2)
             plot.note = "line: the least that the machine allows; %: its share of the time taken"
         ET.SubElement(bar, "title").text = f"{op.name}: {figures}"

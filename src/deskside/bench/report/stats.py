@@ -228,7 +228,7 @@ class Start:
 
 
 def low_start(
-    values: Sequence[float], *, floor: float = 0.0, least: float = 0.0, permutations: int = 4000
+    values: Sequence[float], *, floor: float = 0.0, min_gap: float = 0.0, permutations: int = 4000
 ) -> Start:
     """How many of the first values, at most half, lie below the others; often none.
 
@@ -237,7 +237,7 @@ def low_start(
     hide or make a start. The largest statistic is compared with those of shuffled values: where
     their order means nothing, a start is found in 5 % of cases at most, whatever their
     distribution. A start that is found is cut off, and the rest is tested again, for a warm-up is
-    often a ramp and not a step. `floor` as in `scores`; a start whose median is less than `least`
+    often a ramp and not a step. `floor` as in `scores`; a start whose median is less than `min_gap`
     below that of the rest is none. What cannot be found: a start of one among
     fewer than 20 values, of two among fewer than 7, for chance would put them there too often.
     """
@@ -262,7 +262,7 @@ def low_start(
             break
         p = here if not count else p
         cut = count + best + 1
-        if np.median(raw[cut:]) - np.median(raw[count:cut]) < least:
+        if np.median(raw[cut:]) - np.median(raw[count:cut]) < min_gap:
             break
         count = cut
     return Start(count, p)

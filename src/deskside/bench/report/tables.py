@@ -142,14 +142,14 @@ def profile(record: Record) -> Table:
     bandwidth, compute = measured_limits(record, side)
     rows = []
     for op in record.profile:
-        least = roofline(op, bandwidth, compute)
+        min_seconds = roofline(op, bandwidth, compute)
         rows.append(
             [
                 op.name,
                 op.phase,
                 number(op.seconds * 1e3),
-                number(least * 1e3 if least is not None else None),
-                percent(share(least, positive(op.seconds))),
+                number(min_seconds * 1e3 if min_seconds is not None else None),
+                percent(share(min_seconds, positive(op.seconds))),
             ]
         )
     header = ["op", "phase", "ms a token", "roofline ms", "of roofline"]

@@ -20,7 +20,7 @@ from deskside.bench.report.analysis import known
 from deskside.bench.report.facts import Length, Side, Summary
 from deskside.bench.report.stats import FEWEST
 from deskside.errors import DesksideError
-from deskside.machine.watch import Machine
+from deskside.machine.watch import Host
 
 PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
 ESSENTIAL = ("decode", "chat")  # without these there is no verdict as a whole
@@ -121,7 +121,7 @@ def overall(criteria: Sequence[Criterion]) -> str:
     return PASSED if essential else UNMEASURED
 
 
-def _judge(side: Side, machine: Machine, c: Criteria) -> list[Criterion]:
+def _judge(side: Side, machine: Host, c: Criteria) -> list[Criterion]:
     def judged(
         key: str, name: str, found: _Found, limit: float, unit: str, *, at_least: bool = False
     ) -> Criterion:
@@ -272,7 +272,7 @@ def _depth_criterion(side: Side, c: Criteria) -> Criterion:
     )
 
 
-def _memory(side: Side, machine: Machine) -> _Found:
+def _memory(side: Side, machine: Host) -> _Found:
     if side.free_memory is None:
         return _Found(None, "free memory was not recorded")
     total = f" of {machine.memory / 1e9:.1f} GB" if machine.memory > 0 else ""

@@ -1,8 +1,8 @@
 """Ways out where a model does not fit: each is planned, so each is known to be enough.
 
-A way gives up a share of what was asked for, its price: of the context's tokens, of the sequences,
-of the experts or layers that rules wanted on a GPU; a q8_0 cache counts as 2 %, halving -ub as 5 %
-(prefill gets slower). The three cheapest are shown.
+A remedy gives up a share of what was asked for, its price: of the context's tokens, of the
+sequences, of the experts or layers that rules wanted on a GPU; a q8_0 cache counts as 2 %, halving
+-ub as 5 % (prefill gets slower). The three cheapest are shown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Way:
+class Remedy:
     """flags: what to give on the command line instead; plan: what then comes out."""
 
     flags: str
@@ -32,7 +32,7 @@ class Way:
     plan: Plan
 
 
-def ways_out(tape: Tape, machine: Machine, rules: Rules, options: Options) -> list[Way]:
+def remedies(tape: Tape, machine: Machine, rules: Rules, options: Options) -> list[Remedy]:
     """The cheapest changes that make the model fit; fewer than three where there are no more."""
     memories: dict[int, Memory] = {}
 
@@ -44,60 +44,62 @@ def ways_out(tape: Tape, machine: Machine, rules: Rules, options: Options) -> li
         except DesksideError:
             return None  # also a rule that the change leaves without meaning
 
-    found = [way for way in _single(plan, tape, rules, options) if way]
+    found = [remedy for remedy in _single(plan, tape, rules, options) if remedy]
     if len(found) < SHOWN:
-        found += [way for way in _combined(plan, rules, options) if way]
-    found.sort(key=lambda way: way.price)
-    unique = {way.flags: way for way in reversed(found)}
-    return sorted(unique.values(), key=lambda way: way.price)[:SHOWN]
+        found += [remedy for remedy in _combined(plan, rules, options) if remedy]
+    found.sort(key=lambda remedy: remedy.price)
+    unique = {remedy.flags: remedy for remedy in reversed(found)}
+    return sorted(unique.values(), key=lambda remedy: remedy.price)[:SHOWN]
 
 
 Planner = Callable[[Rules, Options], Plan | None]
 
 
-def _single(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Way | None]:
+def _single(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Remedy | None]:
     q8 = replace(o, ctk="q8_0", ctv="q8_0")
     if (o.ctk, o.ctv) != ("q8_0", "q8_0"):
-        yield _way("-ctk q8_0 -ctv q8_0", Q8_PRICE, plan(rules, q8))
+        yield _remedy("-ctk q8_0 -ctv q8_0", Q8_PRICE, plan(rules, q8))
     yield _context(plan, rules, o, "", 0.0)
     n = o.parallel
     if n > 1:
         fits, best = _largest(1, n - 1, lambda k: plan(rules, replace(o, parallel=k)))
-        yield _way(f"--parallel {fits}", 1 - fits / n, best)
+        yield _remedy(f"--parallel {fits}", 1 - fits / n, best)
     ubatch, price = o.ubatch // 2, UBATCH_PRICE
     while ubatch >= 32:
         if made := plan(rules, replace(o, ubatch=ubatch)):
-            yield _way(f"-ub {ubatch}", price, made)
+            yield _remedy(f"-ub {ubatch}", price, made)
             break
         ubatch, price = ubatch // 2, price + UBATCH_PRICE
     yield from _relaxed(plan, tape, rules, o)
 
 
-def _relaxed(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Way | None]:
+def _relaxed(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Remedy | None]:
     """Rules that ask for less of the GPUs."""
     layers = 1 + max(op.layer for op in tape.ops)
     is_moe = any(op.kind == "experts" for op in tape.ops)
     wanted = min(rules.gpu_layers or 0, layers + 1)
     if wanted:
         fits, best = _largest(0, wanted - 1, lambda k: plan(replace(rules, gpu_layers=k), o))
-        yield _way(f"-ngl {fits}", 1 - fits / wanted, best)
-        yield _way("without -ngl", 0.5, plan(replace(rules, gpu_layers=None), o))
+        yield _remedy(f"-ngl {fits}", 1 - fits / wanted, best)
+        yield _remedy("without -ngl", 0.5, plan(replace(rules, gpu_layers=None), o))
     if wanted and is_moe and not rules.cpu_moe:
         first = (rules.n_cpu_moe or 0) + 1
         fits, best = _largest(
             -layers, -first, lambda k: plan(replace(rules, n_cpu_moe=-k, cpu_moe=False), o)
         )
-        yield _way(f"--n-cpu-moe {-fits}", (-fits - first + 1) / layers, best)
+        yield _remedy(f"--n-cpu-moe {-fits}", (-fits - first + 1) / layers, best)
     if rules.overrides:
         kept = tuple(r for r in rules.overrides if r.device == "cpu")
-        yield _way("without the -ot that name a GPU", 0.6, plan(replace(rules, overrides=kept), o))
+        yield _remedy(
+            "without the -ot that name a GPU", 0.6, plan(replace(rules, overrides=kept), o)
+        )
     if rules.cpu_moe or rules.n_cpu_moe:
         flag = "--cpu-moe" if rules.cpu_moe else "--n-cpu-moe"
         free = replace(rules, cpu_moe=False, n_cpu_moe=None)
-        yield _way(f"without {flag}", 0.55, plan(free, o))
+        yield _remedy(f"without {flag}", 0.55, plan(free, o))
 
 
-def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Way | None]:
+def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Remedy | None]:
     q8 = replace(o, ctk="q8_0", ctv="q8_0")
     small = replace(q8, ubatch=min(o.ubatch, 64), parallel=1)
     lost = 1 - 1 / o.parallel
@@ -109,14 +111,14 @@ def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Way | None]:
         yield _context(plan, free, small, f"{flags} and no rules", 1 + lost)
 
 
-def _context(plan: Planner, rules: Rules, o: Options, flags: str, price: float) -> Way | None:
+def _context(plan: Planner, rules: Rules, o: Options, flags: str, price: float) -> Remedy | None:
     """The largest context that fits, in whole steps."""
-    at_most = (o.ctx - 1) // CONTEXT_STEP
+    max_steps = (o.ctx - 1) // CONTEXT_STEP
     if plan_ := plan(rules, o):
-        return _way(flags, price, plan_)
-    fits, best = _largest(1, at_most, lambda k: plan(rules, replace(o, ctx=k * CONTEXT_STEP)))
+        return _remedy(flags, price, plan_)
+    fits, best = _largest(1, max_steps, lambda k: plan(rules, replace(o, ctx=k * CONTEXT_STEP)))
     ctx = fits * CONTEXT_STEP
-    return _way(f"-c {ctx} {flags}".strip(), price + 1 - ctx / o.ctx, best)
+    return _remedy(f"-c {ctx} {flags}".strip(), price + 1 - ctx / o.ctx, best)
 
 
 def _largest(low: int, high: int, plan: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
@@ -132,8 +134,8 @@ def _largest(low: int, high: int, plan: Callable[[int], Plan | None]) -> tuple[i
     return found, best
 
 
-def _way(flags: str, price: float, plan: Plan | None) -> Way | None:
-    return Way(flags, price, plan) if plan else None
+def _remedy(flags: str, price: float, plan: Plan | None) -> Remedy | None:
+    return Remedy(flags, price, plan) if plan else None
 
 
-__all__ = ["DoesNotFit", "Way", "ways_out"]
+__all__ = ["DoesNotFit", "Remedy", "remedies"]

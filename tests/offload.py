@@ -51,7 +51,7 @@ def results_of(backend: Any, cache: Any) -> list[np.ndarray]:
 
 @cached
 def plain(types: str = "", kv: str = "f16", native: bool = False) -> list[np.ndarray]:
-    """Without help: with native=False the bits of every placement."""
+    """Without offload: with native=False the bits of every placement."""
     return results(placed(types, native=native), kv)
 
 
@@ -71,7 +71,7 @@ def needed(backend: Any, name: str = "emu0", kv: str = "f16") -> int:
     homes = backend.state_homes()
     states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
     work = backend._work(backend.devices[name])
-    return backend.weight_bytes()[name] + states + work + backend.lent.nbytes(name)
+    return backend.weight_bytes()[name] + states + work + backend.offload.nbytes(name)
 
 
 def record_routes(monkeypatch: Any) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """What `PlacedBackend` needs to let devices compute experts of the host.
 
-There are up to two ways to run a step: small batches with an expert cache, or without any, and
-large ones that stream. Each is a list of sections of its own.
+A step takes one of up to two routes: small batches with an expert cache, or without any, and large
+ones that stream. Each is a list of sections of its own.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from deskside.backends.experts.resident import (
 )
 from deskside.backends.experts.stream import Streamer, StreamOptions
 from deskside.backends.torch.device import TorchDevice, show
-from deskside.backends.torch.expert_ops import Lender
+from deskside.backends.torch.expert_ops import Offloads
 from deskside.errors import DesksideError
-from deskside.lowering.sections import Helper, borrowed
-from deskside.lowering.work import table_bytes
+from deskside.lowering.scratch import table_bytes
+from deskside.lowering.sections import Offload, offloadable
 from deskside.tape import Tape
 
 
 @dataclass(frozen=True)
-class Way:
-    """Steps of up to `max_tokens` that the ways before it do not take."""
+class OffloadRoute:
+    """Steps of up to `max_tokens` that the routes before it do not take."""
 
-    helper: Helper | None
+    offload: Offload | None
     max_tokens: int
     streams: bool = False
 
 
-class LentExperts:
+class OffloadedExperts:
     """The experts of the host that devices compute: options, memory, metrics.
 
     Where the host has no layer's experts, or no batch is large enough to stream, options do nothing
@@ -54,25 +54,25 @@ class LentExperts:
         cache: ExpertCache | None,
         max_tokens: int,
     ) -> None:
-        self.ops = borrowed(tape, placement)
+        self.ops = offloadable(tape, placement)
         self.layouts = {op.layer: Layout.of(op) for op in self.ops}
         self.streamer: Streamer | None = None
         self.residents: Residents | None = None
         stream = _known(stream, devices, "streaming experts")
         cache = _known(cache, devices, "expert cache")
-        least = 0
+        min_tokens = 0
         if stream is not None and self.ops:
-            least = stream.least(min(op.inputs[1].width for op in self.ops))
-        self.stream = stream if 0 < least <= max_tokens else None
+            min_tokens = stream.min_batch(min(op.inputs[1].width for op in self.ops))
+        self.stream = stream if 0 < min_tokens <= max_tokens else None
         self.cache = cache if self.ops else None
         self._devices = devices
-        small = max_tokens if self.stream is None else least - 1
-        helper = None if self.cache is None else Helper(self.cache.device, all=False)
-        self.ways = [Way(helper, small)]
+        small = max_tokens if self.stream is None else min_tokens - 1
+        offload = None if self.cache is None else Offload(self.cache.device, all=False)
+        self.routes = [OffloadRoute(offload, small)]
         if self.stream is not None:
             whole = self.stream.host_below <= 1
-            helper = Helper(self.stream.device, all=whole)
-            self.ways.append(Way(helper, max_tokens, streams=True))
+            offload = Offload(self.stream.device, all=whole)
+            self.routes.append(OffloadRoute(offload, max_tokens, streams=True))
         # Both are refused before anything is read.
         self._slot_bytes = self.stream.nbytes(self.layouts) if self.stream else 0
         self._cache_bytes = 0
@@ -101,7 +101,7 @@ class LentExperts:
     def load(self, packed: Mapping[str, Weights], n_threads: int) -> None:
         """Take the memory, and fill a cache that has a profile. packed: the CPU's weights."""
         source = Source(packed)
-        small = self.ways[0].max_tokens
+        small = self.routes[0].max_tokens
         if self.cache is not None:
             device = self._devices[self.cache.device]
             self.residents = Residents(
@@ -118,7 +118,7 @@ class LentExperts:
     def release(self) -> None:
         self.residents = self.streamer = None
 
-    def lender(self, streams: bool) -> Lender | None:
+    def supplier(self, streams: bool) -> Offloads | None:
         return self.streamer if streams else self.residents
 
     def begin_step(self) -> None:

@@ -9,8 +9,8 @@ from deskside.tape import Op, Value
 
 PIECE = 8 << 20  # bytes of decoded weights, or of attention scores, at a time
 FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are gathered, not sorted
-MOST_OUTPUTS = 64  # tokens of a step whose logits an engine asks for at once
-ONE_BY_ONE = frozenset({"expert_own", "expert_own_pairs", "expert_pairs"})
+MAX_OUTPUTS = 64  # tokens of a step whose logits an engine asks for at once
+ONE_BY_ONE = frozenset({"expert_offload", "expert_offload_pairs", "expert_pairs"})
 BORDER = 256  # bytes: an expert's matrix in a slot starts on such a border
 ALIGN = 16  # floats: values in one transfer start on cache lines
 
@@ -71,12 +71,12 @@ def _scratch(op: Op, rows: int, outputs: int) -> int:
     if op.kind == "linear" or routed:
         largest = max(4 * w.row_len * w.n_rows for w in op.weights)
         # A piece is at least one row, of every gathered pair.
-        least = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
-        scratch += 7 * min(max(PIECE, least), max(largest, least))
+        min_piece = max(4 * w.row_len * FEW_PAIRS for w in op.weights)
+        scratch += 7 * min(max(PIECE, min_piece), max(largest, min_piece))
     if routed:
         pairs = rows * op.inputs[1].width
         widest = max(w.row_len + w.shape[1] for w in op.weights)
-        # Lent experts are computed one by one, of many pairs, and all tokens may choose one.
+        # Offloaded experts are computed one by one, of many pairs, and all tokens may choose one.
         if op.kind in ONE_BY_ONE:
             scratch += 64 * pairs + 32 * widest * max(rows, min(pairs, FEW_PAIRS))
         else:
