@@ -140,6 +140,50 @@ class PyReader {
   std::unique_ptr<Reader> reader_;
 };
 
+// The work memory of a program that is not built: its ops are told by their shapes. Each op answers
+// for itself, so no other code repeats its formula.
+class PyWorkMemory {
+ public:
+  explicit PyWorkMemory(int max_tokens) : max_tokens_(max_tokens) {}
+
+  void linear(int cols) {
+    Linear op{};
+    op.in.f.width = cols;
+    need_.add(op, max_tokens_);
+  }
+
+  void attention(int heads, int head_dim) {
+    Attention op{};
+    op.heads = heads;
+    op.head_dim = head_dim;
+    need_.add(op, max_tokens_);
+  }
+
+  void sort_experts(int n_expert, int top_k) {
+    SortExperts op{};
+    op.shape = {n_expert, top_k, 0};
+    need_.add(op, max_tokens_);
+  }
+
+  void experts_up(int cols) {
+    ExpertsUp op{};
+    op.in.f.width = cols;
+    need_.add(op, max_tokens_);
+  }
+
+  void experts_down(int cols) {
+    ExpertsDown op{};
+    op.shape.width = cols;
+    need_.add(op, max_tokens_);
+  }
+
+  int64_t nbytes(int n_threads) const { return need_.bytes(n_threads); }
+
+ private:
+  const int max_tokens_;
+  WorkMemory need_;
+};
+
 // A row is a task of Team::share, which counts to 2^20.
 constexpr int kMaxTokens = 1 << 18;
 
@@ -537,6 +581,16 @@ NB_MODULE(_native, m) {
            "at"_a, "stride"_a, "n_threads"_a)
       .def_prop_ro("nbytes", &deskside::PyArena::nbytes)
       .def_prop_ro("nodes_error", &deskside::PyArena::nodes_error);
+  m.attr("MAX_TASKS_OPS") = deskside::kMaxTasksOps;
+  using deskside::PyWorkMemory;
+  nb::class_<PyWorkMemory>(m, "WorkMemory", "Work memory of a program, from the shapes of its ops.")
+      .def(nb::init<int>(), "max_tokens"_a)
+      .def("linear", &PyWorkMemory::linear, "cols"_a)
+      .def("attention", &PyWorkMemory::attention, "heads"_a, "head_dim"_a)
+      .def("sort_experts", &PyWorkMemory::sort_experts, "n_expert"_a, "top_k"_a)
+      .def("experts_up", &PyWorkMemory::experts_up, "cols"_a)
+      .def("experts_down", &PyWorkMemory::experts_down, "cols"_a)
+      .def("nbytes", &PyWorkMemory::nbytes, "n_threads"_a);
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<int, int, int64_t, const std::string&>(), "n_threads"_a, "max_tokens"_a,
            "arena_floats"_a, "isa"_a = "")

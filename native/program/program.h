@@ -14,6 +14,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace deskside {
@@ -90,6 +91,20 @@ struct Op {
   // Longest weight row that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
 };
+
+// The work memory of a program. One op at a time has it, so it fits the largest need of each sort.
+struct WorkMemory {
+  int64_t shared = 0;  // bytes that all threads share
+  int64_t floats = 0;  // of each thread
+  int64_t cols = 32;   // of the longest row of weights: a thread's tile holds unpacked panels of it
+
+  void add(const Op& op, int64_t max_tokens);
+  // Takes one thread's floats and its tile.
+  float* take(Carver& carver, Tile& tile) const;
+  int64_t bytes(int n_threads) const;
+};
+
+constexpr size_t kMaxTasksOps = 16;  // of a step of tasks
 
 struct Step {
   // Rows are tokens (kRows), wanted logits (kOutputs), or there is one for all (kOnce).
