@@ -98,9 +98,9 @@ struct Kernels {
   // Rounds n values of a row, from column `first` on, to 8 bits in its record, d = max|x| / 127 per
   // block of 32. first and n are multiples of 32.
   void (*quantize)(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
-  // y[i * ldy + r] = row r of w . row index[i] of x, for the rows r of panels [p0, p1), i in [0, m).
-  // index may be null (row i). y points at row 0. `then`: what this thread reads next, for the
-  // prefetcher; null where it lies behind the last panel.
+  // y[i * ldy + r] = row p0 * 16 + r of w . row index[i] of x, for the rows of panels [p0, p1) and i in
+  // [0, m). So y points at the result of panel p0's first row. index may be null (row i). `then`: what
+  // this thread reads next, for the prefetcher; null where it lies behind the last panel.
   void (*matmul)(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                  int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then);
   // The same for two matrices of one shape and type, whose panels are interleaved in memory.

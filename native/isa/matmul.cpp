@@ -205,10 +205,11 @@ struct Panels {
   int valid[2];
 };
 
+// y: the place of the panel's results.
 inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
-  const int64_t row = panel * kPanelRows, left = w.rows - row;
+  const int64_t left = w.rows - panel * kPanelRows;
   p.data[p.n] = w.data + panel * w.stride;
-  p.y[p.n] = y + row;
+  p.y[p.n] = y;
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
@@ -260,7 +261,8 @@ void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, c
                       int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
   for (int64_t p = p0; p < p1; p += kTogether) {
     Panels panels{};
-    for (int64_t q = p; q < p1 && q < p + kTogether; q++) add_panel(panels, w, q, y);
+    for (int64_t q = p; q < p1 && q < p + kTogether; q++)
+      add_panel(panels, w, q, y + (q - p0) * kPanelRows);
     multiply<T>(panels, w.cols, x, index, m, ldy, tile, p + kTogether < p1 ? nullptr : then);
   }
 }
@@ -270,12 +272,12 @@ void pair_quantised(const Weights& w, const Weights& v, int64_t p0, int64_t p1, 
                     const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
   for (int64_t p = p0; p < p1; p++) {
     Panels panels{};
-    add_panel(panels, w, p, y);
+    add_panel(panels, w, p, y + (p - p0) * kPanelRows);
     if constexpr (kTogether == 1) {
       multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
       panels.n = 0;
     }
-    add_panel(panels, v, p, z);
+    add_panel(panels, v, p, z + (p - p0) * kPanelRows);
     multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
   }
 }
@@ -319,7 +321,8 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t end = p1 * kPanelRows < w.rows ? p1 * kPanelRows : w.rows;
   static_assert(kPanelRows % kFloatRows == 0);
-  for (int64_t r = p0 * kPanelRows; r < end; r += kFloatRows) {
+  const int64_t begin = p0 * kPanelRows;
+  for (int64_t r = begin; r < end; r += kFloatRows) {
     const int rows = int(end - r < kFloatRows ? end - r : kFloatRows);
     const uint8_t* first = w.data + r / kPanelRows * w.stride + r % kPanelRows * row_bytes;
     const float* row[kFloatRows];
@@ -332,7 +335,7 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
       const int n = m - i < kFloatX ? m - i : kFloatX;
       const float* a[kFloatX];
       for (int k = 0; k < n; k++) a[k] = x.f + (index ? index[i + k] : i + k) * x.stride;
-      float* out = y + int64_t(i) * ldy + r;
+      float* out = y + int64_t(i) * ldy + (r - begin);
       with_rows<kFloatX>(n, [&]<int M>() {
         if (rows == kFloatRows) return dot_float<kFloatRows, M>(row, w.cols, a, out, ldy);
         for (int j = 0; j < rows; j++) dot_float<1, M>(row + j, w.cols, a, out + j, ldy);
@@ -442,8 +445,9 @@ void matmul_pair(const Weights& w, const Weights& v, int64_t p0, int64_t p1, con
   if (w.type == v.type && a.pair)
     return a.pair(w, v, p0, p1, x, index, m, y, z, ldy, tile);
   for (int64_t p = p0; p < p1; p++) {
-    a.matmul(w, p, p + 1, x, index, m, y, ldy, tile, nullptr);
-    b.matmul(v, p, p + 1, x, index, m, z, ldy, tile, nullptr);
+    const int64_t first = (p - p0) * kPanelRows;
+    a.matmul(w, p, p + 1, x, index, m, y + first, ldy, tile, nullptr);
+    b.matmul(v, p, p + 1, x, index, m, z + first, ldy, tile, nullptr);
   }
 }
 

@@ -20,14 +20,14 @@ int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / ch
 template <class F>
 void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
                     int m, float* work, F&& done) const {
-  const int64_t rows = (p1 - p0) * kPanelRows, first = p0 * kPanelRows;
+  const int64_t rows = (p1 - p0) * kPanelRows;
   float *g = work, *u = work + kTokens * rows;
   for (int i = 0; i < m; i += kTokens) {
     const int n = std::min(kTokens, m - i);
     Rows part = x;
     if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
     const int32_t* chosen = index ? index + i : nullptr;
-    r.kernels.matmul_pair(gate, up, p0, p1, part, chosen, n, g - first, u - first, rows, r.tile());
+    r.kernels.matmul_pair(gate, up, p0, p1, part, chosen, n, g, u, rows, r.tile());
     for (int k = 0; k < n; k++) {
       r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
       done(i + k, g + k * rows);
@@ -82,12 +82,12 @@ void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const
   }
   if (p.kernel == 0) {
     float* y = p.to_logits ? r.batch.logits : r.at(p.out);
-    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.to_logits ? p.w.rows : p.out.stride, r.tile(),
-                     nullptr);
+    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y + first,
+                     p.to_logits ? p.w.rows : p.out.stride, r.tile(), nullptr);
     return;
   }
   const int channels = int(end - first);
-  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work() - first, channels, r.tile(), nullptr);
+  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work(), channels, r.tile(), nullptr);
   const State& s = r.state(p.state);
   for (const Segment& seg : r.batch.segments)
     r.kernels.conv_silu(r.work() + int64_t(seg.row) * channels, seg.n, channels, p.kernel,
@@ -206,7 +206,7 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
       const bool last = k + m >= t.first[a + 1] && a + 1 < *t.n_active;
       const uint8_t* then =
           last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;
-      r.kernels.matmul(w, p0, p1, h, nullptr, m, products - first, n, r.tile(), then);
+      r.kernels.matmul(w, p0, p1, h, nullptr, m, products, n, r.tile(), then);
       for (int j = 0; j < m; j++)
         r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
                        n, sums + t.token[k + j] * n);
