@@ -40,10 +40,28 @@ struct Weights {
 //   c16  int32[cols / 16]  the same per 16
 static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
 
+// The rows of activations that a matrix is multiplied with: row i of n is row index[i] in memory, or
+// row i where there is no index.
 struct Rows {
-  const float* f;     // (n, cols), `stride` floats from a row to the next; for float weights
-  const uint8_t* q;   // n records
+  const float* f;     // of `cols` values, `stride` floats from a row to the next; for float weights
+  const uint8_t* q;   // records, one behind the other; for quantised weights
   int64_t cols, stride;
+  int n;
+  const int32_t* index = nullptr;
+};
+
+// The panels [begin, end) of a matrix.
+struct PanelRange {
+  int64_t begin, end;
+  // What the thread reads after them, for the prefetcher; null if that lies behind the last panel.
+  const uint8_t* then = nullptr;
+};
+
+// Where a product goes: value (i, r) belongs to row i of the activations and to row r of the matrix,
+// counted from the first row of the range of panels.
+struct Results {
+  float* at;
+  int64_t stride;  // floats from a row of activations to the next
 };
 
 // Work memory of one thread for matmul: two unpacked panels, and for F16 and BF16 four rows of floats.
@@ -98,15 +116,13 @@ struct Kernels {
   // Rounds n values of a row, from column `first` on, to 8 bits in its record, d = max|x| / 127 per
   // block of 32. first and n are multiples of 32.
   void (*quantize)(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
-  // y[i * ldy + r] = row p0 * 16 + r of w . row index[i] of x, for the rows of panels [p0, p1) and i in
-  // [0, m). So y points at the result of panel p0's first row. index may be null (row i). `then`: what
-  // this thread reads next, for the prefetcher; null where it lies behind the last panel.
-  void (*matmul)(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                 int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then);
-  // The same for two matrices of one shape and type, whose panels are interleaved in memory.
-  void (*matmul_pair)(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
-                      const int32_t* index, int m, float* y, float* z, int64_t ldy,
-                      const Tile& tile);
+  // Multiplies every row of x with every row of the panels.
+  void (*matmul)(const Weights& w, const PanelRange& panels, const Rows& x, const Results& y,
+                 const Tile& tile);
+  // The same for two matrices of one shape and type, whose panels are interleaved in memory: y is
+  // the product with w, z with v.
+  void (*matmul_pair)(const Weights& w, const Weights& v, const PanelRange& panels, const Rows& x,
+                      const Results& y, const Results& z, const Tile& tile);
 
   // Runs `rounds` of integer dot products on registers and returns how many products that were: with
   // the time it took, what no matrix kernel of this instruction set can exceed.

@@ -96,18 +96,20 @@ struct TakeRows : Op {
 // Rows of activations as matrices read them: floats, and records where a weight is quantised.
 struct Input {
   Buffer f, q;
-  Rows rows(const Run& r) const { return {r.at(f), r.record(q, 0, f.width), f.width, f.stride}; }
+  // The first n rows, or the n rows that `index` names.
+  Rows rows(const Run& r, int n, const int32_t* index = nullptr) const {
+    return {r.at(f), r.record(q, 0, f.width), f.width, f.stride, n, index};
+  }
 };
 
 // silu(gate x) * (up x), some panels of it at a time; gate and up have the same shape.
 struct GatedPair {
   Weights gate, up;
 
-  // Panels [p0, p1) for the rows x[index[0..m)]: calls done(i, values) with the (p1 - p0) * 16 values
-  // of row i. `work` has room for kTokens rows of both.
+  // Calls done(i, values) with the values of row i of x, 16 a panel. The thread's work memory has
+  // room for kTokens rows of both matrices.
   template <class F>
-  void run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
-           float* work, F&& done) const;
+  void run(const Run& r, const PanelRange& panels, const Rows& x, F&& done) const;
   static constexpr int kTokens = 256;
   static constexpr int kPanels = 8;  // most of a call
   static constexpr int64_t kWork = int64_t(2) * kTokens * kPanels * kPanelRows;

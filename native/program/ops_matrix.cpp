@@ -18,17 +18,18 @@ int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / ch
 }  // namespace
 
 template <class F>
-void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                    int m, float* work, F&& done) const {
-  const int64_t rows = (p1 - p0) * kPanelRows;
-  float *g = work, *u = work + kTokens * rows;
-  for (int i = 0; i < m; i += kTokens) {
-    const int n = std::min(kTokens, m - i);
+void GatedPair::run(const Run& r, const PanelRange& panels, const Rows& x, F&& done) const {
+  const int64_t rows = (panels.end - panels.begin) * kPanelRows;
+  float *g = r.work(), *u = g + kTokens * rows;
+  for (int i = 0; i < x.n; i += kTokens) {
     Rows part = x;
-    if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
-    const int32_t* chosen = index ? index + i : nullptr;
-    r.kernels.matmul_pair(gate, up, p0, p1, part, chosen, n, g, u, rows, r.tile());
-    for (int k = 0; k < n; k++) {
+    part.n = std::min(kTokens, x.n - i);
+    if (x.index)
+      part.index += i;
+    else
+      part.f += i * x.stride, part.q += i * record_bytes(x.cols);
+    r.kernels.matmul_pair(gate, up, panels, part, {g, rows}, {u, rows}, r.tile());
+    for (int k = 0; k < part.n; k++) {
       r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
       done(i + k, g + k * rows);
     }
@@ -71,23 +72,23 @@ void Linear::task(const Run& r, int64_t i) const {
 
 void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const {
   const int n = rows_of(r);
-  const Rows x = in.rows(r);
+  const Rows x = in.rows(r, n);
   const int64_t first = p0 * kPanelRows, end = std::min(p1 * kPanelRows, p.w.rows);
   if (p.has_up) {
     const GatedPair pair{p.w, p.up};
-    pair.run(r, p0, p1, x, nullptr, n, r.work(), [&](int i, const float* values) {
+    pair.run(r, {p0, p1}, x, [&](int i, const float* values) {
       std::memcpy(r.row(p.out, i) + first, values, size_t(end - first) * 4);
     });
     return;
   }
   if (p.kernel == 0) {
-    float* y = p.to_logits ? r.batch.logits : r.at(p.out);
-    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y + first,
-                     p.to_logits ? p.w.rows : p.out.stride, r.tile(), nullptr);
+    const Results y = p.to_logits ? Results{r.batch.logits, p.w.rows}
+                                  : Results{r.at(p.out), p.out.stride};
+    r.kernels.matmul(p.w, {p0, p1}, x, {y.at + first, y.stride}, r.tile());
     return;
   }
   const int channels = int(end - first);
-  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work(), channels, r.tile(), nullptr);
+  r.kernels.matmul(p.w, {p0, p1}, x, {r.work(), channels}, r.tile());
   const State& s = r.state(p.state);
   for (const Segment& seg : r.batch.segments)
     r.kernels.conv_silu(r.work() + int64_t(seg.row) * channels, seg.n, channels, p.kernel,
@@ -165,7 +166,8 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
   const int32_t pair0 = t.first[a], m = t.first[a + 1] - pair0;
   const GatedPair pair{of_expert(weights.gate, shape.n_expert, e),
                        of_expert(weights.up, shape.n_expert, e)};
-  pair.run(r, p0, p1, in.rows(r), t.token + pair0, m, r.work(), [&](int k, const float* values) {
+  const Rows x = in.rows(r, m, t.token + pair0);
+  pair.run(r, {p0, p1}, x, [&](int k, const float* values) {
     const int64_t at = pair0 + k;
     if (out.q.width > 0)
       r.kernels.quantize(values, first, n, r.record(out.q, at, shape.width), shape.width);
@@ -202,11 +204,11 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
     for (int64_t k = t.first[a]; k < t.first[a + 1]; k += kTokens) {
       const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
       const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, k, shape.width), shape.width,
-                   shape.width};
+                   shape.width, m};
       const bool last = k + m >= t.first[a + 1] && a + 1 < *t.n_active;
       const uint8_t* then =
           last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;
-      r.kernels.matmul(w, p0, p1, h, nullptr, m, products, n, r.tile(), then);
+      r.kernels.matmul(w, {p0, p1, then}, h, {products, n}, r.tile());
       for (int j = 0; j < m; j++)
         r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
                        n, sums + t.token[k + j] * n);
