@@ -38,9 +38,9 @@ struct Segment {
 struct Batch {
   std::vector<int32_t> tokens;
   std::vector<Segment> segments;
-  std::vector<int32_t> outputs;  // rows whose logits are wanted
+  std::vector<int32_t> outputs;     // rows whose logits are wanted
   std::vector<int32_t> segment_of;  // of each row
-  float* logits;                 // (outputs, n_vocab)
+  float* logits;                    // (outputs, n_vocab)
 };
 
 // A state's arrays (cache.py): k and v, or one array in `k`. Strides in bytes.
@@ -77,6 +77,8 @@ struct Run {
   const State& state(int index) const;
 };
 
+// An op of a program. One that treats each row on its own overrides row(), the others tasks() and
+// task().
 struct Op {
   virtual ~Op() = default;
   // Rows ops: one row; about how many floats it touches.
@@ -90,6 +92,43 @@ struct Op {
   virtual int64_t shared_bytes(int64_t /*max_tokens*/) const { return 0; }
   // Longest weight row that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
+};
+
+// Holds an op of ops.h. Those are plain structs without a base, so that whoever makes one can name its
+// fields; what they do not define is as `Op` has it.
+template <class T> struct OpOf final : Op {
+  T op;
+  static constexpr bool kHasRow = requires(const T& t, const Run& r) { t.row(r, 0); };
+  static constexpr bool kHasTasks = requires(const T& t, const Run& r) { t.task(r, t.tasks(r)); };
+  static_assert(kHasRow != kHasTasks);
+
+  explicit OpOf(T o) : op(std::move(o)) {}
+  void row(const Run& r, int64_t i) const override {
+    if constexpr (kHasRow) op.row(r, i);
+  }
+  int64_t row_work() const override {
+    if constexpr (requires { op.row_work(); }) return op.row_work();
+    return Op::row_work();
+  }
+  int64_t tasks(const Run& r) const override {
+    if constexpr (kHasTasks) return op.tasks(r);
+    return Op::tasks(r);
+  }
+  void task(const Run& r, int64_t i) const override {
+    if constexpr (kHasTasks) op.task(r, i);
+  }
+  int64_t work_floats(int64_t max_tokens) const override {
+    if constexpr (requires { op.work_floats(max_tokens); }) return op.work_floats(max_tokens);
+    return Op::work_floats(max_tokens);
+  }
+  int64_t shared_bytes(int64_t max_tokens) const override {
+    if constexpr (requires { op.shared_bytes(max_tokens); }) return op.shared_bytes(max_tokens);
+    return Op::shared_bytes(max_tokens);
+  }
+  int64_t max_cols() const override {
+    if constexpr (requires { op.max_cols(); }) return op.max_cols();
+    return Op::max_cols();
+  }
 };
 
 // The work memory of a program. One op at a time has it, so it fits the largest need of each sort.
@@ -150,8 +189,8 @@ class Program {
   uint32_t round_ = 0;
   std::vector<Step> steps_;
   std::vector<State> states_;
-  Arena arena_;                     // activations
-  std::unique_ptr<Arena> memory_;   // shared memory of the ops, then each thread's
+  Arena arena_;                    // activations
+  std::unique_ptr<Arena> memory_;  // shared memory of the ops, then each thread's
   std::vector<float*> work_;
   std::vector<Tile> tile_;
 };
