@@ -1,8 +1,8 @@
 // Matrix products on packed weights. Compiled once per instruction set (DESKSIDE_ISA).
 //
 // Quantised weights meet activations rounded to 8 bits per block of 32; products are summed exactly
-// in integers within a block and in float32 over blocks, in the order of the row. Float weights meet
-// float activations.
+// in integers within a block and in float32 over blocks, in the order of the row. Float weights
+// meet float activations.
 //
 // Few rows of x (n <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
 // panel is unpacked once to the tile and used by all rows of x.
@@ -12,15 +12,15 @@
 namespace deskside {
 namespace {
 
-// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one of
-// floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
+// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one
+// of floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
 #if defined(DESKSIDE_AVX512)
 constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
 constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at the
-// end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
+// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
 constexpr int64_t kFar = 3072, kNear = 1024;
 
 template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
@@ -48,7 +48,8 @@ inline const uint8_t* record(const Rows& x, int i) {
 }
 
 // One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
-// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its minimum.
+// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its
+// minimum.
 template <bool HasMin, bool Halves, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
                                int64_t b, vf (&acc)[R][M]) {
@@ -153,7 +154,8 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
 #else
 #define DESKSIDE_NO_CLONE
 #endif
-template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols, Tile::Unpacked t) {
+template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols,
+                                                      Tile::Unpacked t) {
   using P = Panel<T>;
   constexpr int per = P::halves ? 2 : 1;
   const uint8_t* s = panel + P::header * kPanelRows;
@@ -228,9 +230,8 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     for (int j = 0; j < p.n; j++) {
       const uint8_t* end = p.data[j] + bytes;
       const uint8_t* next = j + 1 < p.n ? p.data[j + 1] : then ? then : end;
-      with_rows<kMaxDirect>(m, [&]<int M>() {
-        dot_direct<T, M>(p.data[j], cols, a, p.y[j], ldy, p.valid[j], next);
-      });
+      with_rows<kMaxDirect>(
+          m, [&]<int M>() { dot_direct<T, M>(p.data[j], cols, a, p.y[j], ldy, p.valid[j], next); });
     }
     return;
   }
@@ -359,6 +360,7 @@ template <Type T> constexpr TypeEntry quantised() {
   return {T, matmul_quantised<T>, pair_quantised<T>};
 }
 
+// clang-format off
 constexpr TypeEntry kTypes[] = {
     {Type::F32, matmul_float, nullptr}, {Type::F16, matmul_float, nullptr},
     {Type::BF16, matmul_float, nullptr},
@@ -367,6 +369,7 @@ constexpr TypeEntry kTypes[] = {
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
     quantised<Type::IQ4_XS>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
 };
+// clang-format on
 
 const TypeEntry& entry(Type type) {
   for (const TypeEntry& e : kTypes)
@@ -382,7 +385,8 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
   constexpr int vectors = 32 / kLanes;
   const Parts parts(cols);
   auto* q = reinterpret_cast<int8_t*>(record);
-  auto *d = reinterpret_cast<float*>(record + parts.d), *s = reinterpret_cast<float*>(record + parts.s);
+  auto *d = reinterpret_cast<float*>(record + parts.d),
+       *s = reinterpret_cast<float*>(record + parts.s);
   auto* c32 = reinterpret_cast<int32_t*>(record + parts.c32);
   auto* c16 = reinterpret_cast<int32_t*>(record + parts.c16);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even

@@ -1,8 +1,8 @@
 // Matrices and routed experts.
 //
-// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read once
-// for all its tokens, and a token's results are added in the order of its experts' numbers: neither
-// the number of threads nor the rest of the batch changes a sum.
+// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read
+// once for all its tokens, and a token's results are added in the order of its experts' numbers:
+// neither the number of threads nor the rest of the batch changes a sum.
 #include <algorithm>
 #include <cstring>
 
@@ -51,7 +51,8 @@ int64_t Linear::chunk(const Part& p, const Run& r) const {
 
 int64_t Linear::work_floats(int64_t max_tokens) const {
   // A convolution's inputs.
-  const int64_t conv = std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
+  const int64_t conv =
+      std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
   return std::max(conv, GatedPair::kWork);
 }
 
@@ -82,8 +83,8 @@ void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const
     return;
   }
   if (p.kernel == 0) {
-    const Results y = p.to_logits ? Results{r.batch.logits, p.w.rows}
-                                  : Results{r.at(p.out), p.out.stride};
+    const Results y =
+        p.to_logits ? Results{r.batch.logits, p.w.rows} : Results{r.at(p.out), p.out.stride};
     r.kernels.matmul(p.w, {p0, p1}, x, {y.at + first, y.stride}, r.tile());
     return;
   }
@@ -162,7 +163,8 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
   const int64_t panels = shape.up_panels();
   const int64_t own = chunks(panels, kUpPanels), a = i / own, e = t.active[a];
   const int64_t p0 = i % own * kUpPanels, p1 = std::min(p0 + kUpPanels, panels);
-  const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
+  const int64_t first = p0 * kPanelRows,
+                n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
   const int32_t pair0 = t.first[a], m = t.first[a + 1] - pair0;
   const GatedPair pair{of_expert(weights.gate, shape.n_expert, e),
                        of_expert(weights.up, shape.n_expert, e)};
@@ -180,7 +182,8 @@ int64_t ExpertsDown::chunk(const Run& r) const {
   // Long pieces of every expert, but sums that stay in L2.
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
   const int64_t sums = kSums / (kPanelRows * r.n_tokens());
-  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2, kMost);
+  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2,
+                             kMost);
 }
 
 int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
@@ -188,9 +191,7 @@ int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
   return 2 * std::max<int64_t>(sums, kMost * kPanelRows);
 }
 
-int64_t ExpertsDown::tasks(const Run& r) const {
-  return chunks(panels_of(out.width), chunk(r));
-}
+int64_t ExpertsDown::tasks(const Run& r) const { return chunks(panels_of(out.width), chunk(r)); }
 
 void ExpertsDown::task(const Run& r, int64_t i) const {
   const Routing t = shape.routing(r);
@@ -210,8 +211,8 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
           last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;
       r.kernels.matmul(w, {p0, p1, then}, h, {products, n}, r.tile());
       for (int j = 0; j < m; j++)
-        r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
-                       n, sums + t.token[k + j] * n);
+        r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k],
+                       products + j * n, n, sums + t.token[k + j] * n);
     }
   }
   for (int64_t token = 0; token < r.n_tokens(); token++)

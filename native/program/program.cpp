@@ -88,7 +88,7 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
   if (micros) micros->assign(n, 0);
   // To stop: thread 0's, read inside barriers. While that thread is on leave nobody asks.
   bool wanted = false;
-  bool stop = false;    // written inside barriers, read behind them
+  bool stop = false;         // written inside barriers, read behind them
   auto mark = Clock::now();  // of the last arrival at a barrier
   const auto lap = [&](size_t step) {
     const auto now = Clock::now();

@@ -3,8 +3,8 @@
 //
 // A step is either *rows* (its ops treat every row on its own: they run one after another on a row)
 // or *tasks* (its ops do not depend on each other and share out their tasks together). A barrier
-// stands between steps; rows steps that are too small to share are run inside it by one thread, so at
-// decode only tasks steps have one.
+// stands between steps; rows steps that are too small to share are run inside it by one thread, so
+// at decode only tasks steps have one.
 #pragma once
 
 #include <functional>
@@ -19,8 +19,8 @@
 
 namespace deskside {
 
-// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from `offset`
-// floats into the arena.
+// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from
+// `offset` floats into the arena.
 struct Buffer {
   int64_t offset;
   int width, stride;
@@ -54,7 +54,8 @@ struct State {
 
 class Program;
 
-// What an op sees while it runs: everything is shared but the thread's own id, tile and work memory.
+// What an op sees while it runs: everything is shared but the thread's own id, tile and work
+// memory.
 struct Run {
   const Kernels& kernels;
   Program& program;
@@ -94,8 +95,8 @@ struct Op {
   virtual int64_t max_cols() const { return 0; }
 };
 
-// Holds an op of ops.h. Those are plain structs without a base, so that whoever makes one can name its
-// fields; what they do not define is as `Op` has it.
+// Holds an op of ops.h. Those are plain structs without a base, so that whoever makes one can name
+// its fields; what they do not define is as `Op` has it.
 template <class T> struct OpOf final : Op {
   T op;
   static constexpr bool kHasRow = requires(const T& t, const Run& r) { t.row(r, 0); };
@@ -162,9 +163,9 @@ class Program {
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time. `interrupted`
-  // is asked now and then between steps; true ends the run early, with whatever the states then
-  // hold, and makes this return false.
+  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time.
+  // `interrupted` is asked now and then between steps; true ends the run early, with whatever the
+  // states then hold, and makes this return false.
   bool run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 
