@@ -102,9 +102,8 @@ double compute_limit(int n_threads, const std::string& isa, int repeats, bool fl
   for (int i = 0; i < repeats; i++) {
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int t) {
-      products[size_t(t) * 8] = floats
-                                    ? kernels.float_peak(kRounds, &float_results[size_t(t) * 16])
-                                    : kernels.dot_peak(kRounds, &results[size_t(t) * 16]);
+      products[size_t(t) * 8] = floats ? kernels.float_peak(kRounds, &float_results[size_t(t) * 16])
+                                       : kernels.dot_peak(kRounds, &results[size_t(t) * 16]);
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, double(products[0]) * n_threads / seconds.count());

@@ -10,10 +10,12 @@
 
 namespace deskside {
 
-// Memory that is read to measure its bandwidth. `cpus`, where given: thread t runs on cpus[t mod n].
+// Memory that is read to measure its bandwidth. `cpus`, where given: thread t runs on cpus[t mod
+// n].
 class Reader {
  public:
-  // Threads that will read it fill it, so that its pages lie where they run unless `kind` says where.
+  // Threads that will read it fill it, so that its pages lie where they run unless `kind` says
+  // where.
   Reader(int64_t bytes, const MemoryKind& kind, int n_threads, const std::vector<int>& cpus);
 
   // Best bytes per second over `repeats` passes, each thread reading one contiguous part.

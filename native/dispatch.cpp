@@ -36,7 +36,8 @@ const Kernels& choose_kernels(const std::string& name) {
     if (isa.supported) best = isa.kernels;
   }
   if (!name.empty())
-    throw std::invalid_argument("instruction set " + name + " is not compiled in; there is " + known);
+    throw std::invalid_argument("instruction set " + name + " is not compiled in; there is " +
+                                known);
   return *best;
 }
 

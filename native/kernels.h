@@ -1,7 +1,7 @@
 // The only interface across instruction sets: a table of kernels, one instance per compiled set.
 //
-// Files compiled once per instruction set see only this header, quants.h, simd.h and what they include
-// by name, and keep everything but their table entry in internal linkage: a weak symbol
+// Files compiled once per instruction set see only this header, quants.h, simd.h and what they
+// include by name, and keep everything but their table entry in internal linkage: a weak symbol
 // from an AVX-512 file must never be picked for the baseline path.
 #pragma once
 
@@ -11,11 +11,13 @@
 namespace deskside {
 
 // ggml type ids, as stored in GGUF.
+// clang-format off
 enum class Type : int32_t {
   F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
   Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
   IQ4_KS = 144, IQ4_KSS = 146,
 };
+// clang-format on
 
 static inline bool is_float(Type t) { return t == Type::F32 || t == Type::F16 || t == Type::BF16; }
 
@@ -40,13 +42,32 @@ struct Weights {
 //   c16  int32[cols / 16]  the same per 16
 static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
 
+// The rows of activations that a matrix is multiplied with: row i of n is row index[i] in memory,
+// or row i where there is no index.
 struct Rows {
-  const float* f;     // (n, cols), `stride` floats from a row to the next; for float weights
-  const uint8_t* q;   // n records
+  const float* f;    // of `cols` values, `stride` floats from a row to the next; for float weights
+  const uint8_t* q;  // records, one behind the other; for quantised weights
   int64_t cols, stride;
+  int n;
+  const int32_t* index = nullptr;
 };
 
-// Work memory of one thread for matmul: two unpacked panels, and for F16 and BF16 four rows of floats.
+// The panels [begin, end) of a matrix.
+struct PanelRange {
+  int64_t begin, end;
+  // What the thread reads after them, for the prefetcher; null if that lies behind the last panel.
+  const uint8_t* then = nullptr;
+};
+
+// Where a product goes: value (i, r) belongs to row i of the activations and to row r of the
+// matrix, counted from the first row of the range of panels.
+struct Results {
+  float* at;
+  int64_t stride;  // floats from a row of activations to the next
+};
+
+// Work memory of one thread for matmul: two unpacked panels, and for F16 and BF16 four rows of
+// floats.
 struct Tile {
   struct Unpacked {
     int8_t* w;     // (cols / 32, 8, 64)
@@ -58,11 +79,11 @@ struct Tile {
 constexpr int kFloatRows = 4;
 
 struct DeltaSlice {
-  float* state;           // (dim, dim): key x value, this head's
-  int dim, c0, c1;        // value columns [c0, c1)
-  int n;                  // tokens
-  const float *q, *k, *v; // normalised heads of the first token
-  int64_t stride;         // floats from a token's row to the next
+  float* state;               // (dim, dim): key x value, this head's
+  int dim, c0, c1;            // value columns [c0, c1)
+  int n;                      // tokens
+  const float *q, *k, *v;     // normalised heads of the first token
+  int64_t stride;             // floats from a token's row to the next
   const float *decay, *beta;  // per token, `gate_stride` apart
   int64_t gate_stride;
   float* out;
@@ -72,11 +93,11 @@ struct DeltaSlice {
 // Attention of `n_rows` query rows that share one KV head over positions [begin, end).
 // Row r belongs to token r / group, may see positions <= pos0 + r / group.
 struct AttentionTile {
-  const float* const* q;   // n_rows pointers to head_dim floats
+  const float* const* q;  // n_rows pointers to head_dim floats
   int n_rows, group, head_dim;
   int64_t pos0, begin, end;
   float scale;
-  const uint8_t *k, *v;    // this KV head's rows
+  const uint8_t *k, *v;  // this KV head's rows
   Type k_type, v_type;
   int64_t k_row, v_row;    // bytes
   float* work;             // attention_work(head_dim) floats
@@ -98,18 +119,16 @@ struct Kernels {
   // Rounds n values of a row, from column `first` on, to 8 bits in its record, d = max|x| / 127 per
   // block of 32. first and n are multiples of 32.
   void (*quantize)(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
-  // y[i * ldy + r] = row r of w . row index[i] of x, for the rows r of panels [p0, p1), i in [0, m).
-  // index may be null (row i). y points at row 0. `then`: what this thread reads next, for the
-  // prefetcher; null where it lies behind the last panel.
-  void (*matmul)(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                 int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then);
-  // The same for two matrices of one shape and type, whose panels are interleaved in memory.
-  void (*matmul_pair)(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
-                      const int32_t* index, int m, float* y, float* z, int64_t ldy,
-                      const Tile& tile);
+  // Multiplies every row of x with every row of the panels.
+  void (*matmul)(const Weights& w, const PanelRange& panels, const Rows& x, const Results& y,
+                 const Tile& tile);
+  // The same for two matrices of one shape and type, whose panels are interleaved in memory: y is
+  // the product with w, z with v.
+  void (*matmul_pair)(const Weights& w, const Weights& v, const PanelRange& panels, const Rows& x,
+                      const Results& y, const Results& z, const Tile& tile);
 
-  // Runs `rounds` of integer dot products on registers and returns how many products that were: with
-  // the time it took, what no matrix kernel of this instruction set can exceed.
+  // Runs `rounds` of integer dot products on registers and returns how many products that were:
+  // with the time it took, what no matrix kernel of this instruction set can exceed.
   int64_t (*dot_peak)(int64_t rounds, int32_t* result);
   // The same of float32 multiply-adds.
   int64_t (*float_peak)(int64_t rounds, float* result);
@@ -122,7 +141,8 @@ struct Kernels {
   void (*add)(const float* x, const float* y, int64_t n, float* out);
   void (*axpy)(float a, const float* x, int64_t n, float* y);
   // Some channels of n tokens: x (n, channels), taps w (kernel, channels) and state (kernel - 1,
-  // channels), which is advanced, both `width` floats from a row to the next, y (n, channels) `ldy`.
+  // channels), which is advanced, both `width` floats from a row to the next, y (n, channels)
+  // `ldy`.
   void (*conv_silu)(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
                     float* state, float* y, int64_t ldy);
   // In place, n heads: a to the decay e^(ssm_a softplus(a + dt_bias)), b to sigmoid(b).

@@ -1,12 +1,14 @@
 // Python's view of the native code. Checks arguments, keeps arrays alive, releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <unistd.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "bandwidth.h"
@@ -18,6 +20,20 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+// A buffer is a tuple in Python: offset into the arena, width, stride.
+template <> struct nb::detail::type_caster<deskside::Buffer> {
+  NB_TYPE_CASTER(deskside::Buffer, const_name("tuple[int, int, int]"))
+
+  bool from_python(handle source, uint8_t flags, cleanup_list* cleanup) noexcept {
+    using Fields = std::tuple<int64_t, int, int>;
+    make_caster<Fields> fields;
+    if (!fields.from_python(source, flags, cleanup)) return false;
+    const auto [offset, width, stride] = static_cast<Fields>(fields);
+    value = {offset, width, stride};
+    return true;
+  }
+};
+
 namespace deskside {
 namespace {
 
@@ -27,13 +43,10 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FloatMatrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Activations = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-using Place = std::tuple<int64_t, int, int>;  // offset into the arena, width, stride
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
-
-Buffer buffer(Place p) { return {std::get<0>(p), std::get<1>(p), std::get<2>(p)}; }
 
 // Packed weights that Python holds: they keep their arena alive.
 struct PyWeights {
@@ -86,7 +99,8 @@ class PyArena {
 
   PyWeights from_array(Bytes data, int type, int64_t cols, int64_t groups, int64_t at,
                        int64_t stride, int n_threads) {
-    require(groups >= 1 && int64_t(data.shape(0)) % groups == 0, "pack: rows do not divide by groups");
+    require(groups >= 1 && int64_t(data.shape(0)) % groups == 0,
+            "pack: rows do not divide by groups");
     require(int64_t(data.shape(1)) * kPanelRows == panel_bytes(type, cols),
             "pack: rows of a wrong length");
     return fill({data.data(), -1, 0}, type, cols, int64_t(data.shape(0)) / groups, groups, at,
@@ -140,6 +154,52 @@ class PyReader {
   std::unique_ptr<Reader> reader_;
 };
 
+// The work memory of a program that is not built: its ops are told by their shapes. Each op answers
+// for itself, so no other code repeats its formula.
+class PyWorkMemory {
+ public:
+  explicit PyWorkMemory(int max_tokens) : max_tokens_(max_tokens) {}
+
+  void linear(int cols) {
+    Linear op{};
+    op.in.f.width = cols;
+    add(op);
+  }
+
+  void attention(int heads, int head_dim) {
+    Attention op{};
+    op.heads = heads;
+    op.head_dim = head_dim;
+    add(op);
+  }
+
+  void sort_experts(int n_expert, int top_k) {
+    SortExperts op{};
+    op.shape = {n_expert, top_k, 0};
+    add(op);
+  }
+
+  void experts_up(int cols) {
+    ExpertsUp op{};
+    op.in.f.width = cols;
+    add(op);
+  }
+
+  void experts_down(int cols) {
+    ExpertsDown op{};
+    op.shape.width = cols;
+    add(op);
+  }
+
+  int64_t nbytes(int n_threads) const { return need_.bytes(n_threads); }
+
+ private:
+  template <class T> void add(T op) { need_.add(OpOf<T>(std::move(op)), max_tokens_); }
+
+  const int max_tokens_;
+  WorkMemory need_;
+};
+
 // A row is a task of Team::share, which counts to 2^20.
 constexpr int kMaxTokens = 1 << 18;
 
@@ -163,56 +223,50 @@ class PyProgram {
     throw std::invalid_argument("begin: rows, outputs, once or tasks");
   }
 
-  void embed(Bytes table, int type, int64_t cols, Place out) {
-    auto& op = add<Embed>();
-    require(file_row_bytes(Type(type), cols) >= 0,
-            "embed: type without a kernel, or rows that are no whole blocks");
-    require(int64_t(table.shape(1)) == file_row_bytes(Type(type), cols), "embed: rows of a wrong length");
+  void embed(Bytes table, int type, int64_t cols, Buffer out) {
+    const int64_t row_bytes = file_row_bytes(Type(type), cols);
+    require(row_bytes >= 0, "embed: type without a kernel, or rows that are no whole blocks");
+    require(int64_t(table.shape(1)) == row_bytes, "embed: rows of a wrong length");
     keep_.push_back(nb::cast(table));
-    op.table = table.data();
-    op.type = Type(type);
-    op.cols = cols;
-    op.row_bytes = int64_t(table.shape(1));
-    op.out = buffer(out);
     n_vocab_ = int(table.shape(0));
+    add(Embed{.table = table.data(),
+              .type = Type(type),
+              .cols = cols,
+              .row_bytes = row_bytes,
+              .out = out});
   }
 
-  void norm(Place in, Place out, Floats weight, float eps, nb::object gate) {
-    auto& op = add<Norm>();
-    op.in = buffer(in);
-    op.out = buffer(out);
-    op.gated = !gate.is_none();
-    op.gate = op.gated ? buffer(nb::cast<Place>(gate)) : Buffer{0, 0, 0};
-    op.weight = floats(weight);
-    op.group = int(weight.size());
-    op.eps = eps;
-    require(op.group > 0 && op.in.width % op.group == 0, "norm: width is no multiple of the group");
+  void norm(Buffer in, Buffer out, Floats weight, float eps, std::optional<Buffer> gate) {
+    const int group = int(weight.size());
+    require(group > 0 && in.width % group == 0, "norm: width is no multiple of the group");
+    add(Norm{.in = in,
+             .gate = gate.value_or(Buffer{}),
+             .out = out,
+             .gated = gate.has_value(),
+             .weight = floats(weight),
+             .group = group,
+             .eps = eps});
   }
 
-  void quantize(Place in, Place out) {
-    auto& op = add<Quantize>();
-    op.in = buffer(in);
-    op.out = buffer(out);
-    require(op.in.width % 32 == 0 && int64_t(op.out.width) * 4 == record_bytes(op.in.width),
+  void quantize(Buffer in, Buffer out) {
+    require(in.width % 32 == 0 && int64_t(out.width) * 4 == record_bytes(in.width),
             "quantize: bad widths");
+    add(Quantize{.in = in, .out = out});
   }
 
   // parts: (weights, out, to logits, weights of up or None, (taps, state) of a convolution or None)
-  void linear(Place in, Place record, bool per_output, nb::list parts) {
-    auto& op = add<Linear>();
-    op.in = {buffer(in), buffer(record)};
-    op.per_output = per_output;
+  void linear(Buffer in, Buffer record, bool per_output, nb::list parts) {
+    Linear op{.in = {in, record}, .per_output = per_output, .parts = {}};
     for (nb::handle entry : parts) {
       auto t = nb::cast<nb::tuple>(entry);
-      Linear::Part p;
-      p.w = matrix(t[0], op.in);
-      p.out = buffer(nb::cast<Place>(t[1]));
-      p.to_logits = nb::cast<bool>(t[2]);
+      Linear::Part p{.w = matrix(nb::cast<const PyWeights&>(t[0]), op.in),
+                     .out = nb::cast<Buffer>(t[1]),
+                     .to_logits = nb::cast<bool>(t[2])};
       if (p.to_logits) n_logits_ = int(p.w.rows);
       require(p.to_logits || p.out.width == p.w.rows, "linear: bad output width");
       if (!t[3].is_none()) {
         p.has_up = true;
-        p.up = matrix(t[3], op.in);
+        p.up = matrix(nb::cast<const PyWeights&>(t[3]), op.in);
         require(p.up.rows == p.w.rows, "linear: gate and up differ");
       }
       if (!t[4].is_none()) {
@@ -225,135 +279,114 @@ class PyProgram {
       }
       op.parts.push_back(std::move(p));
     }
+    add(std::move(op));
   }
 
-  void split_gate(Place in, Place out, Place gate, int heads, int head_dim) {
-    auto& op = add<SplitGate>();
-    op.in = buffer(in);
-    op.out = buffer(out);
-    op.gate = buffer(gate);
-    op.heads = heads;
-    op.head_dim = head_dim;
+  void split_gate(Buffer in, Buffer out, Buffer gate, int heads, int head_dim) {
+    add(SplitGate{.in = in, .out = out, .gate = gate, .heads = heads, .head_dim = head_dim});
   }
 
-  void rope(Place in, Place out, int heads, int head_dim, int n_rot, bool neox,
+  void rope(Buffer in, Buffer out, int heads, int head_dim, int n_rot, bool neox,
             std::vector<double> inv_freq) {
     require(int(inv_freq.size()) == n_rot / 2 && n_rot <= head_dim, "rope: bad n_rot");
-    auto& op = add<Rope>();
-    op.in = buffer(in);
-    op.out = buffer(out);
-    op.heads = heads;
-    op.head_dim = head_dim;
-    op.n_rot = n_rot;
-    op.neox = neox;
-    op.inv_freq = std::move(inv_freq);
+    add(Rope{.in = in,
+             .out = out,
+             .heads = heads,
+             .head_dim = head_dim,
+             .n_rot = n_rot,
+             .neox = neox,
+             .inv_freq = std::move(inv_freq)});
   }
 
-  void store_kv(Place k, Place v, int kv_heads, int head_dim, int state) {
-    auto& op = add<StoreKV>();
-    op.k = buffer(k);
-    op.v = buffer(v);
-    op.kv_heads = kv_heads;
-    op.head_dim = head_dim;
-    op.state = used_state(state);
+  void store_kv(Buffer k, Buffer v, int kv_heads, int head_dim, int state) {
+    add(StoreKV{
+        .k = k, .v = v, .kv_heads = kv_heads, .head_dim = head_dim, .state = used_state(state)});
   }
 
-  void attention(Place q, Place out, int heads, int kv_heads, int head_dim, float scale, int state) {
+  void attention(Buffer q, Buffer out, int heads, int kv_heads, int head_dim, float scale,
+                 int state) {
     require(kv_heads > 0 && heads % kv_heads == 0, "attention: heads is no multiple of kv_heads");
-    auto& op = add<Attention>();
-    op.q = buffer(q);
-    op.out = buffer(out);
-    op.heads = heads;
-    op.kv_heads = kv_heads;
-    op.head_dim = head_dim;
-    op.scale = scale;
-    op.state = used_state(state);
+    add(Attention{.q = q,
+                  .out = out,
+                  .heads = heads,
+                  .kv_heads = kv_heads,
+                  .head_dim = head_dim,
+                  .scale = scale,
+                  .state = used_state(state)});
   }
 
-  void merge_attention(Place out, int heads, int head_dim) {
-    auto& op = add<MergeAttention>();
-    op.out = buffer(out);
-    op.heads = heads;
-    op.head_dim = head_dim;
+  void merge_attention(Buffer out, int heads, int head_dim) {
+    add(MergeAttention{.out = out, .heads = heads, .head_dim = head_dim});
   }
 
-  void delta_gates(Place qkv, Place a, Place b, Floats ssm_a, Floats dt_bias, int k_heads,
+  void delta_gates(Buffer qkv, Buffer a, Buffer b, Floats ssm_a, Floats dt_bias, int k_heads,
                    int v_heads, int head_dim, float eps) {
-    require(int(ssm_a.size()) == v_heads && int(dt_bias.size()) == v_heads && v_heads % k_heads == 0,
-            "gated_delta: bad head counts");
-    auto& op = add<DeltaGates>();
-    op.qkv = buffer(qkv);
-    op.a = buffer(a);
-    op.b = buffer(b);
-    op.ssm_a = floats(ssm_a);
-    op.dt_bias = floats(dt_bias);
-    op.k_heads = k_heads;
-    op.v_heads = v_heads;
-    op.head_dim = head_dim;
-    op.eps = eps;
+    require(
+        int(ssm_a.size()) == v_heads && int(dt_bias.size()) == v_heads && v_heads % k_heads == 0,
+        "gated_delta: bad head counts");
+    add(DeltaGates{.qkv = qkv,
+                   .a = a,
+                   .b = b,
+                   .ssm_a = floats(ssm_a),
+                   .dt_bias = floats(dt_bias),
+                   .k_heads = k_heads,
+                   .v_heads = v_heads,
+                   .head_dim = head_dim,
+                   .eps = eps});
   }
 
-  void gated_delta(Place qkv, Place decay, Place beta, Place out, int k_heads, int v_heads,
+  void gated_delta(Buffer qkv, Buffer decay, Buffer beta, Buffer out, int k_heads, int v_heads,
                    int head_dim, int state) {
-    auto& op = add<GatedDelta>();
-    op.qkv = buffer(qkv);
-    op.decay = buffer(decay);
-    op.beta = buffer(beta);
-    op.out = buffer(out);
-    op.k_heads = k_heads;
-    op.v_heads = v_heads;
-    op.head_dim = head_dim;
-    op.state = used_state(state);
+    add(GatedDelta{.qkv = qkv,
+                   .decay = decay,
+                   .beta = beta,
+                   .out = out,
+                   .k_heads = k_heads,
+                   .v_heads = v_heads,
+                   .head_dim = head_dim,
+                   .state = used_state(state)});
   }
 
-  void swiglu(Place x, Place y, Place out) { binary(Binary::kSwiglu, x, y, out); }
-  void sigmoid_gate(Place x, Place y, Place out) { binary(Binary::kSigmoidGate, x, y, out); }
-  void residual(Place x, Place y, Place out) { binary(Binary::kAdd, x, y, out); }
+  void swiglu(Buffer x, Buffer y, Buffer out) { add(Binary{Binary::kSwiglu, x, y, out}); }
+  void sigmoid_gate(Buffer x, Buffer y, Buffer out) {
+    add(Binary{Binary::kSigmoidGate, x, y, out});
+  }
+  void residual(Buffer x, Buffer y, Buffer out) { add(Binary{Binary::kAdd, x, y, out}); }
 
-  void route(Place logits, Place ids, Place weights, int top_k) {
-    require(top_k >= 1 && top_k <= std::get<1>(logits), "route: bad top_k");
-    auto& op = add<Route>();
-    op.logits = buffer(logits);
-    op.ids = buffer(ids);
-    op.weights = buffer(weights);
-    op.top_k = top_k;
+  void route(Buffer logits, Buffer ids, Buffer weights, int top_k) {
+    require(top_k >= 1 && top_k <= logits.width, "route: bad top_k");
+    add(Route{.logits = logits, .ids = ids, .weights = weights, .top_k = top_k});
   }
 
-  void sort_experts(Place ids, int n_expert, int width) {
-    auto& op = add<SortExperts>();
-    op.shape = {n_expert, std::get<1>(ids), width};
-    op.ids = buffer(ids);
+  void sort_experts(Buffer ids, int n_expert, int width) {
+    add(SortExperts{.shape = {n_expert, ids.width, width}, .ids = ids});
   }
 
-  void experts_up(Place in, Place record, Place out, Place out_record, int top_k, nb::object gate,
-                  nb::object up) {
-    auto& op = add<ExpertsUp>();
-    op.in = {buffer(in), buffer(record)};
-    op.out = {buffer(out), buffer(out_record)};
-    op.weights = {matrix(gate, op.in), matrix(up, op.in)};
-    op.shape = expert_shape(gate, top_k);
-    require(op.weights.up.rows == op.weights.gate.rows, "experts: gate and up differ");
+  void experts_up(Buffer in, Buffer record, Buffer out, Buffer out_record, int top_k,
+                  const PyWeights& gate, const PyWeights& up) {
+    require(up.w.rows == gate.w.rows, "experts: gate and up differ");
+    const Input x{in, record};
+    add(ExpertsUp{.shape = {int(gate.groups), top_k, int(gate.w.rows / gate.groups)},
+                  .in = x,
+                  .out = {out, out_record},
+                  .weights = {matrix(gate, x), matrix(up, x)}});
   }
 
-  void experts_down(Place in, Place record, Place weights, Place out, int top_k, nb::object down) {
-    auto& op = add<ExpertsDown>();
-    op.in = {buffer(in), buffer(record)};
-    op.weights = buffer(weights);
-    op.out = buffer(out);
-    const auto& w = nb::cast<const PyWeights&>(down);
-    Input one_pair = op.in;
-    one_pair.f.width = int(w.w.cols);
-    op.down = matrix(down, one_pair);
-    op.shape = {int(w.groups), top_k, int(w.w.cols)};
-    require(op.down.rows == w.groups * op.out.width && op.in.f.width == top_k * op.shape.width,
+  void experts_down(Buffer in, Buffer record, Buffer weights, Buffer out, int top_k,
+                    const PyWeights& down) {
+    const int width = int(down.w.cols);
+    require(down.w.rows == down.groups * out.width && in.width == top_k * width,
             "experts: bad shapes");
+    Input one_pair{in, record};
+    one_pair.f.width = width;
+    add(ExpertsDown{.shape = {int(down.groups), top_k, width},
+                    .in = {in, record},
+                    .weights = weights,
+                    .out = out,
+                    .down = matrix(down, one_pair)});
   }
 
-  void take_rows(Place in, Place out) {
-    auto& op = add<TakeRows>();
-    op.in = buffer(in);
-    op.out = buffer(out);
-  }
+  void take_rows(Buffer in, Buffer out) { add(TakeRows{.in = in, .out = out}); }
 
   void finish() { program_.finish(); }
 
@@ -441,34 +474,17 @@ class PyProgram {
   int64_t nbytes() const { return program_.nbytes(); }
 
  private:
-  template <class T> T& add() {
+  template <class T> void add(T op) {
     require(begun_, "begin() comes first");
-    auto op = std::make_unique<T>();
-    T& ref = *op;
-    program_.add(std::move(op));
-    return ref;
-  }
-
-  void binary(Binary::Kind kind, Place x, Place y, Place out) {
-    auto& op = add<Binary>();
-    op.kind = kind;
-    op.x = buffer(x);
-    op.y = buffer(y);
-    op.out = buffer(out);
-  }
-
-  ExpertShape expert_shape(nb::handle weights, int top_k) {
-    const auto& w = nb::cast<const PyWeights&>(weights);
-    return {int(w.groups), top_k, int(w.w.rows / w.groups)};
+    program_.add(std::make_unique<OpOf<T>>(std::move(op)));
   }
 
   // Weights for the rows of `x`: of as many columns, and with records where they are quantised.
-  Weights matrix(nb::handle weights, const Input& x) {
-    const auto& w = nb::cast<const PyWeights&>(weights);
+  Weights matrix(const PyWeights& w, const Input& x) {
     require(w.w.cols == x.f.width, "matrix: rows of a wrong length");
     require(is_float(w.w.type) || int64_t(x.q.width) * 4 >= record_bytes(x.f.width),
             "matrix: its input was not quantised");
-    keep_.push_back(nb::borrow(weights));
+    arenas_.push_back(w.arena);
     return w.w;
   }
 
@@ -486,6 +502,7 @@ class PyProgram {
   const int64_t arena_floats_;
   const pid_t pid_ = getpid();
   std::vector<nb::object> keep_, keep_states_;
+  std::vector<std::shared_ptr<Arena>> arenas_;  // of the weights
   bool begun_ = false;
   int n_vocab_ = 0, n_logits_ = 0, n_states_ = 0;
 };
@@ -496,24 +513,33 @@ class PyProgram {
 NB_MODULE(_native, m) {
   using deskside::PyProgram;
   m.doc() = "deskside's native kernels";
-  m.def("instruction_sets", [] {
-    std::vector<std::tuple<std::string, bool>> sets;
-    for (const auto& isa : deskside::instruction_sets())
-      sets.emplace_back(isa.kernels->name, isa.supported);
-    return sets;
-  }, "(name, supported) of every compiled instruction set, slowest first.");
-  m.def("choose", [](const std::string& isa) { return std::string(deskside::choose_kernels(isa).name); },
-        "isa"_a = "", "The instruction set that would run.");
-  m.def("read_bandwidth", [](int n_threads, int64_t bytes, int repeats) {
-    return deskside::Reader(bytes, {}, n_threads, {}).read(n_threads, repeats, {});
-  }, "n_threads"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
-        "Best bytes per second of `repeats` passes of n_threads over `bytes` of memory.");
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::tuple<std::string, bool>> sets;
+        for (const auto& isa : deskside::instruction_sets())
+          sets.emplace_back(isa.kernels->name, isa.supported);
+        return sets;
+      },
+      "(name, supported) of every compiled instruction set, slowest first.");
+  m.def(
+      "choose",
+      [](const std::string& isa) { return std::string(deskside::choose_kernels(isa).name); },
+      "isa"_a = "", "The instruction set that would run.");
+  m.def(
+      "read_bandwidth",
+      [](int n_threads, int64_t bytes, int repeats) {
+        return deskside::Reader(bytes, {}, n_threads, {}).read(n_threads, repeats, {});
+      },
+      "n_threads"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "Best bytes per second of `repeats` passes of n_threads over `bytes` of memory.");
   m.def("compute_limit", &deskside::compute_limit, "n_threads"_a, "isa"_a = "", "repeats"_a = 5,
         "floats"_a = false, nb::call_guard<nb::gil_scoped_release>(),
         "Best 8-bit or float32 products per second of n_threads on registers: the limit of any "
         "matrix kernel.");
   m.def("barrier_seconds", &deskside::barrier_seconds, "n_threads"_a, "seconds"_a = 0.1,
-        nb::call_guard<nb::gil_scoped_release>(), "Seconds of an undisturbed barrier of n_threads.");
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Seconds of an undisturbed barrier of n_threads.");
   nb::class_<deskside::PyReader>(m, "Reader")
       .def(nb::init<int64_t, int, const std::string&, const std::vector<int>&,
                     const std::vector<int>&>(),
@@ -537,6 +563,16 @@ NB_MODULE(_native, m) {
            "at"_a, "stride"_a, "n_threads"_a)
       .def_prop_ro("nbytes", &deskside::PyArena::nbytes)
       .def_prop_ro("nodes_error", &deskside::PyArena::nodes_error);
+  m.attr("MAX_TASKS_OPS") = deskside::kMaxTasksOps;
+  using deskside::PyWorkMemory;
+  nb::class_<PyWorkMemory>(m, "WorkMemory", "Work memory of a program, from the shapes of its ops.")
+      .def(nb::init<int>(), "max_tokens"_a)
+      .def("linear", &PyWorkMemory::linear, "cols"_a)
+      .def("attention", &PyWorkMemory::attention, "heads"_a, "head_dim"_a)
+      .def("sort_experts", &PyWorkMemory::sort_experts, "n_expert"_a, "top_k"_a)
+      .def("experts_up", &PyWorkMemory::experts_up, "cols"_a)
+      .def("experts_down", &PyWorkMemory::experts_down, "cols"_a)
+      .def("nbytes", &PyWorkMemory::nbytes, "n_threads"_a);
   nb::class_<PyProgram>(m, "Program")
       .def(nb::init<int, int, int64_t, const std::string&>(), "n_threads"_a, "max_tokens"_a,
            "arena_floats"_a, "isa"_a = "")

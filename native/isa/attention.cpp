@@ -1,9 +1,9 @@
 // Attention over a KV cache and the cache's encoding. Compiled once per instruction set.
 //
-// Scores are vectors over query rows: score[key][row] = sum_c key[c] * q[c][row], a number of the key
-// times a vector of packed queries. So keys are used as they lie, the softmax of all rows runs side by
-// side, and a key's weights lie together for weight[key][row] * value[key]. With fewer rows than lanes
-// a vector holds D dimensions of each row side by side, added up at the end.
+// Scores are vectors over query rows: score[key][row] = sum_c key[c] * q[c][row], a number of the
+// key times a vector of packed queries. So keys are used as they lie, the softmax of all rows runs
+// side by side, and a key's weights lie together for weight[key][row] * value[key]. With fewer rows
+// than lanes a vector holds D dimensions of each row side by side, added up at the end.
 #include "kv_cache.h"
 #include "reduce.h"
 #include "sequence_entry.h"
@@ -51,8 +51,10 @@ template <int D> inline vf repeat(const float* p) {
     return (vf)(pairs{} + x);
   } else {
 #if defined(DESKSIDE_AVX512)
-    if constexpr (D == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
-    else return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    if constexpr (D == 4)
+      return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    else
+      return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
 #elif defined(__AVX2__)
     return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #else
@@ -178,8 +180,8 @@ inline vf max_over_period(vf v, int period) {
   return v;
 }
 
-// One block's softmax for one vector of rows, `steps` vectors of scores `pitch` apart: scores become
-// weights e^(score - max). key: position of each lane's first key, counted from pos0.
+// One block's softmax for one vector of rows, `steps` vectors of scores `pitch` apart: scores
+// become weights e^(score - max). key: position of each lane's first key, counted from pos0.
 inline void soften(float* scores, int64_t pitch, int steps, int across, int period, bool masked,
                    vi key, const Work& w, int at) {
   const vf none = splat(-INFINITY), before = load(w.max + at);
@@ -235,8 +237,8 @@ template <int D> void attention_rows(const AttentionTile& t, int rows) {
     const int n = int(block_end(p0) - p0), groups = (n + kKeys<D> - 1) / kKeys<D>;
     Ahead next_values(values, p0, p0 + n, int64_t(groups) * (rows / unit) * (padded_dim / kStrip));
     for (int p = 0; p < n; p += kKeys<D>) {
-      decode_rows(t.k_type, keys, p0 + p, n - p < kKeys<D> ? n - p : kKeys<D>, 0, padded_dim, w.keys,
-                  padded_dim);
+      decode_rows(t.k_type, keys, p0 + p, n - p < kKeys<D> ? n - p : kKeys<D>, 0, padded_dim,
+                  w.keys, padded_dim);
       for (int r = 0; r < rows; r += unit)
         score<D>(w.keys, padded_dim, w.q + int64_t(r) * padded_dim, padded_dim,
                  w.scores + p * rows + r, rows, next_values);

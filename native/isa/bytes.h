@@ -47,8 +47,8 @@ inline Bytes widen_u16(const uint8_t* p) {
 inline vf to_float(Bytes lanes) { return (vf)_mm512_cvtepi32_ps(lanes); }
 // The lowest byte of each lane in all four: lanes must be below 256.
 inline Bytes repeat_byte(Bytes lanes) {
-  return _mm512_shuffle_epi8(
-      lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+  return _mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8,
+                                                                         8, 8, 8, 12, 12, 12, 12)));
 }
 
 // dpbusd multiplies unsigned by signed bytes: weights carry +128, and the sum starts at -128 times
@@ -87,9 +87,8 @@ inline Bytes widen_u16(const uint8_t* p) {
 }
 inline vf to_float(Bytes lanes) { return (vf)_mm256_cvtepi32_ps(lanes); }
 inline Bytes repeat_byte(Bytes lanes) {
-  return _mm256_shuffle_epi8(
-      lanes, _mm256_broadcastsi128_si256(
-                 _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+  return _mm256_shuffle_epi8(lanes, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
 }
 
 // |w| as unsigned bytes and x with the sign of w: pairs stay within 2 * 128 * 127 < 2^15.

@@ -1,24 +1,25 @@
 // The gated delta rule (FACTS 1.4), C tokens at a time. Compiled once per instruction set.
 //
 // With decay d_i = e^g_i, the rule for token i of a block is
-//   S_i = d_i S_(i-1) + k_i delta_i^T,  delta_i = beta_i (v_i - d_i S_(i-1)^T k_i),  o_i = S_i^T q_i.
-// Let D(j, i) = d_(j+1) .. d_i, a product of factors <= 1 that can only underflow. Unrolled from the
-// state S before the block,
+//   S_i = d_i S_(i-1) + k_i delta_i^T,  delta_i = beta_i (v_i - d_i S_(i-1)^T k_i),
+//   o_i = S_i^T q_i.
+// Let D(j, i) = d_(j+1) .. d_i, a product of factors <= 1 that can only underflow. Unrolled from
+// the state S before the block,
 //   S_i = D(0, i) S + sum_(j <= i) D(j, i) k_j delta_j^T,
 // and with p_i = S^T k_i, r_i = S^T q_i
 //   delta_i = beta_i (v_i - D(0, i) p_i - sum_(j <  i) D(j, i) (k_i . k_j) delta_j)
 //   o_i     =               D(0, i) r_i + sum_(j <= i) D(j, i) (q_i . k_j) delta_j.
-// So the state is read for all p and r of a block and once more to become S_C: 3 C + 1 operations on
-// an element instead of 4 C, all in registers but for one load and store a block. Value columns are
-// independent of each other.
+// So the state is read for all p and r of a block and once more to become S_C: 3 C + 1 operations
+// on an element instead of 4 C, all in registers but for one load and store a block. Value columns
+// are independent of each other.
 #include "reduce.h"
 #include "sequence_entry.h"
 
 namespace deskside {
 namespace {
 
-// Sums that fit into registers beside their operands. 6 tokens x 2 vectors of columns are 12, enough
-// to hide the latency of additions.
+// Sums that fit into registers beside their operands. 6 tokens x 2 vectors of columns are 12,
+// enough to hide the latency of additions.
 constexpr int kSums = kLanes == 16 ? 24 : 12;
 constexpr int kBlock = 6;       // tokens
 constexpr int kColumns = 64;    // columns in work at a time: half a head, 32 KiB
@@ -34,14 +35,14 @@ template <class V> inline V load_as(const float* p) {
 }
 template <class V> inline void store_as(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// ---- coefficients: what a block needs beside its vectors, the same for every column --------------
+// ---- coefficients: what a block needs beside its vectors, the same for every column -------------
 
 struct Coefficients {
   float beta[kBlock];
-  float from_start[kBlock];    // D(0, i)
-  float to_end[kBlock];        // D(i, C)
-  float kk[kBlock][kBlock];    // beta_i D(j, i) (k_i . k_j), j < i
-  float qk[kBlock][kBlock];    // D(j, i) (q_i . k_j), j <= i
+  float from_start[kBlock];  // D(0, i)
+  float to_end[kBlock];      // D(i, C)
+  float kk[kBlock][kBlock];  // beta_i D(j, i) (k_i . k_j), j < i
+  float qk[kBlock][kBlock];  // D(j, i) (q_i . k_j), j <= i
 };
 
 // The C^2 dot products of a block in an order: (k_i, k_j) for j < i, then (q_i, k_j) for j <= i.
@@ -121,8 +122,8 @@ template <int C> inline Coefficients coefficients(const DeltaSlice& s, int t) {
 
 // ---- columns ------------------------------------------------------------------------------------
 
-// sums[x][i] = S^T (row i of matrix x), for X matrices of C rows `stride` apart and N vectors of the
-// state's columns from `at` on.
+// sums[x][i] = S^T (row i of matrix x), for X matrices of C rows `stride` apart and N vectors of
+// the state's columns from `at` on.
 template <class V, int N, int C, int X>
 inline void project(const float* at, int dim, const float* (&&x)[X], int64_t stride,
                     float* (&&sums)[X]) {
@@ -133,7 +134,8 @@ inline void project(const float* at, int dim, const float* (&&x)[X], int64_t str
       for (int j = 0; j < N; j++) a[m][i][j] = V{};
   for (int row = 0; row < dim; row++, at += dim) {
     if constexpr (C == 1)  // a state is read once a token, then: from memory
-      for (int j = 0; j < N * lanes; j += 16) __builtin_prefetch(at + kRowsAhead * int64_t(dim) + j);
+      for (int j = 0; j < N * lanes; j += 16)
+        __builtin_prefetch(at + kRowsAhead * int64_t(dim) + j);
     V v[N];
     for (int j = 0; j < N; j++) v[j] = load_as<V>(at + j * lanes);
     for (int m = 0; m < X; m++)

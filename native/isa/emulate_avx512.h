@@ -1,6 +1,6 @@
-// The AVX-512 intrinsics that the kernels use, on 256-bit registers: SIMDe's, and ours below for those
-// that SIMDe 0.7.4 lacks. For tests of the AVX-512 kernels on machines without it, never for the
-// wheel (CMakeLists.txt, DESKSIDE_EMULATE_AVX512). Everything here has internal linkage.
+// The AVX-512 intrinsics that the kernels use, on 256-bit registers: SIMDe's, and ours below for
+// those that SIMDe 0.7.4 lacks. For tests of the AVX-512 kernels on machines without it, never for
+// the wheel (CMakeLists.txt, DESKSIDE_EMULATE_AVX512). Everything here has internal linkage.
 //
 // <immintrin.h> must come first: it declares the types and the functions that the macros replace.
 #pragma once
@@ -43,11 +43,11 @@ inline __m512i emulated_cvtepi8_epi32(__m128i a) {
 }
 inline __m512i emulated_cvtepu16_epi32(__m256i a) {
   return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
-                       _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
+              _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
 }
 inline __m512 emulated_cvtph_ps(__m256i a) {
   return join(_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
-                      _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+              _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
 }
 inline __m512 emulated_cvtepi32_ps(__m512i a) {
   const auto half = __builtin_bit_cast(Integers, a);

@@ -8,7 +8,8 @@
 namespace deskside {
 namespace {
 
-// d = max|x| / 127 and x / d in 8 bits. Beside a NaN or an infinity d is NaN, so that it travels on.
+// d = max|x| / 127 and x / d in 8 bits. Beside a NaN or an infinity d is NaN, so that it travels
+// on.
 inline void store_q8_0(uint8_t* p, const float* x) {
   constexpr int parts = 32 / kLanes;
   vf v[parts], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
@@ -21,8 +22,7 @@ inline void store_q8_0(uint8_t* p, const float* x) {
   const bool finite = nan == 0;
   const float inverse = d > 0 && finite ? 1.0f / d : 0.0f;
   BlockQ8_0 block;
-  for (int i = 0; i < parts; i++)
-    store_int8(block.qs + i * kLanes, finite ? v[i] * inverse : vf{});
+  for (int i = 0; i < parts; i++) store_int8(block.qs + i * kLanes, finite ? v[i] * inverse : vf{});
   block.d = float_to_f16(d + nan);
   memcpy(p, &block, sizeof block);
 }
@@ -71,8 +71,10 @@ inline void decode_rows(const Source& s, int64_t first, int n, int c0, int colum
     const uint8_t* row = s.rows + (first + i) * s.row_bytes;
     for (int c = c0; c < c0 + columns; c += 32) {
       float* y = to + i * pitch + c - c0;
-      if (c + 32 <= s.dim) decode32<T>(row, c, y);
-      else decode_last<T>(row, c, s.dim - c, y);
+      if (c + 32 <= s.dim)
+        decode32<T>(row, c, y);
+      else
+        decode_last<T>(row, c, s.dim - c, y);
     }
   }
 }

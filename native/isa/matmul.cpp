@@ -1,10 +1,10 @@
 // Matrix products on packed weights. Compiled once per instruction set (DESKSIDE_ISA).
 //
 // Quantised weights meet activations rounded to 8 bits per block of 32; products are summed exactly
-// in integers within a block and in float32 over blocks, in the order of the row. Float weights meet
-// float activations.
+// in integers within a block and in float32 over blocks, in the order of the row. Float weights
+// meet float activations.
 //
-// Few rows of x (m <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
+// Few rows of x (n <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
 // panel is unpacked once to the tile and used by all rows of x.
 #include "matmul_entry.h"
 #include "unpack.h"
@@ -12,15 +12,15 @@
 namespace deskside {
 namespace {
 
-// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one of
-// floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
+// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one
+// of floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
 #if defined(DESKSIDE_AVX512)
 constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
 constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at the
-// end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
+// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
 constexpr int64_t kFar = 3072, kNear = 1024;
 
 template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
@@ -41,12 +41,15 @@ inline float float_at(const uint8_t* p, int64_t at) {
   return f;
 }
 
-inline const uint8_t* record(const Rows& x, const int32_t* index, int i) {
-  return x.q + (index ? index[i] : i) * record_bytes(x.cols);
+inline int64_t place(const Rows& x, int i) { return x.index ? x.index[i] : i; }
+
+inline const uint8_t* record(const Rows& x, int i) {
+  return x.q + place(x, i) * record_bytes(x.cols);
 }
 
 // One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
-// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its minimum.
+// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its
+// minimum.
 template <bool HasMin, bool Halves, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
                                int64_t b, vf (&acc)[R][M]) {
@@ -151,7 +154,8 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
 #else
 #define DESKSIDE_NO_CLONE
 #endif
-template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols, Tile::Unpacked t) {
+template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols,
+                                                      Tile::Unpacked t) {
   using P = Panel<T>;
   constexpr int per = P::halves ? 2 : 1;
   const uint8_t* s = panel + P::header * kPanelRows;
@@ -205,29 +209,29 @@ struct Panels {
   int valid[2];
 };
 
+// y: the place of the panel's results.
 inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
-  const int64_t row = panel * kPanelRows, left = w.rows - row;
+  const int64_t left = w.rows - panel * kPanelRows;
   p.data[p.n] = w.data + panel * w.stride;
-  p.y[p.n] = y + row;
+  p.y[p.n] = y;
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
 // `then`: what is read next, null for what lies behind the last panel.
 template <Type T>
-void multiply(const Panels& p, int64_t cols, const Rows& x, const int32_t* index, int m,
-              int64_t ldy, const Tile& tile, const uint8_t* then) {
+void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, const uint8_t* then) {
   using P = Panel<T>;
   constexpr int per_block = P::bytes / P::blocks;
-  const int64_t bytes = P::header * kPanelRows + cols / 32 * per_block;
+  const int64_t cols = x.cols, bytes = P::header * kPanelRows + cols / 32 * per_block;
+  const int m = x.n;
   if (m <= kMaxDirect) {
     const uint8_t* a[kMaxDirect];
-    for (int i = 0; i < m; i++) a[i] = record(x, index, i);
+    for (int i = 0; i < m; i++) a[i] = record(x, i);
     for (int j = 0; j < p.n; j++) {
       const uint8_t* end = p.data[j] + bytes;
       const uint8_t* next = j + 1 < p.n ? p.data[j + 1] : then ? then : end;
-      with_rows<kMaxDirect>(m, [&]<int M>() {
-        dot_direct<T, M>(p.data[j], cols, a, p.y[j], ldy, p.valid[j], next);
-      });
+      with_rows<kMaxDirect>(
+          m, [&]<int M>() { dot_direct<T, M>(p.data[j], cols, a, p.y[j], ldy, p.valid[j], next); });
     }
     return;
   }
@@ -241,7 +245,7 @@ void multiply(const Panels& p, int64_t cols, const Rows& x, const int32_t* index
   for (int i = 0; i < m; i += kRowsOfX) {
     const uint8_t* a[kRowsOfX];
     const int n = m - i < kRowsOfX ? m - i : kRowsOfX;
-    for (int k = 0; k < n; k++) a[k] = record(x, index, i + k);
+    for (int k = 0; k < n; k++) a[k] = record(x, i + k);
     float* const y[2] = {p.y[0] + i * ldy, p.n > 1 ? p.y[1] + i * ldy : nullptr};
     const int now = next < next_end ? ahead : 0;
     with_rows<kRowsOfX>(n, [&]<int M>() {
@@ -256,27 +260,29 @@ void multiply(const Panels& p, int64_t cols, const Rows& x, const int32_t* index
 }
 
 template <Type T>
-void matmul_quantised(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                      int m, float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
-  for (int64_t p = p0; p < p1; p += kTogether) {
+void matmul_quantised(const Weights& w, const PanelRange& range, const Rows& x, const Results& y,
+                      const Tile& tile) {
+  for (int64_t p = range.begin; p < range.end; p += kTogether) {
     Panels panels{};
-    for (int64_t q = p; q < p1 && q < p + kTogether; q++) add_panel(panels, w, q, y);
-    multiply<T>(panels, w.cols, x, index, m, ldy, tile, p + kTogether < p1 ? nullptr : then);
+    for (int64_t q = p; q < range.end && q < p + kTogether; q++)
+      add_panel(panels, w, q, y.at + (q - range.begin) * kPanelRows);
+    multiply<T>(panels, x, y.stride, tile, p + kTogether < range.end ? nullptr : range.then);
   }
 }
 
 template <Type T>
-void pair_quantised(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
-                    const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
-  for (int64_t p = p0; p < p1; p++) {
+void pair_quantised(const Weights& w, const Weights& v, const PanelRange& range, const Rows& x,
+                    const Results& y, const Results& z, const Tile& tile) {
+  for (int64_t p = range.begin; p < range.end; p++) {
+    const int64_t first = (p - range.begin) * kPanelRows;
     Panels panels{};
-    add_panel(panels, w, p, y);
+    add_panel(panels, w, p, y.at + first);
     if constexpr (kTogether == 1) {
-      multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
+      multiply<T>(panels, x, y.stride, tile, nullptr);
       panels.n = 0;
     }
-    add_panel(panels, v, p, z);
-    multiply<T>(panels, w.cols, x, index, m, ldy, tile, nullptr);
+    add_panel(panels, v, p, z.at + first);
+    multiply<T>(panels, x, z.stride, tile, nullptr);
   }
 }
 
@@ -313,13 +319,14 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
     for (int i = 0; i < M; i++) y[i * ldy + j] = sum(acc[j][i]) + tail[j][i];
 }
 
-void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                  int m, float* y, int64_t ldy, const Tile& tile, const uint8_t*) {
+void matmul_float(const Weights& w, const PanelRange& range, const Rows& x, const Results& y,
+                  const Tile& tile) {
   constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands are in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
-  const int64_t end = p1 * kPanelRows < w.rows ? p1 * kPanelRows : w.rows;
+  const int64_t begin = range.begin * kPanelRows;
+  const int64_t end = range.end * kPanelRows < w.rows ? range.end * kPanelRows : w.rows;
   static_assert(kPanelRows % kFloatRows == 0);
-  for (int64_t r = p0 * kPanelRows; r < end; r += kFloatRows) {
+  for (int64_t r = begin; r < end; r += kFloatRows) {
     const int rows = int(end - r < kFloatRows ? end - r : kFloatRows);
     const uint8_t* first = w.data + r / kPanelRows * w.stride + r % kPanelRows * row_bytes;
     const float* row[kFloatRows];
@@ -328,14 +335,14 @@ void matmul_float(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const
       row[j] = w.type == Type::F32 ? reinterpret_cast<const float*>(raw) : tile.f + j * w.cols;
       if (w.type != Type::F32) to_floats(raw, w.type, w.cols, tile.f + j * w.cols);
     }
-    for (int i = 0; i < m; i += kFloatX) {
-      const int n = m - i < kFloatX ? m - i : kFloatX;
+    for (int i = 0; i < x.n; i += kFloatX) {
+      const int n = x.n - i < kFloatX ? x.n - i : kFloatX;
       const float* a[kFloatX];
-      for (int k = 0; k < n; k++) a[k] = x.f + (index ? index[i + k] : i + k) * x.stride;
-      float* out = y + int64_t(i) * ldy + r;
+      for (int k = 0; k < n; k++) a[k] = x.f + place(x, i + k) * x.stride;
+      float* out = y.at + i * y.stride + (r - begin);
       with_rows<kFloatX>(n, [&]<int M>() {
-        if (rows == kFloatRows) return dot_float<kFloatRows, M>(row, w.cols, a, out, ldy);
-        for (int j = 0; j < rows; j++) dot_float<1, M>(row + j, w.cols, a, out + j, ldy);
+        if (rows == kFloatRows) return dot_float<kFloatRows, M>(row, w.cols, a, out, y.stride);
+        for (int j = 0; j < rows; j++) dot_float<1, M>(row + j, w.cols, a, out + j, y.stride);
       });
     }
   }
@@ -353,6 +360,7 @@ template <Type T> constexpr TypeEntry quantised() {
   return {T, matmul_quantised<T>, pair_quantised<T>};
 }
 
+// clang-format off
 constexpr TypeEntry kTypes[] = {
     {Type::F32, matmul_float, nullptr}, {Type::F16, matmul_float, nullptr},
     {Type::BF16, matmul_float, nullptr},
@@ -361,6 +369,7 @@ constexpr TypeEntry kTypes[] = {
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
     quantised<Type::IQ4_XS>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
 };
+// clang-format on
 
 const TypeEntry& entry(Type type) {
   for (const TypeEntry& e : kTypes)
@@ -376,7 +385,8 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
   constexpr int vectors = 32 / kLanes;
   const Parts parts(cols);
   auto* q = reinterpret_cast<int8_t*>(record);
-  auto *d = reinterpret_cast<float*>(record + parts.d), *s = reinterpret_cast<float*>(record + parts.s);
+  auto *d = reinterpret_cast<float*>(record + parts.d),
+       *s = reinterpret_cast<float*>(record + parts.s);
   auto* c32 = reinterpret_cast<int32_t*>(record + parts.c32);
   auto* c16 = reinterpret_cast<int32_t*>(record + parts.c16);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even
@@ -431,19 +441,19 @@ int64_t dot_peak(int64_t rounds, int32_t* result) {
   return rounds * kSums * kLanes * 4;
 }
 
-void matmul(const Weights& w, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
-            float* y, int64_t ldy, const Tile& tile, const uint8_t* then) {
-  entry(w.type).matmul(w, p0, p1, x, index, m, y, ldy, tile, then);
+void matmul(const Weights& w, const PanelRange& panels, const Rows& x, const Results& y,
+            const Tile& tile) {
+  entry(w.type).matmul(w, panels, x, y, tile);
 }
 
-void matmul_pair(const Weights& w, const Weights& v, int64_t p0, int64_t p1, const Rows& x,
-                 const int32_t* index, int m, float* y, float* z, int64_t ldy, const Tile& tile) {
+void matmul_pair(const Weights& w, const Weights& v, const PanelRange& panels, const Rows& x,
+                 const Results& y, const Results& z, const Tile& tile) {
   const TypeEntry &a = entry(w.type), &b = entry(v.type);
-  if (w.type == v.type && a.pair)
-    return a.pair(w, v, p0, p1, x, index, m, y, z, ldy, tile);
-  for (int64_t p = p0; p < p1; p++) {
-    a.matmul(w, p, p + 1, x, index, m, y, ldy, tile, nullptr);
-    b.matmul(v, p, p + 1, x, index, m, z, ldy, tile, nullptr);
+  if (w.type == v.type && a.pair) return a.pair(w, v, panels, x, y, z, tile);
+  for (int64_t p = panels.begin; p < panels.end; p++) {
+    const int64_t first = (p - panels.begin) * kPanelRows;
+    a.matmul(w, {p, p + 1}, x, {y.at + first, y.stride}, tile);
+    b.matmul(v, {p, p + 1}, x, {z.at + first, z.stride}, tile);
   }
 }
 

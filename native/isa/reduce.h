@@ -9,7 +9,9 @@ namespace {
 // A list of ints as a type: std::integer_sequence without its header.
 template <int...> struct Ints {};
 template <int N, int... I> struct IntsTo : IntsTo<N - 1, N - 1, I...> {};
-template <int... I> struct IntsTo<0, I...> { using type = Ints<I...>; };
+template <int... I> struct IntsTo<0, I...> {
+  using type = Ints<I...>;
+};
 using Lanes = IntsTo<kLanes>::type;
 
 // Neighbouring lanes of a, then those of b, added in pairs: (a0 + a1, a2 + a3, .., b0 + b1, ..).

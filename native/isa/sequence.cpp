@@ -1,5 +1,5 @@
-// The small kernels: norms, gates, convolution, routing; and the table of all kernels. Compiled once
-// per instruction set (DESKSIDE_ISA).
+// The small kernels: norms, gates, convolution, routing; and the table of all kernels. Compiled
+// once per instruction set (DESKSIDE_ISA).
 #include "matmul_entry.h"
 #include "sequence_entry.h"
 #include "simd.h"

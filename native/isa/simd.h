@@ -14,8 +14,8 @@
 #include "emulate_avx512.h"
 #endif
 
-// For what hands over registers: called, it would pass all of them through memory. For AVX-512 gcc 12
-// inlines by itself, and does better: forced, it keeps the sums of the tile kernel in memory.
+// For what hands over registers: called, it would pass all of them through memory. For AVX-512 gcc
+// 12 inlines by itself, and does better: forced, it keeps the sums of the tile kernel in memory.
 #if defined(DESKSIDE_AVX512)
 #define DESKSIDE_INLINE inline
 #else
@@ -56,7 +56,8 @@ template <class Op> inline float fold(vf v, Op op) {
   const vf h = v;
 #endif
 #if defined(__AVX2__)
-  const vf4 q = op(__builtin_shufflevector(h, h, 0, 1, 2, 3), __builtin_shufflevector(h, h, 4, 5, 6, 7));
+  const vf4 q =
+      op(__builtin_shufflevector(h, h, 0, 1, 2, 3), __builtin_shufflevector(h, h, 4, 5, 6, 7));
 #else
   const vf q = v;
 #endif
@@ -102,8 +103,8 @@ inline vf vexp(vf x) {
   return p * scale;
 }
 
-// log(1 + e^x). With z = e^-|x| in (0, 1] and s = z / (2 + z) <= 1/3: log(1 + z) = 2 atanh(s), here up
-// to s^15 (remainder below 1e-9).
+// log(1 + e^x). With z = e^-|x| in (0, 1] and s = z / (2 + z) <= 1/3: log(1 + z) = 2 atanh(s), here
+// up to s^15 (remainder below 1e-9).
 inline vf vsoftplus(vf x) {
   const vf magnitude = vmax(x, -x), z = vexp(-magnitude), s = z / (z + 2.0f), t = s * s;
   vf p = splat(1.0f / 15);

@@ -39,14 +39,14 @@ DESKSIDE_INLINE void unpack_nibbles(const uint8_t* p, int part, Bytes table, Byt
 }
 
 // Nibbles with a fifth bit, plus `offset`.
-DESKSIDE_INLINE void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, int part, int offset,
-                         Bytes* w) {
+DESKSIDE_INLINE void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, int part,
+                                  int offset, Bytes* w) {
   const Bytes low = splat_byte(15), bit = splat_byte(16), off = splat_byte(offset);
   const Bytes f = vector_at(fifth, part);
   // Bit g to bit 4; what crosses a byte's border is masked away.
-  const Bytes high[8] = {shift_left_16<4>(f), shift_left_16<3>(f),  shift_left_16<2>(f),
-                         shift_left_16<1>(f), f,                    shift_right_16<1>(f),
-                         shift_right_16<2>(f), shift_right_16<3>(f)};
+  const Bytes high[8] = {
+      shift_left_16<4>(f),  shift_left_16<3>(f),  shift_left_16<2>(f), shift_left_16<1>(f), f,
+      shift_right_16<1>(f), shift_right_16<2>(f), shift_right_16<3>(f)};
   for (int j = 0; j < 4; j++) {
     const Bytes x = vector_at(nibbles + j * kVector, part);
     w[j] = add_bytes((x & low) | (high[j] & bit), off);
@@ -73,8 +73,8 @@ DESKSIDE_INLINE void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
 
 inline vf halves_at(const uint8_t* p, int part) { return load_f16(p + part * 2 * kLanes); }
 
-// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1, u2
-// of a row's 12 bytes stand 64 bytes apart.
+// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1,
+// u2 of a row's 12 bytes stand 64 bytes apart.
 DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),
@@ -100,8 +100,8 @@ DESKSIDE_INLINE void ks_scale(Bytes s, vf row, vf& scale, Bytes* w) {
 }
 
 template <Type T>
-DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b, int part, Bytes* w, vf* scale,
-                   vf& min) {
+DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b, int part, Bytes* w,
+                            vf* scale, vf& min) {
   (void)rows, (void)min, (void)b;
   constexpr int k16 = 2 * kPanelRows;  // bytes of 16 halves
   if constexpr (T == Type::IQ4_NL || T == Type::Q4_0) {
@@ -143,14 +143,17 @@ DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b, int pa
   } else if constexpr (T == Type::IQ4_XS) {
     unpack_nibbles(s + 2 * k16 + kVector + b * 4 * kVector, part, table_16(kTables.t[0]), w);
     const Bytes low = shift_right_lane(vector_at(s + 2 * k16, part), 4 * b) & splat_lane(15);
-    const Bytes high = shift_right_lane(widen_u16(s + k16 + part * 2 * kLanes), 2 * b) & splat_lane(3);
+    const Bytes high =
+        shift_right_lane(widen_u16(s + k16 + part * 2 * kLanes), 2 * b) & splat_lane(3);
     scale[0] = halves_at(s, part) * (to_float(low | (Bytes)((vi)high << 4)) - 32.0f);
   } else if constexpr (T == Type::IQ4_KS) {
     unpack_nibbles(s + 8 * kPanelRows + b * 4 * kVector, part, table_16(kTables.t[0]), w);
-    ks_scale(widen_u8(s + b * kPanelRows + part * kLanes), load(reinterpret_cast<const float*>(rows) + part * kLanes), scale[0], w);
+    ks_scale(widen_u8(s + b * kPanelRows + part * kLanes),
+             load(reinterpret_cast<const float*>(rows) + part * kLanes), scale[0], w);
   } else {
     static_assert(T == Type::IQ4_KSS);
-    // Bit 0 of word k is bit k of the scale: the words 2j and 2j + 1 are a lane's low and high half.
+    // Bit 0 of word k is bit k of the scale: the words 2j and 2j + 1 are a lane's low and high
+    // half.
     const Bytes ones = splat_lane(0x00010001), low = splat_byte(15), table = table_16(kTables.t[0]);
     vi bits = vi{};
     for (int j = 0; j < 4; j++) {

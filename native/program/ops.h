@@ -9,86 +9,86 @@ namespace deskside {
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-struct Embed : Op {
+struct Embed {
   const uint8_t* table;  // the file's rows
   Type type;
   int64_t cols, row_bytes;
   Buffer out;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return 2 * cols; }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return 2 * cols; }
 };
 
 // rms_norm, or gated_norm where `gated`; groups of `group` values.
-struct Norm : Op {
+struct Norm {
   Buffer in, gate, out;
   bool gated;
   const float* weight;
   int group;
   float eps;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return int64_t(in.width) * (gated ? 8 : 2); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return int64_t(in.width) * (gated ? 8 : 2); }
 };
 
 // Rows to 8 bits, as records (kernels.h).
-struct Quantize : Op {
+struct Quantize {
   Buffer in, out;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return 2 * int64_t(in.width); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return 2 * int64_t(in.width); }
 };
 
-struct SplitGate : Op {
+struct SplitGate {
   Buffer in, out, gate;
   int heads, head_dim;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return in.width; }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return in.width; }
 };
 
-struct Rope : Op {
+struct Rope {
   Buffer in, out;
   int heads, head_dim, n_rot;
   bool neox;
   std::vector<double> inv_freq;  // n_rot / 2
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return in.width + 100 * int64_t(n_rot); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return in.width + 100 * int64_t(n_rot); }
 };
 
 // A token's keys and values into the cache.
-struct StoreKV : Op {
+struct StoreKV {
   Buffer k, v;
   int kv_heads, head_dim, state;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return 4 * int64_t(k.width); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return 4 * int64_t(k.width); }
 };
 
 // Per token, in place: unit q (divided by sqrt(head_dim)) and k, decay in a, beta in b.
-struct DeltaGates : Op {
+struct DeltaGates {
   Buffer qkv, a, b;
   const float *ssm_a, *dt_bias;
   int k_heads, v_heads, head_dim;
   float eps;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return 4 * int64_t(k_heads) * head_dim + 40 * int64_t(v_heads); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return 4 * int64_t(k_heads) * head_dim + 40 * int64_t(v_heads); }
 };
 
 // swiglu, sigmoid_gate and add: two inputs, element by element.
-struct Binary : Op {
+struct Binary {
   enum Kind { kSwiglu, kSigmoidGate, kAdd } kind;
   Buffer x, y, out;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return int64_t(x.width) * (kind == kAdd ? 1 : 8); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return int64_t(x.width) * (kind == kAdd ? 1 : 8); }
 };
 
-struct Route : Op {
+struct Route {
   Buffer logits, ids, weights;
   int top_k;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return 4 * int64_t(logits.width); }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return 4 * int64_t(logits.width); }
 };
 
-struct TakeRows : Op {
+struct TakeRows {
   Buffer in, out;
-  void row(const Run& r, int64_t i) const override;
-  int64_t row_work() const override { return in.width; }
+  void row(const Run& r, int64_t i) const;
+  int64_t row_work() const { return in.width; }
 };
 
 // ---- tasks --------------------------------------------------------------------------------------
@@ -96,25 +96,27 @@ struct TakeRows : Op {
 // Rows of activations as matrices read them: floats, and records where a weight is quantised.
 struct Input {
   Buffer f, q;
-  Rows rows(const Run& r) const { return {r.at(f), r.record(q, 0, f.width), f.width, f.stride}; }
+  // The first n rows, or the n rows that `index` names.
+  Rows rows(const Run& r, int n, const int32_t* index = nullptr) const {
+    return {r.at(f), r.record(q, 0, f.width), f.width, f.stride, n, index};
+  }
 };
 
 // silu(gate x) * (up x), some panels of it at a time; gate and up have the same shape.
 struct GatedPair {
   Weights gate, up;
 
-  // Panels [p0, p1) for the rows x[index[0..m)]: calls done(i, values) with the (p1 - p0) * 16 values
-  // of row i. `work` has room for kTokens rows of both.
+  // Calls done(i, values) with the values of row i of x, 16 a panel. The thread's work memory has
+  // room for kTokens rows of both matrices.
   template <class F>
-  void run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index, int m,
-           float* work, F&& done) const;
+  void run(const Run& r, const PanelRange& panels, const Rows& x, F&& done) const;
   static constexpr int kTokens = 256;
   static constexpr int kPanels = 8;  // most of a call
   static constexpr int64_t kWork = int64_t(2) * kTokens * kPanels * kPanelRows;
 };
 
 // Matrices that are applied to the same rows.
-struct Linear : Op {
+struct Linear {
   struct Part {
     Weights w;
     Buffer out;
@@ -130,43 +132,43 @@ struct Linear : Op {
   Input in;
   bool per_output;
   std::vector<Part> parts;
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens) const override;
-  int64_t max_cols() const override { return in.f.width; }
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
+  int64_t work_floats(int64_t max_tokens) const;
+  int64_t max_cols() const { return in.f.width; }
 
  private:
-  static constexpr int kFew = 16;  // rows for which a task takes many panels
+  static constexpr int kFew = 16;    // rows for which a task takes many panels
   static constexpr int kPanels = 2;  // panels of a task for more rows
   int rows_of(const Run& r) const;
   int64_t chunk(const Part& p, const Run& r) const;
   void run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const;
 };
 
-struct Attention : Op {
+struct Attention {
   Buffer q, out;
   int heads, kv_heads, head_dim;
   float scale;
   int state;
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens) const override;
-  int64_t shared_bytes(int64_t max_tokens) const override;
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
+  int64_t work_floats(int64_t max_tokens) const;
+  int64_t shared_bytes(int64_t max_tokens) const;
 };
 
 // Merges what Attention computed in parts; it has no tasks where there was one part.
-struct MergeAttention : Op {
+struct MergeAttention {
   Buffer out;
   int heads, head_dim;
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
 };
 
-struct GatedDelta : Op {
+struct GatedDelta {
   Buffer qkv, decay, beta, out;
   int k_heads, v_heads, head_dim, state;
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
 
  private:
   int slices(const Run& r) const;
@@ -175,12 +177,12 @@ struct GatedDelta : Op {
 // Which tokens an expert works for. A pair is one (token, chosen expert) and has the number
 // token * top_k + choice; pairs are sorted by expert. Those with the id -1 are left out.
 struct Routing {
-  int32_t *n_active;
-  int32_t *active;  // experts with at least one token
-  int32_t *first;   // per active expert: its first sorted pair; one more entry ends the last
-  int32_t *pair;    // sorted pair -> its number
-  int32_t *token;   // sorted pair -> its token
-  int32_t *count;   // work space
+  int32_t* n_active;
+  int32_t* active;  // experts with at least one token
+  int32_t* first;   // per active expert: its first sorted pair; one more entry ends the last
+  int32_t* pair;    // sorted pair -> its number
+  int32_t* token;   // sorted pair -> its token
+  int32_t* count;   // work space
   int64_t bytes;
 
   Routing(uint8_t* base, int n_expert, int64_t pairs);
@@ -197,34 +199,34 @@ struct ExpertShape {
   }
 };
 
-struct SortExperts : Op {
+struct SortExperts {
   ExpertShape shape;
   Buffer ids;
-  void row(const Run& r, int64_t i) const override;
-  int64_t shared_bytes(int64_t n) const override { return shape.shared_bytes(n); }
+  void row(const Run& r, int64_t i) const;
+  int64_t shared_bytes(int64_t n) const { return shape.shared_bytes(n); }
 };
 
 // Per sorted pair: silu(gate x) * (up x) of its expert.
-struct ExpertsUp : Op {
+struct ExpertsUp {
   ExpertShape shape;
-  Input in, out;     // out holds top_k rows a token, as floats or as records
-  GatedPair weights; // of all experts: panels of expert e start at e * panels of one
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t) const override { return GatedPair::kWork; }
-  int64_t max_cols() const override { return in.f.width; }
+  Input in, out;      // out holds top_k rows a token, as floats or as records
+  GatedPair weights;  // of all experts: panels of expert e start at e * panels of one
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
+  int64_t work_floats(int64_t) const { return GatedPair::kWork; }
+  int64_t max_cols() const { return in.f.width; }
 };
 
 // Sum over a token's experts of weight * down h.
-struct ExpertsDown : Op {
+struct ExpertsDown {
   ExpertShape shape;
   Input in;
   Buffer weights, out;
   Weights down;
-  int64_t tasks(const Run& r) const override;
-  void task(const Run& r, int64_t i) const override;
-  int64_t work_floats(int64_t max_tokens) const override;
-  int64_t max_cols() const override { return shape.width; }
+  int64_t tasks(const Run& r) const;
+  void task(const Run& r, int64_t i) const;
+  int64_t work_floats(int64_t max_tokens) const;
+  int64_t max_cols() const { return shape.width; }
 
  private:
   static constexpr int kTokens = 256;         // of an expert in one product

@@ -1,8 +1,8 @@
 // Matrices and routed experts.
 //
-// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read once
-// for all its tokens, and a token's results are added in the order of its experts' numbers: neither
-// the number of threads nor the rest of the batch changes a sum.
+// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read
+// once for all its tokens, and a token's results are added in the order of its experts' numbers:
+// neither the number of threads nor the rest of the batch changes a sum.
 #include <algorithm>
 #include <cstring>
 
@@ -18,17 +18,18 @@ int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / ch
 }  // namespace
 
 template <class F>
-void GatedPair::run(const Run& r, int64_t p0, int64_t p1, const Rows& x, const int32_t* index,
-                    int m, float* work, F&& done) const {
-  const int64_t rows = (p1 - p0) * kPanelRows, first = p0 * kPanelRows;
-  float *g = work, *u = work + kTokens * rows;
-  for (int i = 0; i < m; i += kTokens) {
-    const int n = std::min(kTokens, m - i);
+void GatedPair::run(const Run& r, const PanelRange& panels, const Rows& x, F&& done) const {
+  const int64_t rows = (panels.end - panels.begin) * kPanelRows;
+  float *g = r.work(), *u = g + kTokens * rows;
+  for (int i = 0; i < x.n; i += kTokens) {
     Rows part = x;
-    if (!index) part.f += i * x.stride, part.q += i * record_bytes(x.cols);
-    const int32_t* chosen = index ? index + i : nullptr;
-    r.kernels.matmul_pair(gate, up, p0, p1, part, chosen, n, g - first, u - first, rows, r.tile());
-    for (int k = 0; k < n; k++) {
+    part.n = std::min(kTokens, x.n - i);
+    if (x.index)
+      part.index += i;
+    else
+      part.f += i * x.stride, part.q += i * record_bytes(x.cols);
+    r.kernels.matmul_pair(gate, up, panels, part, {g, rows}, {u, rows}, r.tile());
+    for (int k = 0; k < part.n; k++) {
       r.kernels.swiglu(g + k * rows, u + k * rows, rows, g + k * rows);
       done(i + k, g + k * rows);
     }
@@ -50,7 +51,8 @@ int64_t Linear::chunk(const Part& p, const Run& r) const {
 
 int64_t Linear::work_floats(int64_t max_tokens) const {
   // A convolution's inputs.
-  const int64_t conv = std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
+  const int64_t conv =
+      std::max<int64_t>(kFew * GatedPair::kPanels, max_tokens * kPanels) * kPanelRows;
   return std::max(conv, GatedPair::kWork);
 }
 
@@ -71,23 +73,23 @@ void Linear::task(const Run& r, int64_t i) const {
 
 void Linear::run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const {
   const int n = rows_of(r);
-  const Rows x = in.rows(r);
+  const Rows x = in.rows(r, n);
   const int64_t first = p0 * kPanelRows, end = std::min(p1 * kPanelRows, p.w.rows);
   if (p.has_up) {
     const GatedPair pair{p.w, p.up};
-    pair.run(r, p0, p1, x, nullptr, n, r.work(), [&](int i, const float* values) {
+    pair.run(r, {p0, p1}, x, [&](int i, const float* values) {
       std::memcpy(r.row(p.out, i) + first, values, size_t(end - first) * 4);
     });
     return;
   }
   if (p.kernel == 0) {
-    float* y = p.to_logits ? r.batch.logits : r.at(p.out);
-    r.kernels.matmul(p.w, p0, p1, x, nullptr, n, y, p.to_logits ? p.w.rows : p.out.stride, r.tile(),
-                     nullptr);
+    const Results y =
+        p.to_logits ? Results{r.batch.logits, p.w.rows} : Results{r.at(p.out), p.out.stride};
+    r.kernels.matmul(p.w, {p0, p1}, x, {y.at + first, y.stride}, r.tile());
     return;
   }
   const int channels = int(end - first);
-  r.kernels.matmul(p.w, p0, p1, x, nullptr, n, r.work() - first, channels, r.tile(), nullptr);
+  r.kernels.matmul(p.w, {p0, p1}, x, {r.work(), channels}, r.tile());
   const State& s = r.state(p.state);
   for (const Segment& seg : r.batch.segments)
     r.kernels.conv_silu(r.work() + int64_t(seg.row) * channels, seg.n, channels, p.kernel,
@@ -161,11 +163,13 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
   const int64_t panels = shape.up_panels();
   const int64_t own = chunks(panels, kUpPanels), a = i / own, e = t.active[a];
   const int64_t p0 = i % own * kUpPanels, p1 = std::min(p0 + kUpPanels, panels);
-  const int64_t first = p0 * kPanelRows, n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
+  const int64_t first = p0 * kPanelRows,
+                n = std::min<int64_t>(p1 * kPanelRows, shape.width) - first;
   const int32_t pair0 = t.first[a], m = t.first[a + 1] - pair0;
   const GatedPair pair{of_expert(weights.gate, shape.n_expert, e),
                        of_expert(weights.up, shape.n_expert, e)};
-  pair.run(r, p0, p1, in.rows(r), t.token + pair0, m, r.work(), [&](int k, const float* values) {
+  const Rows x = in.rows(r, m, t.token + pair0);
+  pair.run(r, {p0, p1}, x, [&](int k, const float* values) {
     const int64_t at = pair0 + k;
     if (out.q.width > 0)
       r.kernels.quantize(values, first, n, r.record(out.q, at, shape.width), shape.width);
@@ -178,7 +182,8 @@ int64_t ExpertsDown::chunk(const Run& r) const {
   // Long pieces of every expert, but sums that stay in L2.
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
   const int64_t sums = kSums / (kPanelRows * r.n_tokens());
-  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2, kMost);
+  return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2,
+                             kMost);
 }
 
 int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
@@ -186,9 +191,7 @@ int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
   return 2 * std::max<int64_t>(sums, kMost * kPanelRows);
 }
 
-int64_t ExpertsDown::tasks(const Run& r) const {
-  return chunks(panels_of(out.width), chunk(r));
-}
+int64_t ExpertsDown::tasks(const Run& r) const { return chunks(panels_of(out.width), chunk(r)); }
 
 void ExpertsDown::task(const Run& r, int64_t i) const {
   const Routing t = shape.routing(r);
@@ -202,14 +205,14 @@ void ExpertsDown::task(const Run& r, int64_t i) const {
     for (int64_t k = t.first[a]; k < t.first[a + 1]; k += kTokens) {
       const int m = int(std::min<int64_t>(kTokens, t.first[a + 1] - k));
       const Rows h{r.at(in.f) + k * shape.width, r.record(in.q, k, shape.width), shape.width,
-                   shape.width};
+                   shape.width, m};
       const bool last = k + m >= t.first[a + 1] && a + 1 < *t.n_active;
       const uint8_t* then =
           last ? of_expert(down, shape.n_expert, t.active[a + 1]).data + p0 * down.stride : nullptr;
-      r.kernels.matmul(w, p0, p1, h, nullptr, m, products - first, n, r.tile(), then);
+      r.kernels.matmul(w, {p0, p1, then}, h, {products, n}, r.tile());
       for (int j = 0; j < m; j++)
-        r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k], products + j * n,
-                       n, sums + t.token[k + j] * n);
+        r.kernels.axpy(r.row(weights, t.token[k + j])[t.pair[k + j] % shape.top_k],
+                       products + j * n, n, sums + t.token[k + j] * n);
     }
   }
   for (int64_t token = 0; token < r.n_tokens(); token++)

@@ -15,7 +15,8 @@ template <class F> const Segment& find_segment(const Batch& batch, int64_t& task
 }
 }  // namespace
 
-// Value columns of a head can be computed apart: where there are few heads for the threads, in halves.
+// Value columns of a head can be computed apart: where there are few heads for the threads, in
+// halves.
 int GatedDelta::slices(const Run& r) const {
   const int64_t heads = int64_t(v_heads) * int64_t(r.batch.segments.size());
   return heads < 4 * r.n_threads && head_dim % 128 == 0 ? 2 : 1;
@@ -34,7 +35,8 @@ void GatedDelta::task(const Run& r, int64_t task) const {
   const int head = int(task % per_segment) / slices, slice = int(task % slices);
   const float* x = r.row(qkv, seg.row);
   DeltaSlice d;
-  d.state = reinterpret_cast<float*>(s.k + seg.slot * s.k_slot) + int64_t(head) * head_dim * head_dim;
+  d.state =
+      reinterpret_cast<float*>(s.k + seg.slot * s.k_slot) + int64_t(head) * head_dim * head_dim;
   d.dim = head_dim;
   d.c0 = slice * columns;
   d.c1 = d.c0 + columns;
@@ -117,7 +119,8 @@ int64_t Attention::tasks(const Run& r) const {
 void Attention::task(const Run& r, int64_t task) const {
   const State& s = r.state(state);
   const Cut cut(r, heads, kv_heads);
-  const Segment& seg = find_segment(r.batch, task, [&](const Segment& g) { return cut.tasks(g, kv_heads); });
+  const Segment& seg =
+      find_segment(r.batch, task, [&](const Segment& g) { return cut.tasks(g, kv_heads); });
   const Splits splits = cut.splits(seg);
   const int sp = int(task % splits.n);
   task /= splits.n;

@@ -11,11 +11,33 @@ namespace deskside {
 namespace {
 // Floats that one thread handles in about the time that a barrier and its imbalance cost.
 constexpr int64_t kSerialWork = 32768;
-constexpr size_t kMaxOps = 16;  // of a tasks step
 constexpr uint32_t kRounds = uint32_t(1) << 24;
-
-int64_t align64(int64_t bytes) { return (bytes + 63) & ~int64_t(63); }
 }  // namespace
+
+void WorkMemory::add(const Op& op, int64_t max_tokens) {
+  shared = std::max(shared, op.shared_bytes(max_tokens));
+  floats = std::max(floats, op.work_floats(max_tokens));
+  cols = std::max(cols, op.max_cols());
+}
+
+float* WorkMemory::take(Carver& carver, Tile& tile) const {
+  float* work = carver.take<float>(floats);
+  for (Tile::Unpacked& p : tile.panel) {
+    p.w = carver.take<int8_t>(kPanelRows * cols);
+    p.scale = carver.take<float>(cols / 16 * kPanelRows);
+    p.min = carver.take<float>(cols / 32 * kPanelRows);
+  }
+  tile.f = carver.take<float>(kFloatRows * cols);
+  return work;
+}
+
+int64_t WorkMemory::bytes(int n_threads) const {
+  Carver all(nullptr), each(nullptr);
+  Tile tile;
+  all.take<uint8_t>(shared);
+  take(each, tile);
+  return all.used() + each.used() * n_threads;
+}
 
 Program::Program(int n_threads, int max_tokens, int64_t arena_floats, const std::string& isa)
     : kernels_(choose_kernels(isa)),
@@ -25,35 +47,19 @@ Program::Program(int n_threads, int max_tokens, int64_t arena_floats, const std:
       arena_(arena_floats * 4) {}
 
 void Program::finish() {
-  int64_t shared = 0, work = 0, cols = 32;
+  WorkMemory need;
   for (Step& step : steps_) {
-    if (step.ops.size() > kMaxOps && step.kind == Step::kTasks)
+    if (step.ops.size() > kMaxTasksOps && step.kind == Step::kTasks)
       throw std::invalid_argument("finish: too many ops in a step of tasks");
     for (const auto& op : step.ops) {
       step.row_work += op->row_work();
-      shared = std::max(shared, op->shared_bytes(max_tokens_));
-      work = std::max(work, op->work_floats(max_tokens_));
-      cols = std::max(cols, op->max_cols());
+      need.add(*op, max_tokens_);
     }
   }
-  const int64_t w = align64(kPanelRows * cols), scale = align64(cols / 16 * kPanelRows * 4),
-                min = align64(cols / 32 * kPanelRows * 4), f = align64(kFloatRows * cols * 4);
-  shared = align64(shared), work = align64(work * 4);
-  const int64_t each = work + 2 * (w + scale + min) + f;
-  memory_ = std::make_unique<Arena>(shared + each * pool_.size());
-  uint8_t* at = memory_->data() + shared;
-  const auto take = [&at](int64_t bytes) {
-    at += bytes;
-    return at - bytes;
-  };
-  for (int i = 0; i < pool_.size(); i++) {
-    work_.push_back(reinterpret_cast<float*>(take(work)));
-    Tile& tile = tile_.emplace_back();
-    for (Tile::Unpacked& p : tile.panel)
-      p = {reinterpret_cast<int8_t*>(take(w)), reinterpret_cast<float*>(take(scale)),
-           reinterpret_cast<float*>(take(min))};
-    tile.f = reinterpret_cast<float*>(take(f));
-  }
+  memory_ = std::make_unique<Arena>(need.bytes(pool_.size()));
+  Carver carver(memory_->data());
+  carver.take<uint8_t>(need.shared);
+  for (int i = 0; i < pool_.size(); i++) work_.push_back(need.take(carver, tile_.emplace_back()));
 }
 
 int64_t Program::rows(const Step& step, const Batch& batch) const {
@@ -82,7 +88,7 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
   if (micros) micros->assign(n, 0);
   // To stop: thread 0's, read inside barriers. While that thread is on leave nobody asks.
   bool wanted = false;
-  bool stop = false;    // written inside barriers, read behind them
+  bool stop = false;         // written inside barriers, read behind them
   auto mark = Clock::now();  // of the last arrival at a barrier
   const auto lap = [&](size_t step) {
     const auto now = Clock::now();
@@ -120,7 +126,7 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
         continue;
       }
       // The tasks of all ops, one after another.
-      int64_t ends[kMaxOps], all = 0;
+      int64_t ends[kMaxTasksOps], all = 0;
       for (size_t j = 0; j < step.ops.size(); j++) ends[j] = all += step.ops[j]->tasks(r);
       team_.share(round, thread, all, [&](int64_t task) {
         size_t j = 0;

@@ -3,8 +3,8 @@
 //
 // A step is either *rows* (its ops treat every row on its own: they run one after another on a row)
 // or *tasks* (its ops do not depend on each other and share out their tasks together). A barrier
-// stands between steps; rows steps that are too small to share are run inside it by one thread, so at
-// decode only tasks steps have one.
+// stands between steps; rows steps that are too small to share are run inside it by one thread, so
+// at decode only tasks steps have one.
 #pragma once
 
 #include <functional>
@@ -14,12 +14,13 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace deskside {
 
-// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from `offset`
-// floats into the arena.
+// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from
+// `offset` floats into the arena.
 struct Buffer {
   int64_t offset;
   int width, stride;
@@ -37,9 +38,9 @@ struct Segment {
 struct Batch {
   std::vector<int32_t> tokens;
   std::vector<Segment> segments;
-  std::vector<int32_t> outputs;  // rows whose logits are wanted
+  std::vector<int32_t> outputs;     // rows whose logits are wanted
   std::vector<int32_t> segment_of;  // of each row
-  float* logits;                 // (outputs, n_vocab)
+  float* logits;                    // (outputs, n_vocab)
 };
 
 // A state's arrays (cache.py): k and v, or one array in `k`. Strides in bytes.
@@ -53,7 +54,8 @@ struct State {
 
 class Program;
 
-// What an op sees while it runs: everything is shared but the thread's own id, tile and work memory.
+// What an op sees while it runs: everything is shared but the thread's own id, tile and work
+// memory.
 struct Run {
   const Kernels& kernels;
   Program& program;
@@ -76,6 +78,8 @@ struct Run {
   const State& state(int index) const;
 };
 
+// An op of a program. One that treats each row on its own overrides row(), the others tasks() and
+// task().
 struct Op {
   virtual ~Op() = default;
   // Rows ops: one row; about how many floats it touches.
@@ -90,6 +94,57 @@ struct Op {
   // Longest weight row that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
 };
+
+// Holds an op of ops.h. Those are plain structs without a base, so that whoever makes one can name
+// its fields; what they do not define is as `Op` has it.
+template <class T> struct OpOf final : Op {
+  T op;
+  static constexpr bool kHasRow = requires(const T& t, const Run& r) { t.row(r, 0); };
+  static constexpr bool kHasTasks = requires(const T& t, const Run& r) { t.task(r, t.tasks(r)); };
+  static_assert(kHasRow != kHasTasks);
+
+  explicit OpOf(T o) : op(std::move(o)) {}
+  void row(const Run& r, int64_t i) const override {
+    if constexpr (kHasRow) op.row(r, i);
+  }
+  int64_t row_work() const override {
+    if constexpr (requires { op.row_work(); }) return op.row_work();
+    return Op::row_work();
+  }
+  int64_t tasks(const Run& r) const override {
+    if constexpr (kHasTasks) return op.tasks(r);
+    return Op::tasks(r);
+  }
+  void task(const Run& r, int64_t i) const override {
+    if constexpr (kHasTasks) op.task(r, i);
+  }
+  int64_t work_floats(int64_t max_tokens) const override {
+    if constexpr (requires { op.work_floats(max_tokens); }) return op.work_floats(max_tokens);
+    return Op::work_floats(max_tokens);
+  }
+  int64_t shared_bytes(int64_t max_tokens) const override {
+    if constexpr (requires { op.shared_bytes(max_tokens); }) return op.shared_bytes(max_tokens);
+    return Op::shared_bytes(max_tokens);
+  }
+  int64_t max_cols() const override {
+    if constexpr (requires { op.max_cols(); }) return op.max_cols();
+    return Op::max_cols();
+  }
+};
+
+// The work memory of a program. One op at a time has it, so it fits the largest need of each sort.
+struct WorkMemory {
+  int64_t shared = 0;  // bytes that all threads share
+  int64_t floats = 0;  // of each thread
+  int64_t cols = 32;   // of the longest row of weights: a thread's tile holds unpacked panels of it
+
+  void add(const Op& op, int64_t max_tokens);
+  // Takes one thread's floats and its tile.
+  float* take(Carver& carver, Tile& tile) const;
+  int64_t bytes(int n_threads) const;
+};
+
+constexpr size_t kMaxTasksOps = 16;  // of a step of tasks
 
 struct Step {
   // Rows are tokens (kRows), wanted logits (kOutputs), or there is one for all (kOnce).
@@ -108,9 +163,9 @@ class Program {
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time. `interrupted`
-  // is asked now and then between steps; true ends the run early, with whatever the states then
-  // hold, and makes this return false.
+  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time.
+  // `interrupted` is asked now and then between steps; true ends the run early, with whatever the
+  // states then hold, and makes this return false.
   bool run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 
@@ -135,8 +190,8 @@ class Program {
   uint32_t round_ = 0;
   std::vector<Step> steps_;
   std::vector<State> states_;
-  Arena arena_;                     // activations
-  std::unique_ptr<Arena> memory_;   // shared memory of the ops, then each thread's
+  Arena arena_;                    // activations
+  std::unique_ptr<Arena> memory_;  // shared memory of the ops, then each thread's
   std::vector<float*> work_;
   std::vector<Tile> tile_;
 };

@@ -33,10 +33,11 @@ class Roster {
     number();
   }
 
-  // `thread` let the others wait for `late` microseconds until `now`; `switches` counts how often it
-  // has lost its core so far. Returns whether it goes on leave: when the share of the last time that
-  // it cost is more than what its work is worth, one part in `active`. Less is enough, as fewer
-  // threads read more bandwidth each and the other program gains as well; once is never enough.
+  // `thread` let the others wait for `late` microseconds until `now`; `switches` counts how often
+  // it has lost its core so far. Returns whether it goes on leave: when the share of the last time
+  // that it cost is more than what its work is worth, one part in `active`. Less is enough, as
+  // fewer threads read more bandwidth each and the other program gains as well; once is never
+  // enough.
   bool late(int thread, double now, double late, long switches) {
     Thread& t = threads_[size_t(thread)];
     const bool stolen = t.switches >= 0 && switches > t.switches;
@@ -61,7 +62,7 @@ class Roster {
 
   struct Thread {
     int rank = 0;
-    long switches = -1;  // at the last look
+    long switches = -1;         // at the last look
     double lost = 0, seen = 0;  // by waiting for this thread, faded over kWindow
     double leave = kShortest, until = 0, back = -1e300;
   };

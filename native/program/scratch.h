@@ -1,4 +1,4 @@
-// Cuts memory into aligned arrays. With a null base it only counts.
+// Cuts memory into aligned arrays. With a null base it only counts, and the arrays are null.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ class Carver {
   template <class T> T* take(int64_t n) {
     const int64_t at = used_;
     used_ += (n * int64_t(sizeof(T)) + 63) & ~int64_t(63);
-    return reinterpret_cast<T*>(base_ + at);
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
   }
 
   int64_t used() const { return used_; }

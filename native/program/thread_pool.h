@@ -27,13 +27,16 @@ inline void cpu_relax() {
 #endif
 }
 
-// Waits until done() holds: spins while every thread has a core, yields when one was taken away, and
-// parks on `word`, whose value was `seen`, when the wait is long.
+// Waits until done() holds: spins while every thread has a core, yields when one was taken away,
+// and parks on `word`, whose value was `seen`, when the wait is long.
 template <class T, class F> void wait_for(std::atomic<T>& word, T seen, F&& done) {
   for (int i = 0; !done(); i++) {
-    if (i < 4000) cpu_relax();
-    else if (i < 4200) std::this_thread::yield();
-    else word.wait(seen, std::memory_order_acquire);
+    if (i < 4000)
+      cpu_relax();
+    else if (i < 4200)
+      std::this_thread::yield();
+    else
+      word.wait(seen, std::memory_order_acquire);
   }
 }
 
@@ -96,8 +99,8 @@ class Team {
   }
 
  private:
-  // How many tasks of a range are taken, from its front and from its back, in which round: 24 bits of
-  // round, 20 bits each of counts (max_tokens is checked to fit).
+  // How many tasks of a range are taken, from its front and from its back, in which round: 24 bits
+  // of round, 20 bits each of counts (max_tokens is checked to fit).
   struct alignas(64) Range {
     std::atomic<uint64_t> taken{0};
   };

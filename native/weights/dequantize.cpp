@@ -72,7 +72,8 @@ void row_of(const BlockQ6_K& b, float, float* y) {
   for (int i = 0; i < 256; i++) {
     const int h = i / 128, quarter = i % 128 / 32, l = i % 32;
     const uint8_t low = b.ql[64 * h + 32 * (quarter % 2) + l];
-    const int q = (quarter < 2 ? low & 15 : low >> 4) | (b.qh[32 * h + l] >> (2 * quarter) & 3) << 4;
+    const int high = b.qh[32 * h + l] >> (2 * quarter) & 3;
+    const int q = (quarter < 2 ? low & 15 : low >> 4) | high << 4;
     y[i] = d * float(b.scales[i / 16]) * float(q - 32);
   }
 }
@@ -88,7 +89,8 @@ void row_of(const BlockIQ4_KS& b, float row, float* y) {
   for (int j = 0; j < 8; j++) {
     const int s = b.scales[j];
     const float scale = row * float((s & 254) - 127);
-    nibbles(b.qs + 16 * j, 0, y + 32 * j, [&](int q) { return scale * float(kCodebook[s & 1][q]); });
+    nibbles(b.qs + 16 * j, 0, y + 32 * j,
+            [&](int q) { return scale * float(kCodebook[s & 1][q]); });
   }
 }
 void row_of(const BlockIQ4_KSS& b, float row, float* y) {

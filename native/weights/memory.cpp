@@ -87,7 +87,8 @@ Arena::Arena(int64_t bytes, const MemoryKind& kind) : bytes_(bytes) {
   mapped_ = mmap(nullptr, size_t(mapped_bytes_), PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
   if (mapped_ == MAP_FAILED) throw std::bad_alloc();
-  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<intptr_t>(mapped_) + page - 1) & ~(page - 1));
+  data_ =
+      reinterpret_cast<uint8_t*>((reinterpret_cast<intptr_t>(mapped_) + page - 1) & ~(page - 1));
 #if defined(MADV_HUGEPAGE)
   if (!reserved)
     madvise(mapped_, size_t(mapped_bytes_),

@@ -29,8 +29,8 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
-  // Why the nodes that were asked for are not kept to (errno), 0 where they are: ENOSYS for a kernel
-  // without NUMA, EPERM in a container that forbids it.
+  // Why the nodes that were asked for are not kept to (errno), 0 where they are: ENOSYS for a
+  // kernel without NUMA, EPERM in a container that forbids it.
   int nodes_error() const { return nodes_error_; }
 
  private:

@@ -39,8 +39,12 @@ template <bool kBack> struct Mover {
   }
 
  private:
-  template <int Bytes> static void move(const uint8_t* row, uint8_t* at) { std::memcpy(at, row, Bytes); }
-  template <int Bytes> static void move(uint8_t* row, const uint8_t* at) { std::memcpy(row, at, Bytes); }
+  template <int Bytes> static void move(const uint8_t* row, uint8_t* at) {
+    std::memcpy(at, row, Bytes);
+  }
+  template <int Bytes> static void move(uint8_t* row, const uint8_t* at) {
+    std::memcpy(row, at, Bytes);
+  }
 };
 
 // Values below 16 of a block of 32 to the bytes of IQ4_NL's order: m low, m + 16 high.
@@ -237,7 +241,8 @@ template <Type T> void unpack_panel(const uint8_t* from, int64_t cols, uint8_t* 
     for (int r = 0; r < kPanelRows; r++, from += P::header) std::memcpy(rows[r], from, P::header);
   Block* block[kPanelRows];
   for (int64_t b = 0; b < cols / (32 * P::blocks); b++, from += P::bytes) {
-    for (int r = 0; r < kPanelRows; r++) block[r] = reinterpret_cast<Block*>(rows[r] + P::header) + b;
+    for (int r = 0; r < kPanelRows; r++)
+      block[r] = reinterpret_cast<Block*>(rows[r] + P::header) + b;
     move_superblock<T, true>(block, from);
   }
 }
@@ -252,10 +257,11 @@ struct Format {
 
 template <Type T> constexpr Format packed() {
   using P = Panel<T>;
-  return {T, 32 * P::blocks, int(sizeof(typename P::Block)), P::header, pack_panel<T>,
-          unpack_panel<T>};
+  return {T,         32 * P::blocks, int(sizeof(typename P::Block)),
+          P::header, pack_panel<T>,  unpack_panel<T>};
 }
 
+// clang-format off
 constexpr Format kFormats[] = {
     {Type::F32, 1, 4, 0, nullptr, nullptr}, {Type::F16, 1, 2, 0, nullptr, nullptr},
     {Type::BF16, 1, 2, 0, nullptr, nullptr},
@@ -263,6 +269,7 @@ constexpr Format kFormats[] = {
     packed<Type::Q8_0>(), packed<Type::Q4_K>(), packed<Type::Q5_K>(), packed<Type::Q6_K>(),
     packed<Type::IQ4_NL>(), packed<Type::IQ4_XS>(), packed<Type::IQ4_KS>(), packed<Type::IQ4_KSS>(),
 };
+// clang-format on
 
 // Null for a type without a kernel.
 const Format* format(Type type) {
@@ -347,7 +354,8 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   if (error) std::rethrow_exception(error);
 }
 
-void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t stride, uint8_t* to) {
+void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t stride,
+            uint8_t* to) {
   const Format* const f = format(type);
   if (!f) throw std::invalid_argument("unpack: a type without a layout");
   const int64_t row_bytes = file_row_bytes(type, cols);

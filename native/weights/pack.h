@@ -26,6 +26,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
 
 // The way back: one matrix of `rows` rows, whose panels are `stride` bytes apart from `from` on, to
 // the file's bytes.
-void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t stride, uint8_t* to);
+void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t stride,
+            uint8_t* to);
 
 }  // namespace deskside

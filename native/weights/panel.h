@@ -3,10 +3,10 @@
 // A panel holds 16 rows of a matrix, block after block along the row, in exactly the bytes that the
 // file has for them. Within a block of 32 weights the rows lie side by side, four weights at a time
 // ("group": weights 4g..4g+3), so that one register of activations meets 16 rows and no sum runs
-// across lanes:
+// across lanes. Bytes 4r to 4r + 3 of a vector belong to row r:
 //
-//   nibbles   4 x 64 bytes; vector j: byte 4r + i has weights 4j + i (low) and 16 + 4j + i (high) of row r
-//   bytes     8 x 64 bytes; vector g: byte 4r + i has weight 4g + i of row r
+//   nibbles   4 x 64 bytes; vector j: byte 4r + i has weights 4j + i (low), 16 + 4j + i (high)
+//   bytes     8 x 64 bytes; vector g: byte 4r + i has weight 4g + i
 //   fifth     64 bytes;     byte 4r + i, bit g: fifth bit of weight 4g + i
 //   top two   2 x 64 bytes; vector g / 4, bits 2 (g % 4): bits 4 and 5 of weight 4g + i
 //
@@ -21,7 +21,7 @@
 //   Q6_K             d f16[16], 16 x i8[16] scales, 8 x (nibbles, top two)          3360 = 16 * 210
 //   IQ4_XS           d, scales_h u16[16], scales_l u32[16], 8 x nibbles             2176 = 16 * 136
 //   IQ4_KS           8 x u8[16] scales, 8 x nibbles                                 2176 = 16 * 136
-//   IQ4_KSS          8 x words: vector j has the file's words 2j, 2j + 1 of each row 2048 = 16 * 128
+//   IQ4_KSS          8 x words: vector j has the file's words 2j, 2j + 1 of a row   2048 = 16 * 128
 // IQ4_KS and IQ4_KSS have f32[16] of row scales before a panel's first superblock.
 #pragma once
 
@@ -39,9 +39,9 @@ struct PanelOf {
   using Block = B;
   static constexpr int blocks = Blocks;
   static constexpr int bytes = kPanelRows * int(sizeof(B));
-  static constexpr int header = Header;     // bytes of a row's float scale before its blocks
-  static constexpr bool has_min = HasMin;   // weight = scale * q - min
-  static constexpr bool halves = Halves;    // a scale per 16 weights
+  static constexpr int header = Header;    // bytes of a row's float scale before its blocks
+  static constexpr bool has_min = HasMin;  // weight = scale * q - min
+  static constexpr bool halves = Halves;   // a scale per 16 weights
 };
 template <> struct Panel<Type::Q4_0> : PanelOf<BlockQ4_0, 1> {};
 template <> struct Panel<Type::Q4_1> : PanelOf<BlockQ4_1, 1, true> {};

@@ -6,6 +6,7 @@
 namespace deskside {
 
 #pragma pack(push, 1)
+// clang-format off
 struct BlockQ4_0 { uint16_t d; uint8_t qs[16]; };                    // y = d (q - 8)
 struct BlockQ4_1 { uint16_t d, m; uint8_t qs[16]; };                 // y = d q + m
 struct BlockQ5_0 { uint16_t d; uint32_t qh; uint8_t qs[16]; };       // y = d (q - 16)
@@ -18,6 +19,7 @@ struct BlockIQ4_NL { uint16_t d; uint8_t qs[16]; };                  // y = d K0
 struct BlockIQ4_XS { uint16_t d, scales_h; uint8_t scales_l[4], qs[128]; };
 struct BlockIQ4_KS { uint8_t scales[8], qs[128]; };                  // behind the row's float d
 struct BlockIQ4_KSS { uint16_t qs[64]; };                            // behind the row's float d
+// clang-format on
 #pragma pack(pop)
 
 static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20);

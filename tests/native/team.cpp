@@ -1,6 +1,6 @@
-// Random rounds of Team and Pool under ThreadSanitizer: every task runs once, the serial part sees all
-// of a round's results, a stop that is decided in a serial part ends all threads, threads that hold
-// the others up go on leave and come back. Then Roster alone, by a clock of its own.
+// Random rounds of Team and Pool under ThreadSanitizer: every task runs once, the serial part sees
+// all of a round's results, a stop that is decided in a serial part ends all threads, threads that
+// hold the others up go on leave and come back. Then Roster alone, by a clock of its own.
 #include <chrono>
 #include <cstdio>
 #include <random>
@@ -66,15 +66,17 @@ int rounds(int n_threads, bool late) {
   return 0;
 }
 
-// Milliseconds on leave within two seconds for thread 1, which holds the others up for `late` out of
-// every 6 ms and loses its core or not.
+// Milliseconds on leave within two seconds for thread 1, which holds the others up for `late` out
+// of every 6 ms and loses its core or not.
 double on_leave(Roster& roster, double from, double late, bool stolen) {
   double away = 0;
   static long count = 0;  // over all rosters, as a thread's past
   for (double t = from; t < from + 2e6; t += 6e3) {
     roster.gather(t);
-    if (roster.rank(1) < 0) away += 6;
-    else if (late > 0) roster.late(1, t, late, stolen ? ++count : count);
+    if (roster.rank(1) < 0)
+      away += 6;
+    else if (late > 0)
+      roster.late(1, t, late, stolen ? ++count : count);
   }
   return away;
 }
@@ -83,8 +85,8 @@ int roster() {
   for (const int n : {4, 16}) {
     Roster r(n);
     CHECK(on_leave(r, 0, 0, true) == 0);
-    CHECK(on_leave(r, 2e6, 3e3, false) == 0);             // slow of itself
-    CHECK(on_leave(r, 4e6, 3e3, true) > 1500);            // half its time
+    CHECK(on_leave(r, 2e6, 3e3, false) == 0);   // slow of itself
+    CHECK(on_leave(r, 4e6, 3e3, true) > 1500);  // half its time
     CHECK(r.active() >= n - 1);
     on_leave(r, 6e6, 0, true);
     CHECK(r.active() == n);                               // back when the other program has gone

@@ -18,15 +18,9 @@ from deskside.lowering.buffers import plan_buffers
 from deskside.lowering.panels import layout, matrices
 from deskside.lowering.scratch import MAX_OUTPUTS, work_bytes
 from deskside.lowering.sections import HOST, HOST_TORCH, Offload, Section, cut_by_device
-from deskside.lowering.steps import NativeOp, Step, Stretch, plan_steps
+from deskside.lowering.steps import Step, Stretch, plan_steps
 from deskside.tape import Tape
 
-# native/kernels.h, ops.h, ops_sequence.cpp; a test compares the sum with a real program's.
-_PANEL = 16
-_FEW, _TASK_PANELS, _PAIR_PANELS, _PAIR_TOKENS = 16, 2, 8, 256
-_SUMS, _MAX_PANELS = 32 << 10, 32
-_QUERY_ROWS, _SPLIT_TOKENS, _MAX_SPLITS, _KEY_BLOCK, _MAX_KEYS = 32, 8, 64, 64, 8
-_FLOAT_ROWS = 4
 GPU_BLOCK = 512
 
 
@@ -46,7 +40,7 @@ class Memory:
         self.cpu = {name: 4 * info.row_len * info.n_rows for name, info in self.infos.items()}
         ranges, total = layout(matrices(steps))
         for p in ranges:
-            panels = -(-p.rows // _PANEL) * p.groups
+            panels = -(-p.rows // _native.PANEL_ROWS) * p.groups
             self.cpu[p.info.name] = _native.panel_bytes(p.info.type.id, p.info.row_len) * panels
         packed = {p.info.name for p in ranges}
         # what rounding to pages adds goes to the first matrix
@@ -98,45 +92,23 @@ def buffers(
     return found, cuts[0]
 
 
-def _align64(n: int) -> int:
-    return (n + 63) & ~63
-
-
 def work_memory(steps: list[Step], threads: int, max_tokens: int) -> int:
-    """What `Program::finish` takes besides the arena: shared, and each thread's."""
-    shared, work, cols = 0, 0, 32
-    for step in steps:
-        for op in step.ops:
-            s, w, c = _needs(op, max_tokens)
-            shared, work, cols = max(shared, s), max(work, w), max(cols, c)
-    tile = _align64(_PANEL * cols) + _align64(cols // 16 * _PANEL * 4)
-    tile += _align64(cols // 32 * _PANEL * 4)
-    each = _align64(4 * work) + 2 * tile + _align64(_FLOAT_ROWS * cols * 4)
-    return _align64(shared) + each * threads
+    """Bytes that `Program::finish` takes besides the arena: shared, and each thread's.
 
-
-def _needs(op: NativeOp, max_tokens: int) -> tuple[int, int, int]:
-    """Shared bytes, floats of a thread, longest row of weights."""
-    pair = 2 * _PAIR_TOKENS * _PAIR_PANELS * _PANEL
-    if op.kind == "linear":
-        conv = max(_FEW * _PAIR_PANELS, max_tokens * _TASK_PANELS) * _PANEL
-        return 0, max(conv, pair), op.inputs[0].width
-    if op.kind == "experts_up":
-        return _routing(op, max_tokens), pair, op.inputs[0].width
-    if op.kind == "experts_down":
-        sums = max(_SUMS, max_tokens * 2 * _PANEL)
-        return 0, 2 * max(sums, _MAX_PANELS * _PANEL), op.op.weights[2].row_len
-    if op.kind == "attention":
-        dim, heads = int(op.op.attrs["head_dim"]), int(op.op.attrs["heads"])
-        padded = (dim + 31) // 32 * 32
-        tile = padded * (_QUERY_ROWS + _MAX_KEYS) + (_KEY_BLOCK + _MAX_KEYS) * _QUERY_ROWS
-        tile += _KEY_BLOCK * 32 + _QUERY_ROWS * 36 + 16
-        part = dim + 2
-        return _SPLIT_TOKENS * heads * _MAX_SPLITS * part * 4, tile + _QUERY_ROWS * part, 32
-    return 0, 0, 32
-
-
-def _routing(op: NativeOp, max_tokens: int) -> int:
-    """`Routing` of native/program/ops.h: six arrays of int32, each on a cache line."""
-    experts, pairs = op.op.weights[0].shape[2], max_tokens * op.op.inputs[1].width
-    return sum(_align64(4 * n) for n in (1, experts, experts + 1, pairs, pairs, experts))
+    The native code answers for each op from its shape; ops that are not named here need none.
+    """
+    memory = _native.WorkMemory(max_tokens)
+    for op in (op for step in steps for op in step.ops):
+        width, attrs, weights = op.inputs[0].width if op.inputs else 0, op.op.attrs, op.op.weights
+        match op.kind:
+            case "linear":
+                memory.linear(width)
+            case "attention":
+                memory.attention(int(attrs["heads"]), int(attrs["head_dim"]))
+            case "sort_experts":
+                memory.sort_experts(n_expert=weights[0].shape[2], top_k=width)
+            case "experts_up":
+                memory.experts_up(width)
+            case "experts_down":
+                memory.experts_down(weights[2].row_len)
+    return memory.nbytes(threads)

@@ -24,7 +24,6 @@ from deskside import _native
 from deskside.gguf import TensorInfo
 from deskside.tape import Op, Tape, Value
 
-MAX_TASKS_OPS = 16  # of a tasks step, see native/program/program.cpp
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 
 
@@ -194,7 +193,7 @@ def schedule(ops: Sequence[NativeOp]) -> list[Step]:
             step = Step(where)
             ready = set(done)
             for i in list(left):
-                if where == "tasks" and len(step.ops) == MAX_TASKS_OPS:
+                if where == "tasks" and len(step.ops) == _native.MAX_TASKS_OPS:
                     break
                 if ops[i].where == where and waits[i] <= ready:
                     step.ops.append(ops[i])
