@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
+from deskside.gguf.roles import Role, role
 from deskside.lowering.memory import Way
 from deskside.lowering.sections import Helper
 from deskside.lowering.work import FEW_PAIRS, expert_bytes, table_bytes
@@ -155,7 +156,7 @@ def _some(device: str) -> Helper:
 
 
 def _is_lent(name: str, device: str) -> bool:
-    return "_exps" in name and device == CPU
+    return role(name) is Role.EXPERTS and device == CPU
 
 
 def _stream_from(config: EngineConfig) -> int | None:
