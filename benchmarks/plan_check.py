@@ -38,9 +38,10 @@ from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Options, make_plan
 from deskside.plan.calibrate import calibrate, sort_of
 from deskside.plan.rules import Rules
-from deskside.plan.speed import SpeedModel, Step
+from deskside.plan.speed import SpeedModel
 from deskside.plan.units import group_units
 from deskside.progress import Progress
+from deskside.tape.cost import BatchShape
 
 FILES = ("qwen3.5-35b-a3b-8l.gguf", "qwen3.5-397b-a17b-4l-320e.gguf")
 DEPTHS = (16, 1024, 4096)
@@ -111,11 +112,11 @@ def predicted(llm: LLM, machine: Machine) -> dict[str, float]:
     model = SpeedModel(group_units(llm.tape, {}), plan.machine, f16, f16)
     place = np.zeros(len(model.cut.atoms), np.intp)
     found = {
-        f"prefill of {n}": model.rate(Step(llm.ubatch, 0), place, n).rate
+        f"prefill of {n}": model.rate(BatchShape(llm.ubatch, 0), place, n).rate
         for n in (UBATCH, 4 * UBATCH)
     }
     for depth in DEPTHS:
-        found[f"decode at {depth}"] = model.rate(Step(1, depth + GENERATE // 2), place).rate
+        found[f"decode at {depth}"] = model.rate(BatchShape(1, depth + GENERATE // 2), place).rate
     return found
 
 

@@ -27,7 +27,7 @@ from deskside.plan.remedies import remedies
 from deskside.plan.rules import Override, Rules, apply
 from deskside.tape import Tape
 from deskside.tape.cache import Cache
-from deskside.tape.cost import Work
+from deskside.tape.cost import BatchShape, Work
 from tests.models import PRESETS, tiny
 
 MiB = 1 << 20
@@ -196,10 +196,8 @@ def test_bytes_and_products_are_those_of_cost() -> None:
     memory = Memory(tape, threads=2, ubatch=64)
     search = _Search(tape, machine(1e6), Rules(), options(4096), memory)
     work = Work.of(tape)
-    from deskside.plan.speed import Step
-
     for depth in (0, 3000):
-        found = search.speed.works(Step(1, depth))
+        found = search.speed.works(BatchShape(1, depth))
         nbytes = sum(b for w in found for b, _ in w.values())
         assert nbytes == pytest.approx(work.decode(depth, "f16")["bytes"], rel=1e-12)
         macs = sum(m for w in found for s, (_, m) in w.items() if s in
@@ -207,7 +205,7 @@ def test_bytes_and_products_are_those_of_cost() -> None:
         assert macs == work.decode(depth, "f16")["macs"]
 
 
-# FACTS 4.3: limits of decode, IQ4_NL experts, everything else Q8_0, at 100 % of peak.
+# Limits of decode, IQ4_NL experts, everything else Q8_0, at 100 % of peak.
 @pytest.mark.parametrize(
     ("ctx", "kv", "want"),
     [(1, "f16", 82.7), (16384, "f16", 80.8), (135000, "f16", 69.4), (262144, "f16", 60.3),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
+from deskside.gguf.roles import Role, role
 from deskside.lowering.memory import StepShape
 from deskside.lowering.scratch import FEW_PAIRS, expert_bytes, table_bytes
 from deskside.lowering.sections import Offload
@@ -159,7 +160,7 @@ def _some(device: str) -> Offload:
 
 
 def _is_offloaded(name: str, device: str) -> bool:
-    return "_exps" in name and device == CPU
+    return role(name) is Role.EXPERTS and device == CPU
 
 
 def _stream_from(config: EngineConfig) -> int | None:

@@ -43,6 +43,8 @@ class QuantType:
         return self.row_header + n // self.block * self.block_bytes
 
 
+# Weights of these types meet activations in float32, all others in 8 bits.
+FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 TYPES: dict[int, QuantType] = {
     t.id: t
     for t in (

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deskside.errors import DesksideError
+from deskside.gguf.roles import Role, role
 from deskside.machine.devices import CPU, canonical
 
 _ENTRY = re.compile(r"(?P<regex>.+?)=(?P<device>[A-Za-z]\w*)(?:,|$)", re.DOTALL)
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:up|down|gate)(?:_up)?_(?:ch)?exps")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 ALL_LAYERS = 10**6
 
@@ -181,7 +181,7 @@ def _pin_experts(
         return
     flag = "--cpu-moe" if rules.cpu_moe else f"--n-cpu-moe {rules.n_cpu_moe}"
     below = ALL_LAYERS if rules.n_cpu_moe is None else rules.n_cpu_moe
-    found = [n for n in names if (m := _EXPERTS.match(n)) and int(m[1]) < below]
+    found = [n for n in names if role(n) is Role.EXPERTS and (layer_of(n) or 0) < below]
     if not found:
         raise DesksideError(f"{flag}: this model has no routed experts")
     if all(devices.get(n, CPU) != CPU for n in found):
@@ -227,7 +227,7 @@ def _pin_layers(
     start = n_layers + 1 - min(count, n_layers + 1)
     for name in names:
         layer = layer_of(name)
-        if name.startswith("token_embd"):
+        if role(name) is Role.EMBEDDING:
             pin(name, CPU, flag)
             continue
         layer = n_layers if layer is None else layer

@@ -23,10 +23,11 @@ from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
-from deskside.plan.speed import SpeedModel, Step, predict
+from deskside.plan.speed import SpeedModel, predict
 from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
+from deskside.tape.cost import BatchShape
 
 MAX_SPLITS = 512  # ways to deal layers out to GPUs that are looked at
 GPU = "gpu"  # pinned to some GPU, see rules.py
@@ -76,7 +77,7 @@ class _Search:
         self.atom_states = [
             [op.state for op in a.ops if op.state is not None] for a in self.grouping.atoms
         ]
-        self.step = Step(1, options.ctx // 2)
+        self.shape = BatchShape(1, options.ctx // 2)
         self.order = self._order()
         self.room = False
         self.extra: Bytes = np.array([options.reserved.get(n, 0) for n in self.names], np.int64)
@@ -95,7 +96,7 @@ class _Search:
                 if a.unit == i and a.pin is None
                 for s in states
             )
-            gain = self.speed.gain(i, self.step, gpu) / max(size, 1)
+            gain = self.speed.gain(i, self.shape, gpu) / max(size, 1)
             # layers of one sort differ in the last digits only
             return (-float(f"{gain:.6e}"), -unit.layer, i)
 
@@ -196,7 +197,7 @@ class _Search:
                 continue
             room = np.append(fits[1:], False)[fits]  # for the next one in the order as well
             units, need = units[fits], need[fits]
-            seconds = self.speed.seconds(self.step, atoms[fits])
+            seconds = self.speed.seconds(self.shape, atoms[fits])
             k = int(seconds.argmin())
             fill = (need[k, 1:] / memories[1:]).max(initial=0.0)
             if (
@@ -262,7 +263,7 @@ class _Search:
             return "saves most time per byte"
         if self.grouping.units[i].role == EMBED:
             return "a token reads one row"
-        if self.speed.gain(i, self.step, self.machine.gpus[0]) <= 0:
+        if self.speed.gain(i, self.shape, self.machine.gpus[0]) <= 0:
             return "no faster on a GPU"
         if self.room:
             return "handing over would cost more than it saves"

@@ -27,11 +27,8 @@ from numpy.typing import NDArray
 from deskside.gguf.quants import QuantType
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
-from deskside.tape import Op
-from deskside.tape.cache import cache_bytes
-from deskside.tape.cost import Experts
+from deskside.tape.cost import BatchShape, work
 
-FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 # docs/LOG.md and the records of docs/benchmarks: two cores of a Xeon with AVX-512 VNNI.
 EFFICIENCY: dict[str, Efficiency] = {
     "dense": Efficiency(0.95, 0.48),
@@ -50,20 +47,7 @@ SHORT_PROMPT, LONG_PROMPT = 512, 16384
 DEPTHS = (0, 1024, 4096, 16384, 65536)
 
 Floats = NDArray[np.float64]
-Work = dict[str, tuple[float, float]]  # sort -> bytes, multiply-adds
-
-
-@dataclass(frozen=True)
-class Step:
-    """`n` tokens for each of `n_seq` sequences behind `depth` cached ones, logits of each last."""
-
-    n: int
-    depth: float
-    n_seq: int = 1
-
-    @property
-    def tokens(self) -> int:
-        return self.n * self.n_seq
+BySort = dict[str, tuple[float, float]]  # sort -> bytes, multiply-adds
 
 
 @dataclass(frozen=True)
@@ -89,6 +73,26 @@ class Rate:
         return self.rate / self.roofline
 
 
+def device_seconds(
+    sorts: BySort, device: Device, efficiency: Mapping[str, Efficiency]
+) -> tuple[float, float]:
+    """Of reading and of arithmetic, which add up; of a GPU's the larger alone, the other is 0.
+
+    efficiency: of the CPU, by sort.
+    """
+    reading = arithmetic = 0.0
+    for sort, (nbytes, macs) in sorts.items():
+        e = efficiency[sort] if device.is_cpu else FULL
+        reading += nbytes / (device.bandwidth.value * device.sustained * e.bytes)
+        if sort == "rows" and not device.is_cpu:
+            continue  # fused into its kernels
+        rate = device.float_compute if sort in FLOAT_SORTS else device.compute
+        arithmetic += macs / (rate.value * e.macs)
+    if device.is_cpu:
+        return reading, arithmetic
+    return (reading, 0.0) if reading > arithmetic else (0.0, arithmetic)
+
+
 class SpeedModel:
     """Seconds of steps on a machine, for whole families of placements at once."""
 
@@ -102,18 +106,18 @@ class SpeedModel:
         self.efficiency = {**EFFICIENCY, **machine.efficiency}
         self._pairs = _overlapping(cut.atoms)
 
-    def works(self, step: Step) -> list[Work]:
+    def works(self, shape: BatchShape) -> list[BySort]:
         """Of every atom."""
-        return [self._work(atom, step) for atom in self.cut.atoms]
+        return [self._work(atom, shape) for atom in self.cut.atoms]
 
-    def seconds(self, step: Step, places: NDArray[np.intp]) -> Floats:
+    def seconds(self, shape: BatchShape, places: NDArray[np.intp]) -> Floats:
         """Of one step by placement. places: (placements, atoms), numbers of devices."""
         devices = self.machine.devices
-        works = self.works(step)
-        table = np.array([[self._atom_seconds(w, d)[0] for d in devices] for w in works])
+        works = self.works(shape)
+        table = np.array([[self._seconds(w, d) for d in devices] for w in works])
         chosen = table[np.arange(len(works)), places]
         total = chosen.sum(axis=1)
-        hop = np.array([[self._hop(a, b, step.tokens) for b in devices] for a in devices])
+        hop = np.array([[self._hop(a, b, shape.tokens) for b in devices] for a in devices])
         total += hop[places[:, :-1], places[:, 1:]].sum(axis=1)
         for experts, shared in self._pairs:
             together = np.minimum(chosen[:, experts].sum(axis=1), chosen[:, shared].sum(axis=1))
@@ -122,11 +126,11 @@ class SpeedModel:
         found: Floats = total + on_cpu * self._barriers(places)
         return found
 
-    def rate(self, step: Step, place: NDArray[np.intp], prompt: int = 0) -> Rate:
+    def rate(self, shape: BatchShape, place: NDArray[np.intp], prompt: int = 0) -> Rate:
         """Predicted speed of one placement. prompt: 0 for decode, else the tokens of a prompt that
-        is computed in pieces of `step.n` (its depth and last piece are seen to here)."""
-        steps = [(1.0, step)] if not prompt else list(_pieces(prompt, step.n, step.n_seq))
-        tokens = prompt * step.n_seq if prompt else step.tokens
+        is computed in pieces of `shape.n` (its depth and last piece are seen to here)."""
+        steps = [(1.0, shape)] if not prompt else list(_pieces(prompt, shape.n, shape.n_seq))
+        tokens = prompt * shape.n_seq if prompt else shape.tokens
         total = roof = 0.0
         parts: dict[str, float] = {}
         for count, piece in steps:
@@ -139,8 +143,8 @@ class SpeedModel:
         seconds = {name: t / tokens for name, t in sorted(parts.items(), key=lambda p: -p[1])}
         return Rate(
             prompt,
-            int(step.depth),
-            step.n_seq,
+            int(shape.depth),
+            shape.n_seq,
             tokens / total,
             tokens / roof,
             limit,
@@ -148,11 +152,11 @@ class SpeedModel:
             seconds,
         )
 
-    def gain(self, unit: int, step: Step, device: Device) -> float:
+    def gain(self, unit: int, shape: BatchShape, device: Device) -> float:
         """Seconds that a unit saves on a device against the CPU."""
-        works = (self._work(a, step) for a in self.cut.atoms if a.unit == unit and a.pin is None)
+        works = (self._work(a, shape) for a in self.cut.atoms if a.unit == unit and a.pin is None)
         cpu = self.machine.cpu
-        return sum(self._atom_seconds(w, cpu)[0] - self._atom_seconds(w, device)[0] for w in works)
+        return sum(self._seconds(w, cpu) - self._seconds(w, device) for w in works)
 
     def _barriers(self, places: NDArray[np.intp]) -> Floats:
         atoms = [a.layer for a in self.cut.atoms]
@@ -170,42 +174,28 @@ class SpeedModel:
         over = sum(nbytes / d.transfer.value for d in (a, b) if not d.is_cpu)
         return max(d.handshake.value for d in (a, b) if not d.is_cpu) + over
 
-    def _atom_seconds(self, work: Work, device: Device) -> tuple[float, float, float]:
-        """Seconds, of which reading and of which arithmetic."""
-        reading = arithmetic = 0.0
-        for sort, (nbytes, macs) in work.items():
-            e = self.efficiency[sort] if device.is_cpu else FULL
-            reading += nbytes / (device.bandwidth.value * device.sustained * e.bytes)
-            if sort == "rows" and not device.is_cpu:
-                continue  # fused into its kernels
-            rate = device.float_compute if sort in FLOAT_SORTS else device.compute
-            arithmetic += macs / (rate.value * e.macs)
-        if device.is_cpu:
-            return reading + arithmetic, reading, arithmetic
-        return (reading, reading, 0.0) if reading > arithmetic else (arithmetic, 0.0, arithmetic)
-
-    def _parts(self, step: Step, place: NDArray[np.intp]) -> dict[str, float]:
+    def _parts(self, shape: BatchShape, place: NDArray[np.intp]) -> dict[str, float]:
         """Seconds of a step by resource, overlap not taken off."""
         devices = self.machine.devices
         parts: dict[str, float] = {}
-        for work, d in zip(self.works(step), place, strict=True):
-            _, reading, arithmetic = self._atom_seconds(work, devices[d])
+        for sorts, d in zip(self.works(shape), place, strict=True):
+            reading, arithmetic = device_seconds(sorts, devices[d], self.efficiency)
             for what, t in (("memory bandwidth", reading), ("arithmetic", arithmetic)):
                 name = f"{devices[d].name} {what}"
                 parts[name] = parts.get(name, 0.0) + t
         hops = sum(
-            self._hop(devices[a], devices[b], step.tokens) for a, b in itertools.pairwise(place)
+            self._hop(devices[a], devices[b], shape.tokens) for a, b in itertools.pairwise(place)
         )
         parts["hand-overs"] = float(hops)
         parts["cpu barriers"] = float(self._barriers(place[None])[0])
         return {name: t for name, t in parts.items() if t > 0}
 
-    def _roofline(self, step: Step, place: NDArray[np.intp]) -> float:
+    def _roofline(self, shape: BatchShape, place: NDArray[np.intp]) -> float:
         devices = self.machine.devices
         times = []
-        for work, d in zip(self.works(step), place, strict=True):
+        for sorts, d in zip(self.works(shape), place, strict=True):
             device, nbytes, integer, floating = devices[d], 0.0, 0.0, 0.0
-            for sort, (b, macs) in work.items():
+            for sort, (b, macs) in sorts.items():
                 nbytes += b
                 if sort in FLOAT_SORTS:
                     floating += macs * (sort != "rows")
@@ -224,45 +214,16 @@ class SpeedModel:
                 total -= min(sum(times[i] for i in group) for group in (experts, shared))
         return total
 
-    def _work(self, atom: Atom, step: Step) -> Work:
-        """Bytes as `cost.Work` counts them, and the multiply-adds that it leaves out as well."""
-        found: dict[str, list[float]] = {}
+    def _work(self, atom: Atom, shape: BatchShape) -> BySort:
+        found: BySort = {}
         for op in atom.ops:
-            for sort, nbytes, macs in self._op_work(op, step):
-                entry = found.setdefault(sort, [0.0, 0.0])
-                entry[0] += nbytes
-                entry[1] += macs
-        return {sort: (nbytes, macs) for sort, (nbytes, macs) in found.items()}
+            one = work(op, self.cut.tape.states, shape, self.k_type, self.v_type)
+            nbytes, macs = found.get(one.sort, (0.0, 0.0))
+            found[one.sort] = (nbytes + one.nbytes, macs + one.macs)
+        return found
 
-    def _op_work(self, op: Op, step: Step) -> list[tuple[str, float, float]]:
-        rows = step.n_seq if op.outputs[0].per_output else step.tokens
-        nbytes = float(sum(w.nbytes for w in op.weights))
-        if op.kind == "embed":
-            return [("rows", rows * op.weights[0].row_bytes, rows * op.outputs[0].width)]
-        if op.kind == "experts":
-            used, total = op.inputs[1].width, op.weights[0].shape[2]
-            macs = float(rows * used * sum(w.row_len * w.shape[1] for w in op.weights))
-            return [("experts", Experts(int(nbytes), used, total).read(rows), macs)]
-        if op.kind == "linear":
-            w = op.weights[0]
-            sort = "head" if op.inputs[0].per_output else "dense"
-            sort = "router" if w.type.name in FLOAT_TYPES else sort
-            return [(sort, nbytes, rows * w.row_len * w.n_rows)]
-        if op.state is None:
-            return [("rows", nbytes, rows * sum(v.width for v in op.outputs))]
-        state = self.cut.tape.states[op.state]
-        # a token sees those before it and itself
-        seen = step.depth + (step.n + 1) / 2 - 1
-        kv, recurrent = cache_bytes([state], 1, self.k_type, self.v_type)
-        if op.kind == "attention":
-            macs = rows * seen * 2 * op.outputs[0].width
-            # keys and values are read once for all tokens of a sequence
-            read = step.n_seq * kv * (step.depth + step.n - 1)
-            return [("attention", read, macs)]
-        # three products a state element (FACTS 1.4); a convolution has its taps
-        per_output = 3 * op.attrs["head_dim"] if op.kind == "gated_delta" else op.attrs["kernel"]
-        macs = float(rows * op.outputs[0].width * per_output)
-        return [("delta", nbytes + step.n_seq * 2 * recurrent, macs)]
+    def _seconds(self, sorts: BySort, device: Device) -> float:
+        return sum(device_seconds(sorts, device, self.efficiency))
 
 
 def _overlapping(atoms: Sequence[Atom]) -> list[tuple[list[int], list[int]]]:
@@ -274,14 +235,14 @@ def _overlapping(atoms: Sequence[Atom]) -> list[tuple[list[int], list[int]]]:
     return [pair for pair in layers.values() if pair[0] and pair[1]]
 
 
-def _pieces(prompt: int, ubatch: int, n_seq: int) -> list[tuple[float, Step]]:
+def _pieces(prompt: int, ubatch: int, n_seq: int) -> list[tuple[float, BatchShape]]:
     """How often which step: whole pieces at their mean depth, and the rest."""
     whole, rest = divmod(prompt, ubatch)
     pieces = []
     if whole:
-        pieces.append((float(whole), Step(ubatch, (whole - 1) * ubatch / 2, n_seq)))
+        pieces.append((float(whole), BatchShape(ubatch, (whole - 1) * ubatch / 2, n_seq)))
     if rest:
-        pieces.append((1.0, Step(rest, whole * ubatch, n_seq)))
+        pieces.append((1.0, BatchShape(rest, whole * ubatch, n_seq)))
     return pieces
 
 
@@ -292,11 +253,11 @@ def predict(
     rates = []
     prompts = sorted({min(SHORT_PROMPT, ctx), min(LONG_PROMPT, ctx)})
     for prompt in prompts:
-        rates.append(model.rate(Step(min(ubatch, prompt), 0), place, prompt))
+        rates.append(model.rate(BatchShape(min(ubatch, prompt), 0), place, prompt))
     for depth in (*(d for d in DEPTHS if d < ctx - 1), ctx - 1):
-        rates.append(model.rate(Step(1, depth), place))
+        rates.append(model.rate(BatchShape(1, depth), place))
     if n_seq > 1:
-        rates.append(model.rate(Step(1, min(4096, ctx - 1), n_seq), place))
+        rates.append(model.rate(BatchShape(1, min(4096, ctx - 1), n_seq), place))
     return rates
 
 

@@ -1,9 +1,10 @@
 """When to bring experts of the host to a device, how many tokens at a time, and what comes of it.
 
 A pass computes n tokens. Its experts on the host are brought to the device once, whatever n is, so
-the rate grows with n until the device's arithmetic takes as long as the transfer (FACTS 4.4: for
-the 397B on PCIe 5 130 tok/s at 512 tokens, 4144 at 16384). The CPU takes time for every token
-instead; where both take the same time is the break-even.
+the rate grows with n until the device's arithmetic takes as long as the transfer. (The 217 GB of
+Qwen3.5-397B's experts in IQ4_NL take 3.95 s over PCIe 5 at 55 GB/s: 130 tok/s at 512 tokens, 4144
+at 16384.) The CPU takes time for every token instead; where both take the same time is the
+break-even.
 
     transfer = bytes of the chosen experts / min(transfer rate, sustained read rate of the host / 3)
     device   = the larger of products / arithmetic and bytes / bandwidth, of experts and the rest
@@ -30,10 +31,10 @@ import numpy as np
 
 from deskside.errors import DesksideError
 from deskside.lowering.scratch import expert_bytes
-from deskside.machine.devices import CPU, Device, Efficiency, Machine
-from deskside.plan.speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
+from deskside.machine.devices import CPU, Device, Machine
+from deskside.plan.speed import EFFICIENCY, LONG_PROMPT, device_seconds
 from deskside.tape import Op, Tape
-from deskside.tape.cost import Experts
+from deskside.tape.cost import MATRICES, BatchShape, Experts, work
 
 SLOTS = 2
 SLOT_SECONDS = 1e-3  # of one transfer at least: launches and hand-overs are some 1 % of it
@@ -86,9 +87,10 @@ def plan_stream(
     placement: tensor -> device name. prompt: tokens of the prompt to be fast for. max_chunk: the
     largest batch whose activations fit. free_bytes: of the device, for slots; no limit without.
     resident: the share of these experts that an expert cache holds (0 to 1). rest: seconds of all
-    other ops in a pass of n tokens (say, from `SpeedModel`); without it, products and bytes at the
-    rates of the devices, attention's scores not counted. DesksideError for a machine without the
-    device, counts below 1, or less room than two slots of one expert.
+    other ops in a pass of n tokens (say, from `SpeedModel`); without it, weights and the products
+    with them at the rates of the devices; attention, the delta rule and states are not counted.
+    DesksideError for a machine without the device, counts below 1, or less room than two slots of
+    one expert.
     """
     if prompt < 1 or max_chunk < 1 or not 0 <= resident <= 1:
         raise DesksideError(
@@ -155,9 +157,10 @@ class _Model:
         cpu = self.machine.cpu
         self.read_rate = cpu.bandwidth.value * cpu.sustained
         self.transfer = min(self.gpu.transfer.value, self.read_rate / DRAM_PASSES)
-        self.efficiency = self.machine.efficiency.get("experts", EFFICIENCY["experts"])
+        self.efficiency = {**EFFICIENCY, **self.machine.efficiency}
         # Layers that are alike are reckoned once.
-        alike = Counter((_experts(op), _macs(op)) for op in self.ops)
+        token = BatchShape(1)
+        alike = Counter((Experts.of(op), work(op, self.tape.states, token).macs) for op in self.ops)
         self.layers = [(experts, macs, count) for (experts, macs), count in alike.items()]
 
     def slot_bytes(self, free: int | None) -> int:
@@ -195,7 +198,7 @@ class _Model:
 
     def on_cpu(self, n: int, h: int | None = None) -> float:
         """Experts with fewer than h tokens that are not resident; None for all."""
-        e = self.efficiency
+        e = self.efficiency["experts"]
         total = 0.0
         for experts, macs, count in self.layers:
             nbytes, share = experts.read(n), 1.0
@@ -219,18 +222,9 @@ class _Model:
             if not op.weights or op.kind == "embed" or id(op) in mine:
                 continue
             d = self.machine.device(self.placement.get(op.weights[0].name, CPU))
-            nbytes, macs = float(sum(w.nbytes for w in op.weights)), 0.0
-            if op.kind == "linear":
-                rows = 1 if op.inputs[0].per_output else n
-                macs = float(rows * op.weights[0].row_len * op.weights[0].n_rows)
-            elif op.kind == "experts":
-                nbytes, macs = _experts(op).read(n), float(n * _macs(op))
-            floats = op.weights[0].type.name in FLOAT_TYPES
-            rate = (d.float_compute if floats else d.compute).value
-            e = self.efficiency if d.is_cpu else Efficiency(1.0, 1.0)
-            reading = nbytes / (d.bandwidth.value * d.sustained * e.bytes)
-            arithmetic = macs / (rate * e.macs)
-            total += reading + arithmetic if d.is_cpu else max(reading, arithmetic)
+            one = work(op, self.tape.states, BatchShape(n))
+            macs = one.macs if one.sort in MATRICES else 0.0
+            total += sum(device_seconds({one.sort: (one.weights, macs)}, d, self.efficiency))
         return total
 
     def hops(self, n: int) -> float:
@@ -279,16 +273,6 @@ class _Model:
         if h > 1:
             found["cpu"] = self.on_cpu(n, h)
         return found
-
-
-def _experts(op: Op) -> Experts:
-    nbytes = sum(w.nbytes for w in op.weights)
-    return Experts(nbytes, op.inputs[1].width, op.weights[0].shape[2])
-
-
-def _macs(op: Op) -> int:
-    """Of one token."""
-    return op.inputs[1].width * sum(w.row_len * w.shape[1] for w in op.weights)
 
 
 def _many(experts: Experts, n: int, h: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deskside.gguf.roles import Role, role
 from deskside.machine.devices import Published, show_size
 from deskside.plan.plan import Plan, Usage
 from deskside.plan.remedies import Remedy
@@ -72,8 +73,9 @@ def _pattern(
 
 
 def _braces(suffixes: Sequence[str]) -> str:
-    if all(s.startswith("ffn_") and s.endswith(("_exps", "_shexp")) for s in suffixes):
-        return "ffn_*_exps" if suffixes[0].endswith("_exps") else "ffn_*_shexp"
+    short = {Role.EXPERTS: "ffn_*_exps", Role.SHARED: "ffn_*_shexp"}
+    if all(role(s) in short for s in suffixes):
+        return short[role(suffixes[0])]
     return suffixes[0] if len(suffixes) == 1 else "{" + ",".join(sorted(suffixes)) + "}"
 
 

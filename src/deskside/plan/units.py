@@ -9,20 +9,24 @@ weight is, one without weights where its first input was made.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deskside.gguf import TensorInfo
+from deskside.gguf.roles import Role, role
 from deskside.tape import KVState, Op, Tape
 
 # Kinds of tensors in budgets, in the order in which they are shown.
+SMALL = "norms and router"
 KINDS = (
-    "routed experts", "shared expert", "attention", "delta net", "feed-forward", "head",
-    "embedding", "norms and router",
+    Role.EXPERTS, Role.SHARED, Role.ATTENTION, Role.DELTA, Role.FFN, Role.HEAD, Role.EMBEDDING,
+    SMALL,
 )  # fmt: skip
 EMBED, MIXER, FFN, EXPERTS, SHARED, HEAD = "embed", "mixer", "ffn", "experts", "shared", "head"
-_NORM = re.compile(r"_norm\.|rope_freqs|ffn_gate_inp\.")
+# Units of the tensors that a layer's other ops follow; all other roles are the mixer's.
+_UNITS = {
+    Role.EXPERTS: EXPERTS, Role.SHARED: SHARED, Role.FFN: FFN, Role.FFN_NORM: FFN, Role.ROUTER: FFN,
+}  # fmt: skip
 Key = tuple[int, str]  # layer, role; layer -1 before the first, n_layers behind the last
 
 
@@ -70,7 +74,7 @@ def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
     units: dict[Key, Unit] = {}
     numbers: dict[Key, int] = {}
     atoms: list[Atom] = []
-    role, pin = EMBED, None
+    part, pin = EMBED, None
     seen: set[str] = set()
     made: dict[int, tuple[Key, str | None]] = {}  # where a value was made
     layer = -1
@@ -78,19 +82,19 @@ def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
         changed = op.layer != layer
         layer = op.layer
         if op.kind == "embed":
-            role = HEAD if tied else EMBED
+            part = HEAD if tied else EMBED
         elif op.kind == "take_rows":
-            role, changed = HEAD, True
+            part, changed = HEAD, True
         own = [w for w in op.weights if w.name not in seen or w.name == op.weights[0].name]
         if own and layer >= 0 and op.kind != "rope":
-            role = _role(own[0].name)
+            part = _UNITS.get(role(own[0].name), MIXER)
         elif changed and layer >= 0:
-            role = MIXER
-        place = n_layers if role == HEAD else layer
-        key = (place, role)
+            part = MIXER
+        place = n_layers if part == HEAD else layer
+        key = (place, part)
         if key not in units:
             numbers[key] = len(units)
-            units[key] = Unit(place, role)
+            units[key] = Unit(place, part)
         unit = units[key]
         for w in op.weights:
             if w.name not in seen:
@@ -106,18 +110,9 @@ def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
         made.update({v.id: (key, pin) for v in op.outputs})
         last = atoms[-1] if atoms else None
         if last is None or (last.unit, last.pin) != (numbers[key], pin):
-            atoms.append(Atom(numbers[key], place, role, pin))
+            atoms.append(Atom(numbers[key], place, part, pin))
         atoms[-1].ops.append(op)
     return Grouping(tape, n_layers, list(units.values()), atoms, kinds)
-
-
-def _role(name: str) -> str:
-    if "_exps" in name:
-        return EXPERTS
-    if "_shexp" in name:
-        return SHARED
-    bare = re.sub(r"^blk\.\d+\.", "", name)
-    return FFN if re.match(r"ffn_|post_attention_norm", bare) else MIXER
 
 
 def _is_tied(tape: Tape) -> bool:
@@ -127,28 +122,18 @@ def _is_tied(tape: Tape) -> bool:
 
 def tensor_kinds(tape: Tape) -> dict[str, str]:
     """Kind of every tensor that the tape reads; an embedding that is the head too is a head."""
-    attention = {op.layer for op in tape.ops if op.kind == "attention"}
     kinds: dict[str, str] = {}
     for op in tape.ops:
         for w in op.weights:
-            kinds[w.name] = _kind(op, w.name, op.layer in attention)
+            kinds[w.name] = _kind(op, w.name)
     return kinds
 
 
-def _kind(op: Op, name: str, attention: bool) -> str:
-    if op.kind == "embed":
-        return "embedding"
+def _kind(op: Op, name: str) -> str:
     if op.kind == "linear" and op.inputs[0].per_output:
-        return "head"
-    if op.kind == "experts":
-        return "routed experts"
-    if op.kind in ("rms_norm", "rope") or (_NORM.search(name) and "ssm_norm" not in name):
-        return "norms and router"
-    if "_shexp" in name:
-        return "shared expert"
-    if re.search(r"\.ffn_", name):
-        return "feed-forward"
-    return "attention" if attention else "delta net"
+        return Role.HEAD  # the embedding, too, if it is tied
+    found = role(name)
+    return found if found in KINDS else SMALL
 
 
 def kv_layers(tape: Tape) -> int:

@@ -1,18 +1,38 @@
 """What a model must read and multiply, and the speed that a machine's limits allow it.
 
-Bytes are those of weights, of keys and values and of recurrent state, each once a step. MACs are
-those of weight matrices; attention and the delta rule come on top, so the limit is a bound from
-above. Which experts several tokens share is a matter of the model: they are counted as if every
-token chose at random, which is true of random weights.
+`work` has the cost of one op; planner, benchmarks and profile all sum it. Bytes are those of
+weights, of keys and values and of recurrent state, each once a step. Which experts several tokens
+share depends on the model: every token counts as if it chose at random, which is true of random
+weights. `Work` has a model's totals and leaves out the products of attention, of the delta rule
+and of row-wise ops, so `limit` is a bound from above.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from deskside.gguf.quants import quant_type
+from deskside.gguf.quants import FLOAT_TYPES, QuantType, quant_type
 from deskside.tape.cache import cache_bytes
-from deskside.tape.tape import State, Tape
+from deskside.tape.tape import KVState, Op, State, Tape
+
+F16 = quant_type("f16")
+# Sorts of ops that multiply by weight matrices. The others: attention, delta, rows.
+MATRICES = frozenset({"dense", "experts", "head", "router"})
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """`n` tokens for each of `n_seq` sequences behind `depth` cached ones, logits of each last."""
+
+    n: int
+    depth: float = 0
+    n_seq: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.n_seq
 
 
 @dataclass(frozen=True)
@@ -23,14 +43,87 @@ class Experts:
     used: int
     total: int
 
+    @classmethod
+    def of(cls, op: Op) -> Experts:
+        nbytes = sum(w.nbytes for w in op.weights)
+        return cls(nbytes, op.inputs[1].width, op.weights[0].shape[2])
+
     def read(self, n_tokens: int) -> float:
-        """Expected bytes that n tokens read."""
+        """Expected bytes that n tokens read, each choosing `used` of `total` experts at random:
+        a token misses an expert with probability 1 - used / total."""
         return self.nbytes * (1 - (1 - self.used / self.total) ** n_tokens)
+
+
+class OpWork(NamedTuple):
+    """Bytes and multiply-adds of one op in one step. `weights`: bytes of weights read. `state`:
+    bytes of keys and values read, of recurrent state read and written."""
+
+    sort: str
+    weights: float
+    state: float
+    macs: float
+
+    @property
+    def nbytes(self) -> float:
+        return self.weights + self.state
+
+
+def work(
+    op: Op,
+    states: Sequence[State],
+    shape: BatchShape,
+    k_type: QuantType = F16,
+    v_type: QuantType = F16,
+) -> OpWork:
+    """Cost of an op of the tape with `states` in a step of `shape`. k_type, v_type: of the cache.
+
+    Products: a linear has n_in * n_out a row. Attention has two products, with keys and with
+    values, a position and element of its output. The gated delta rule
+    (S <- g S; d = b (v - S^T k); S <- S + k d^T; o = S^T q; Yang et al. 2024, arXiv:2412.06464)
+    has three with the state S (S^T k, k d^T, S^T q) a token. A convolution has `kernel` an element.
+    """
+    rows = shape.n_seq if op.outputs[0].per_output else shape.tokens
+    width = op.outputs[0].width
+    weights = sum(w.nbytes for w in op.weights)
+    if op.kind == "embed":
+        return OpWork("rows", rows * op.weights[0].row_bytes, 0, rows * width)
+    if op.kind == "experts":
+        experts = Experts.of(op)
+        macs = rows * experts.used * sum(w.row_len * w.shape[1] for w in op.weights)
+        return OpWork("experts", experts.read(rows), 0, macs)
+    if op.kind == "linear":
+        w = op.weights[0]
+        sort = "head" if op.inputs[0].per_output else "dense"
+        sort = "router" if w.type.name in FLOAT_TYPES else sort
+        return OpWork(sort, weights, 0, rows * w.row_len * w.n_rows)
+    if op.state is None:
+        return OpWork("rows", weights, 0, rows * sum(v.width for v in op.outputs))
+    state = states[op.state]
+    moved = shape.n_seq * state_bytes([state], shape, k_type, v_type)
+    if isinstance(state, KVState):
+        # On average: the first token sees `depth` positions, the last n - 1 more.
+        seen = shape.depth + (shape.n - 1) / 2
+        return OpWork("attention", weights, moved, rows * seen * 2 * width)
+    per_output = 3 * op.attrs["head_dim"] if op.kind == "gated_delta" else op.attrs["kernel"]
+    return OpWork("delta", weights, moved, rows * width * per_output)
+
+
+def state_bytes(
+    states: Sequence[State], shape: BatchShape, k_type: QuantType, v_type: QuantType
+) -> float:
+    """Bytes that one sequence's states move in a step of `shape`.
+
+    Keys and values of all positions before the last token are read, once for all tokens; recurrent
+    state is read and written.
+    """
+    kv, recurrent = cache_bytes(states, 1, k_type, v_type)
+    return kv * (shape.depth + shape.n - 1) + 2 * recurrent
 
 
 @dataclass(frozen=True)
 class Work:
-    """One model. `macs` are those of a token, `head_macs` those of a token whose logits are asked.
+    """One model: the sum of `work` over its tape. `macs` are those of a token with the weight
+    matrices, `head_macs` those of a token whose logits are asked.
 
     The embedding table counts one row a token, unless it is the head too. Layers for multi-token
     prediction are not on the tape and not counted.
@@ -48,24 +141,22 @@ class Work:
         dense = row = macs = head = 0
         experts = []
         for op in tape.ops:
-            nbytes = sum(w.nbytes for w in op.weights)
+            one = work(op, tape.states, BatchShape(1))
             if op.kind == "embed":
-                row = op.weights[0].row_bytes
+                row = int(one.weights)
             elif op.kind == "experts":
-                used, total = op.inputs[1].width, op.weights[0].shape[2]
-                experts.append(Experts(nbytes, used, total))
-                macs += used * sum(w.row_len * w.shape[1] for w in op.weights)
+                experts.append(Experts.of(op))
             else:
-                dense += nbytes
-                if op.kind == "linear":
-                    n = op.weights[0].row_len * op.weights[0].n_rows
-                    head, macs = (head + n, macs) if op.inputs[0].per_output else (head, macs + n)
+                dense += int(one.weights)
+            if one.sort in MATRICES and op.outputs[0].per_output:
+                head += int(one.macs)
+            elif one.sort in MATRICES:
+                macs += int(one.macs)
         return cls(dense, row, tuple(experts), macs, head, tape.states)
 
-    def state_bytes(self, depth: int, kv: str) -> int:
-        """Keys and values of `depth` positions, read; recurrent state, read and written."""
-        kv_bytes, recurrent = cache_bytes(self.states, depth, quant_type(kv), quant_type(kv))
-        return kv_bytes + 2 * recurrent
+    def state_bytes(self, depth: int, kv: str) -> float:
+        """Of a sequence's next token: keys and values of `depth` positions, recurrent state."""
+        return state_bytes(self.states, BatchShape(1, depth), quant_type(kv), quant_type(kv))
 
     def weight_bytes(self, n_tokens: int) -> float:
         """Expected bytes of weights that a step of n tokens reads."""

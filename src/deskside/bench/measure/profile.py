@@ -1,15 +1,13 @@
 """Time of each sort of step, in a decode step and in a batch of prefill, beside its work.
 
-Steps run between barriers and hold several ops (backends/steps.py); steps whose ops have the same
-names are one row. Bytes and products are counted as `cost.Work` does, so the rows of decode add up
-to it; those of prefill have recurrent states besides.
+Steps run between barriers and hold several ops (lowering/steps.py); steps whose ops have the same
+names are one row. Bytes are those of `cost.work`, products those with weight matrices: the rows of
+decode add up to `cost.Work`, those of prefill have states besides.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -19,29 +17,25 @@ from deskside.bench.record import OpProfile
 from deskside.engine import LLM
 from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
+from deskside.gguf.roles import Role, role
 from deskside.lowering.steps import NativeOp, Step
 from deskside.progress import Progress, silent
-from deskside.tape.cache import Batch, Segment, cache_bytes
-from deskside.tape.cost import Experts
+from deskside.tape import Op
+from deskside.tape.cache import Batch, Segment
+from deskside.tape.cost import MATRICES, BatchShape, work
 
 REPEATS = 9
 SEED = 0
 
-# A matrix by the name of its tensor: the first that matches. Shared experts before the dense block.
-MATRICES = (
-    (r"attn_qkv|ssm_(alpha|beta|in|ba)", "delta net: in-projections"),
-    (r"attn_gate", "delta net: in-projections"),
-    (r"ssm_out", "delta net: out-projection"),
-    (r"attn_(q|k|v)\.", "attention: in-projections"),
-    (r"attn_output", "attention: out-projection"),
-    (r"ffn_gate_inp\.", "router"),
-    (r"ffn_gate_inp_shexp", "shared expert: gate and up"),
-    (r"ffn_(gate|up)_shexp", "shared expert: gate and up"),
-    (r"ffn_down_shexp", "shared expert: down"),
-    (r"ffn_(gate|up)\.", "feed-forward: gate and up"),
-    (r"ffn_down\.", "feed-forward: down"),
-    (r"^(output|token_embd)\.", "head"),
-)
+# By role: a piece of the names of matrices that end a block, what they and the others are called.
+PROJECTIONS = ("_out", "out-projection", "in-projections")
+FEED_FORWARD = ("_down", "down", "gate and up")
+SIDES = {
+    Role.DELTA: PROJECTIONS,
+    Role.ATTENTION: PROJECTIONS,
+    Role.SHARED: FEED_FORWARD,
+    Role.FFN: FEED_FORWARD,
+}
 # Other ops that have work worth a name; what remains is done row by row.
 OPS = {
     "attention": "attention",
@@ -113,14 +107,14 @@ def _rows(
     llm: LLM, steps: list[Step], seconds: list[float], phase: str, n: int, depth: int
 ) -> list[OpProfile]:
     rows: dict[str, _Row] = {}
-    work = _Counter(llm, n, depth)
+    shape = BatchShape(n, depth)
     for step, taken in zip(steps, seconds, strict=True):
         row = rows.setdefault(name(step), _Row())
         row.seconds += taken / n
-        for op in step.ops:
-            nbytes, macs = work.of(op)
-            row.nbytes += nbytes / n
-            row.macs += macs / n
+        for op in (op for native in step.ops for op in _tape_ops(native)):
+            one = work(op, llm.tape.states, shape, llm.cache.k_type, llm.cache.v_type)
+            row.nbytes += one.nbytes / n
+            row.macs += one.macs / n if one.sort in MATRICES else 0.0
     return [
         OpProfile(label, phase, row.seconds, row.nbytes, row.macs)
         for label, row in sorted(rows.items(), key=lambda entry: -entry[1].seconds)
@@ -138,68 +132,20 @@ def name(step: Step) -> str:
 
 
 def _matrix(weight: TensorInfo) -> str:
-    bare = re.sub(r"^blk\.\d+\.", "", weight.name)
-    return next((label for pattern, label in MATRICES if re.match(pattern, bare)), bare)
+    found = role(weight.name)
+    if found in SIDES:
+        piece, last, first = SIDES[found]
+        return f"{found}: {last if piece in weight.name else first}"
+    return Role.HEAD if found is Role.EMBEDDING else found
 
 
-class _Counter:
-    """Bytes and products of native ops in a step of n tokens with one output."""
-
-    def __init__(self, llm: LLM, n: int, depth: int) -> None:
-        self._llm, self._n, self._depth = llm, n, depth
-
-    def of(self, op: NativeOp) -> tuple[float, float]:
-        count: Callable[[NativeOp], tuple[float, float]]
-        count = getattr(self, op.kind, self.nothing)
-        return count(op)
-
-    def nothing(self, op: NativeOp) -> tuple[float, float]:
-        """Ops that belong to another one (rounding, storing, merging) or read no weights."""
-        return 0.0, 0.0
-
-    def rms_norm(self, op: NativeOp) -> tuple[float, float]:
-        return float(sum(w.nbytes for w in op.op.weights)), 0.0
-
-    gated_norm = rope = rms_norm
-
-    def embed(self, op: NativeOp) -> tuple[float, float]:
-        return float(self._n * op.op.weights[0].row_bytes), 0.0
-
-    def linear(self, op: NativeOp) -> tuple[float, float]:
-        nbytes = macs = 0.0
-        rows = 1 if op.inputs[0].per_output else self._n
-        for part in op.parts:
-            for matrix in (part.op, part.up):
-                if matrix:
-                    weight = matrix.weights[0]
-                    nbytes += weight.nbytes
-                    macs += rows * weight.row_len * weight.n_rows
-            if part.conv:
-                nbytes += part.conv.weights[0].nbytes + self._state(part.conv.state)
-        return nbytes, macs
-
-    def gated_delta(self, op: NativeOp) -> tuple[float, float]:
-        return sum(w.nbytes for w in op.op.weights) + self._state(op.op.state), 0.0
-
-    def attention(self, op: NativeOp) -> tuple[float, float]:
-        return self._state(op.op.state), 0.0
-
-    def experts_up(self, op: NativeOp) -> tuple[float, float]:
-        return self._experts(op, op.op.weights[:2])
-
-    def experts_down(self, op: NativeOp) -> tuple[float, float]:
-        return self._experts(op, op.op.weights[2:])
-
-    def _experts(self, op: NativeOp, weights: tuple[TensorInfo, ...]) -> tuple[float, float]:
-        used, total = op.op.inputs[1].width, weights[0].shape[2]
-        layer = Experts(sum(w.nbytes for w in weights), used, total)
-        macs = self._n * used * sum(w.row_len * w.shape[1] for w in weights)
-        return layer.read(self._n), float(macs)
-
-    def _state(self, index: int | None) -> float:
-        """Keys and values of the depth, read; recurrent state, read and written."""
-        assert index is not None
-        state = self._llm.tape.states[index]
-        cache = self._llm.cache
-        kv, recurrent = cache_bytes([state], self._depth, cache.k_type, cache.v_type)
-        return float(kv + 2 * recurrent)
+def _tape_ops(native: NativeOp) -> list[Op]:
+    """What of the tape a native op carries out; nothing where it only helps another one, as
+    rounding, storing and merging do."""
+    if native.parts:
+        return [op for p in native.parts for op in (p.op, p.up, p.conv) if op]
+    if native.kind == "experts_up":
+        return [replace(native.op, weights=native.op.weights[:2])]
+    if native.kind == "experts_down":
+        return [replace(native.op, weights=native.op.weights[2:])]
+    return [native.op] if native.kind == native.op.kind else []

@@ -1,0 +1,48 @@
+"""What a tensor is for, read from its name: the one place that knows the names.
+
+The names are those of GGUF (`MODEL_TENSOR` in llama.cpp's gguf-py/gguf/constants.py).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from functools import cache
+
+
+class Role(StrEnum):
+    """The values are the words that users read."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"  # or factors of rope
+    FFN_NORM = "norm before the feed-forward block"
+    ROUTER = "router"
+    EXPERTS = "routed experts"
+    SHARED = "shared expert"
+    FFN = "feed-forward"
+    DELTA = "delta net"
+    ATTENTION = "attention"
+    OTHER = "other"
+
+
+# By a name without its layer: the first that matches.
+_NAMES = (
+    (r"token_embd\b", Role.EMBEDDING),
+    (r"output\b", Role.HEAD),
+    (r"(ffn|post_attention)_norm\b", Role.FFN_NORM),
+    (r"(output|attn|attn_q|attn_k)_norm\b|rope_freqs\b", Role.NORM),
+    (r"ffn_(gate|up|down|gate_up)_(ch)?exps\b", Role.EXPERTS),
+    (r"ffn_(gate|up|down|gate_inp)_shexp\b", Role.SHARED),
+    (r"ffn_gate_inp\b", Role.ROUTER),
+    (r"ffn_(gate|up|down)\b", Role.FFN),
+    (r"ssm_|attn_(qkv|gate)\b", Role.DELTA),
+    (r"attn_", Role.ATTENTION),
+)
+
+
+@cache
+def role(name: str) -> Role:
+    """Of a tensor, with or without its layer in front; OTHER for a name that no model here has."""
+    bare = re.sub(r"^blk\.\d+\.", "", name)
+    return next((found for pattern, found in _NAMES if re.match(pattern, bare)), Role.OTHER)
