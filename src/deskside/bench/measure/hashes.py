@@ -7,7 +7,8 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from deskside.bench.record import ModelFile
 from deskside.files import sha256
@@ -50,12 +51,9 @@ def _key(path: Path) -> str:
 def _read() -> dict[str, str]:
     """What is remembered; nothing where the file is not there or not as it was written."""
     try:
-        data: Any = json.loads(cache_file().read_text(encoding="utf-8"))
+        return msgspec.json.decode(cache_file().read_bytes(), type=dict[str, str])
     except (OSError, ValueError):
         return {}
-    if not isinstance(data, dict):
-        return {}
-    return {key: value for key, value in data.items() if isinstance(value, str)}
 
 
 def _write(known: dict[str, str]) -> None:
