@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from deskside.bench.record import ModelFile
-from deskside.files import sha256
+from deskside.files import sha256, write_whole
 from deskside.progress import Progress, silent
 
 
@@ -59,11 +59,6 @@ def _read() -> dict[str, str]:
 def _write(known: dict[str, str]) -> None:
     """Remember; a cache that cannot be written is no failure of what was asked."""
     path = cache_file()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(known, indent=1))
