@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from deskside.bench import command
 from deskside.bench.measure import loop as measure
@@ -93,7 +94,7 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
 
 def test_only_the_first_run_after_loading_is_cold(tmp_path: Path) -> None:
     fresh = InProcess(tiny(), sha=False, ctx=256, threads=1)
-    w = dataclasses.replace(SMALL, warmup=2)
+    w = structs.replace(SMALL, warmup=2)
     runs = characterise(w, {"A": fresh}, tmp_path / "r.json").runs
     assert [r.cold for r in runs] == [True] + [False] * 6
     assert [r.warmup for r in runs] == [True, True] + [False] * 5
@@ -157,7 +158,7 @@ def test_the_same_seed_gives_the_same_answers(target: InProcess, tmp_path: Path)
 
 
 def test_sides_take_turns_and_swap() -> None:
-    w = dataclasses.replace(SMALL, repeats=2)
+    w = structs.replace(SMALL, repeats=2)
     steps = plan(w, ["A", "B"], "0")
     sides = "".join(s.side for s in steps)
     assert sides == "ABBAABBAAB" + "BAABBAABBA"
@@ -215,11 +216,11 @@ def test_resume_after_ctrl_c_gives_the_same_runs(
         )
     record = Record.load(path)
     assert len(record.runs) == stop_at
-    kept = [dataclasses.asdict(r) for r in record.runs]
+    kept = [structs.asdict(r) for r in record.runs]
     target.llm.reset()  # as in a new process
     resumed = characterise(SMALL, {"A": target}, path, seed=5, resume=record)
     assert [key(r) for r in resumed.runs] == [key(r) for r in whole.runs]
-    assert [dataclasses.asdict(r) for r in resumed.runs[:stop_at]] == kept
+    assert [structs.asdict(r) for r in resumed.runs[:stop_at]] == kept
 
 
 def test_resume_wants_the_same_measurement(target: InProcess, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_resume_wants_the_same_measurement(target: InProcess, tmp_path: Path) ->
     with pytest.raises(DesksideError, match="seed 1, now it is 2"):
         resumed(SMALL, target, 2)
     with pytest.raises(DesksideError, match=r"workload\.repeats 1, now it is 2"):
-        resumed(dataclasses.replace(SMALL, repeats=2), target, 1)
+        resumed(structs.replace(SMALL, repeats=2), target, 1)
     with pytest.raises(DesksideError, match="ctk 'f16', now it is 'q8_0'"):
         resumed(SMALL, InProcess(tiny(), sha=False, ctx=256, threads=1, ctk="q8_0"), 1)
     with pytest.raises(DesksideError, match="was measured with"):
@@ -244,11 +245,11 @@ def test_resume_wants_the_same_measurement(target: InProcess, tmp_path: Path) ->
 
 
 def test_too_long_is_refused_before_anything_runs(target: InProcess, tmp_path: Path) -> None:
-    w = dataclasses.replace(SMALL, items=(*SMALL.items, Item("huge", 300, 5)))
+    w = structs.replace(SMALL, items=(*SMALL.items, Item("huge", 300, 5)))
     with pytest.raises(DesksideError, match=r"item 'huge' needs a context of 305 tokens"):
         characterise(w, {"A": target}, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()
-    skipping = dataclasses.replace(w, too_long="skip")
+    skipping = structs.replace(w, too_long="skip")
     record = characterise(skipping, {"A": target}, tmp_path / "r.json")
     assert len(record.runs) == 5 and record.workload["skipped"][0]["name"] == "huge"
 

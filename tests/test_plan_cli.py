@@ -133,7 +133,7 @@ def test_a_measured_machine_is_stored_and_read(
     monkeypatch.setattr(machines, "cpu_name", lambda: "another")
     assert not this_machine(2).cpu.bandwidth.measured
     path.write_text("{")
-    with pytest.raises(DesksideError, match=r"machine\.json: no valid json"):
+    with pytest.raises(DesksideError, match=r"machine\.json: not JSON"):
         this_machine(2)
 
 
@@ -142,14 +142,14 @@ def test_a_measured_machine_is_stored_and_read(
     [
         ("[cpu]\ncores = 0", "cpu.cores is 0"),
         ("[cpu]\nbandwidth_gb = -1", "bandwidth_gb is -1"),
-        ("[cpu]\nspeed = 1", "unknown key cpu.speed"),
-        ("cores = 1", "unknown key cores"),
+        ("[cpu]\nspeed = 1", "cpu: unknown field 'speed'"),
+        ("cores = 1", "unknown field 'cores'; there is name, cpu"),
         ("[[gpu]]\nname = 'cuda0'", "cuda0.memory is missing"),
         ("[[gpu]]\nname = 'x'\nmemory = '1GB'", "not cudaN"),
         ("[[gpu]]\nmemory = 'much'", "no size"),
-        ("[efficiency.dense]\nbytes = 1", "macs is None"),
-        ("[[published]]\npreset = 'x'", "needs preset, engine"),
-        ("x = [", "no valid toml"),
+        ("[efficiency.dense]\nbytes = 1", "efficiency[...]: field 'macs' is missing"),
+        ("[[published]]\npreset = 'x'", "published[0]: field 'engine' is missing"),
+        ("x = [", "not TOML"),
     ],
 )
 def test_bad_machine_files(tmp_path: Path, text: str, says: str) -> None:

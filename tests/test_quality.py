@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from deskside import LLM
 from deskside.bench.quality import logprobs
@@ -174,7 +174,7 @@ def test_a_run_does_not_diverge_from_itself(llm: LLM, tmp_path: Path) -> None:
 
 def header(n_vocab: int, **changes: Any) -> Header:
     plain = Header("m.gguf", "0", "0", n_vocab, ctx=8, windows=2, first=4, text="t", deskside="0")
-    return dataclasses.replace(plain, **changes)
+    return structs.replace(plain, **changes)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 8.0, 300.0])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from deskside.bench.report.analysis import summarise
 from deskside.bench.report.facts import Side
@@ -208,6 +207,6 @@ def test_more_than_memory_allows_is_warned_of() -> None:
     limit = record.runs[5].ceiling
     rate = record.runs[5].decode_rate
     assert rate is not None
-    record.runs[5].ceiling = dataclasses.replace(limit, decode_rate=rate / 1.5)
+    record.runs[5].ceiling = structs.replace(limit, decode_rate=rate / 1.5)
     (said,) = (w for w in summarise(record).sides["A"].warnings if "ceiling" in w)
     assert said.startswith("run 5: up to 150 % of the ceiling")

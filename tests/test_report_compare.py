@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from deskside.bench.record import Record
 from deskside.bench.report.analysis import summarise
@@ -121,9 +121,9 @@ def test_what_differs_is_warned_of() -> None:
     assert "two sessions" in said and "differ:" not in said and "differs" not in said
     new.machine.cpu = "another"
     new.workload["sampling"] = {"temperature": 1}
-    files = [dataclasses.replace(new.targets["A"].files[0], sha256="cd" * 32)]
+    files = [structs.replace(new.targets["A"].files[0], sha256="cd" * 32)]
     options = {**new.targets["A"].options, "threads": 1}
-    new.targets["A"] = dataclasses.replace(new.targets["A"], files=files, options=options)
+    new.targets["A"] = structs.replace(new.targets["A"], files=files, options=options)
     said = " ".join(compare(old, new).warnings)
     for part in (
         "cpu of the machine",

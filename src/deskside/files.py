@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ class WholeFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self._temporary = temporary(path)
         self._file: BinaryIO | None = None
 
     @property
@@ -72,18 +72,33 @@ class WholeFile:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text file, replaced at once or not at all; safe on the disk when this returns. OSError
-    where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
+    """Write one text file with `write_all`, and a line end behind it."""
+    write_all({path: text + "\n"})
+
+
+def write_all(texts: Mapping[Path, str]) -> None:
+    """Write text files as UTF-8, all or none of them; safe on the disk when this returns.
+
+    Each replaces an older file at once. Unpaired surrogates become "?". OSError where one cannot
+    be written.
+    """
+    partial = {path: temporary(path) for path in texts}
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:  # Ctrl-C, too
-        partial.unlink(missing_ok=True)
-        raise
+        for path, text in texts.items():
+            with partial[path].open("w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in texts:
+            partial[path].replace(path)
+    finally:  # after Ctrl-C, too
+        for left in partial.values():
+            left.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def sha256(

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
+from msgspec import structs
+
 from deskside.bench.measure import endpoint, targets
 from deskside.bench.measure import loop as measure
 from deskside.bench.measure.hashes import hashed
@@ -134,7 +136,7 @@ def _expect_files(task: Task, request: Request, progress: Progress) -> None:
         if side.is_server or named or not old.files:
             continue
         files = hashed(GGUF.open(side.where).paths, not request.no_hash, progress)
-        measure.check_files(old, dataclasses.replace(old, files=files), str(request.replay))
+        measure.check_files(old, structs.replace(old, files=files), str(request.replay))
 
 
 def _out(request: Request, out: Path | None) -> Path | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from deskside.bench.measure import endpoint
 from deskside.bench.record import Record, Target
 from deskside.bench.workload import Workload
@@ -181,7 +183,7 @@ def _workload(request: Request) -> Workload:
     sampling = {SAMPLING[name]: value for name, value in request.given(list(SAMPLING)).items()}
     if sampling:
         changes["sampling"] = dataclasses.replace(workload.sampling, **sampling)
-    return dataclasses.replace(workload, **changes)
+    return structs.replace(workload, **changes)
 
 
 def _of_record(record: Record, source: str) -> Task:

@@ -8,13 +8,16 @@ what a `Record` keeps, so that a record can be resumed and replayed.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta, Struct, field
+from msgspec.structs import replace
+
+from deskside import schema
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 
@@ -32,9 +35,10 @@ STDLIB = "stdlib"
 # A prompt that is scaled down still has a nonce and some text, an answer still has a gap.
 MIN_PROMPT, MIN_GENERATE = 16, 2
 
+Count = Annotated[int, Meta(ge=1)]
 
-@dataclass(frozen=True)
-class Item:
+
+class Item(Struct, frozen=True, forbid_unknown_fields=True):
     """One inference.
 
     prompt     tokens of new text
@@ -44,16 +48,15 @@ class Item:
                `prompt` tokens
     """
 
-    name: str
-    prompt: int
-    generate: int
+    name: schema.Name
+    prompt: Count
+    generate: Count
     continues: bool = False
     tree: bool = False
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Checked once, here; DesksideError names the field.
+class Workload(Struct, frozen=True, forbid_unknown_fields=True):
+    """Checked where it is read (`from_dict`).
 
     text        where prompts come from: "stdlib" (sources of the running Python) or a directory
     too_long    an item beyond the target's context is refused ("refuse") before anything runs, or
@@ -66,42 +69,21 @@ class Workload:
                 how the items were shrunk from the file's; nothing is shrunk twice
     """
 
-    name: str
-    items: tuple[Item, ...]
+    name: schema.Name
+    items: Annotated[tuple[Item, ...], Meta(min_length=1)]
     description: str = ""
     text: str = STDLIB
-    too_long: str = "refuse"
-    repeats: int = 1
-    warmup: int = 0
+    too_long: Literal["refuse", "skip"] = "refuse"
+    repeats: Count = 1
+    warmup: Annotated[int, Meta(ge=0)] = 0
     ignore_eos: bool = True
-    scale: float = 1.0
-    max_prompt: int | None = None
-    max_tokens: int | None = None
+    scale: Annotated[float, Meta(gt=0, le=1, description="more than 0 and at most 1")] = 1.0
+    max_prompt: Count | None = None
+    max_tokens: Count | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise DesksideError("name is empty")
-        if not self.items:
-            raise DesksideError("items is empty: a workload needs at least one")
-        for where, value, min_value in (
-            ("repeats", self.repeats, 1),
-            ("warmup", self.warmup, 0),
-            ("max_prompt", self.max_prompt, 1),
-            ("max_tokens", self.max_tokens, 1),
-        ):
-            if value is not None and value < min_value:
-                raise DesksideError(f"{where} is {value}; expected at least {min_value}")
-        if not 0 < self.scale <= 1:
-            raise DesksideError(f"scale is {self.scale}; expected more than 0 and at most 1")
-        if self.too_long not in ("refuse", "skip"):
-            raise DesksideError(f'too_long is {self.too_long!r}; expected "refuse" or "skip"')
         for i, item in enumerate(self.items):
-            for where, value in (("prompt", item.prompt), ("generate", item.generate)):
-                if value < 1:
-                    raise DesksideError(f"items[{i}].{where} is {value}; expected at least 1")
-            if not item.name:
-                raise DesksideError(f"items[{i}].name is empty")
             if item.continues and (i == 0 or item.tree or self.items[i - 1].tree):
                 raise DesksideError(
                     f"items[{i}].continues: there is no item that it could continue"
@@ -143,8 +125,8 @@ class Workload:
             generate = scaled(item.generate, MIN_GENERATE, max_tokens)
             changed = (prompt, generate) != (item.prompt, item.generate)
             name = f"{item.name} ({prompt}+{generate})" if changed else item.name
-            items.append(dataclasses.replace(item, name=name, prompt=prompt, generate=generate))
-        return dataclasses.replace(
+            items.append(replace(item, name=name, prompt=prompt, generate=generate))
+        return replace(
             self,
             items=tuple(items),
             scale=self.scale * scale,
@@ -169,25 +151,22 @@ class Workload:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for a record; `from_dict` reads it."""
-        data = dataclasses.asdict(self)
-        data["items"] = [dataclasses.asdict(item) for item in self.items]
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        data["items"] = list(data["items"])
         data["sampling"] = {name: getattr(self.sampling, name) for name in SAMPLING}
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str) -> Workload:
         """DesksideError names `source` and the field that is unknown, missing or wrong."""
-        values = dict(data)
-        items, sampling = values.pop("items", None), values.pop("sampling", {})
-        if not isinstance(items, list):
-            raise DesksideError(f"{source}: items: expected a list of items ([[items]] in TOML)")
-        read = [_fields(Item, item, f"{source}: items[{i}]") for i, item in enumerate(items)]
-        values = _fields(cls, values, source, given=("items", "sampling"))
-        try:
-            params = SamplingParams(**_sampling(sampling))
-            return cls(items=tuple(Item(**item) for item in read), sampling=params, **values)
-        except DesksideError as failure:
-            raise DesksideError(f"{source}: {failure}") from None
+        sampling = data.get("sampling")
+        for name in sampling if isinstance(sampling, Mapping) else ():
+            if name not in SAMPLING:
+                raise DesksideError(
+                    f"{source}: sampling: unknown field {name!r:.60}; "
+                    f"there is {', '.join(SAMPLING)}"
+                )
+        return schema.build(data, cls, source)
 
     @classmethod
     def read(cls, name: str) -> Workload:
@@ -200,17 +179,13 @@ class Workload:
             raise DesksideError(
                 f"--workload {name}: there is {known}, or name a .toml or .yaml file"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise DesksideError(f"{path}: is not UTF-8 text") from None
-        data = _parse(text, path)
+        data = schema.parse(path)
         if not isinstance(data, dict):
             raise DesksideError(f"{path}: expected the fields of a workload: name, items, …")
         workload = cls.from_dict(data, str(path))
         if workload.text != STDLIB:  # a directory is named from where the file is
             folder = str(path.parent / Path(workload.text).expanduser())
-            workload = dataclasses.replace(workload, text=folder)
+            workload = replace(workload, text=folder)
         return workload
 
 
@@ -254,60 +229,7 @@ def fit_context(
         raise DesksideError(
             f"workload {workload.name}: no item can run; the shortest {skipped[0]['reason']}"
         )
-    return dataclasses.replace(workload, items=tuple(kept)), skipped
-
-
-def _parse(text: str, path: Path) -> Any:
-    if path.suffix == ".toml":
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as failure:
-            raise DesksideError(f"{path}: not TOML: {failure}") from None
-    try:
-        import yaml
-    except ImportError:
-        raise DesksideError(f"{path}: YAML needs: pip install 'deskside[bench]'") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as failure:
-        raise DesksideError(f"{path}: not YAML: {' '.join(str(failure).split())}") from None
-    except RecursionError:
-        raise DesksideError(f"{path}: not YAML: nested too deeply") from None
-
-
-def _fields(kind: type, data: Any, where: str, given: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`data` with every value of its field's type; `given` are fields that come from elsewhere."""
-    if not isinstance(data, Mapping):
-        raise DesksideError(f"{where}: expected fields with values")
-    hints = get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind) if f.name not in given}
-    found: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in known:
-            raise DesksideError(f"{where}: unknown field {name!r}; there is {', '.join(known)}")
-        types = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        either = (hints[name], *getattr(hints[name], "__args__", ()))  # of "int | None"
-        wanted = next(t for t in types if t in either)
-        absent = value is None and known[name].default is None
-        number = wanted is float and type(value) is int
-        if not absent and not number and type(value) is not wanted:
-            raise DesksideError(f"{where}: {name} is {value!r:.60}; expected {types[wanted]}")
-        found[name] = float(value) if number else value
-    for name, f in known.items():
-        if name not in found and f.default is dataclasses.MISSING:
-            raise DesksideError(f"{where}: field {name!r} is missing")
-    return found
-
-
-def _sampling(data: Any) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise DesksideError("sampling: expected fields with values")
-    unknown = [name for name in data if name not in SAMPLING]
-    if unknown:
-        raise DesksideError(
-            f"sampling: unknown field {unknown[0]!r}; there is {', '.join(SAMPLING)}"
-        )
-    return dict(data)
+    return replace(workload, items=tuple(kept)), skipped
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from deskside.errors import DesksideError
 from deskside.machine.pages import check_options
 from deskside.machine.system import usable_cores
+from deskside.schema import check_fields
 from deskside.tape.cache import kv_type
 
 # Tokens, where neither the user nor a shorter model says otherwise.
@@ -23,23 +26,15 @@ PLACING = (
     "margin", "stream_experts", "expert_cache", "no_mmap", "mlock",
 )  # fmt: skip
 
-_TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
-_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    *((name, (str,), "text") for name in ("ctk", "ctv", "backend", "numa", "huge_pages")),
-    ("isa", (str, *_OR_NONE), "a name or None"),
-    ("devices", _TEXTS + _OR_NONE, "names such as cuda0 or emu0:8GiB"),
-    ("override_tensor", _TEXTS, "rules such as exps=CPU"),
-    ("cpu_moe", (bool,), "True or False"),
-    ("n_cpu_moe", (int, *_OR_NONE), "a number of layers"),
-    ("gpu_layers", (int, str, *_OR_NONE), "a number of layers, all or auto"),
-    ("tensor_split", (str, *_OR_NONE), "shares such as 3,1"),
-    ("main_gpu", (int, *_OR_NONE), "the number of a GPU"),
-    ("margin", (str, *_OR_NONE), "a size such as 1GiB"),
-    ("stream_experts", (int, str), "a number of tokens, auto or off"),
-    ("expert_cache", (str, *_OR_NONE), "a size such as 8GiB"),
-    ("no_mmap", (bool,), "True or False"),
-    ("mlock", (bool,), "True or False"),
-)
+# What these are called on the command line.
+FLAGS = {
+    "ctx": "-c/ctx",
+    "threads": "-t/threads",
+    "ubatch": "-ub/ubatch",
+    "parallel": "-np/parallel",
+}
+
+Natural = Annotated[int, Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -74,44 +69,37 @@ class EngineConfig:
     mlock            the same, and nothing of it all may be swapped out
     """
 
-    ctx: int | None = None
-    threads: int = 0
-    ubatch: int = 512
-    parallel: int = 1
+    ctx: Natural | None = None
+    threads: Natural = 0
+    ubatch: Annotated[int, Meta(ge=1)] = 512
+    parallel: Annotated[int, Meta(ge=1)] = 1
     ctk: str = "f16"
     ctv: str = "f16"
     backend: str = "cpu"
-    isa: str | None = None
+    isa: Annotated[str | None, Meta(description="a name or None")] = None
     numa: str = "none"
     huge_pages: str = "auto"
-    devices: str | Sequence[str] | None = None
-    override_tensor: str | Sequence[str] = ()
+    devices: Annotated[
+        str | Sequence[str] | None, Meta(description="names such as cuda0 or emu0:8GiB")
+    ] = None
+    override_tensor: Annotated[str | Sequence[str], Meta(description="rules such as exps=CPU")] = ()
     cpu_moe: bool = False
-    n_cpu_moe: int | None = None
-    gpu_layers: int | str | None = None
-    tensor_split: str | None = None
-    main_gpu: int | None = None
-    margin: str | None = None
-    stream_experts: int | str = "off"
-    expert_cache: str | None = None
+    n_cpu_moe: Annotated[int | None, Meta(description="a number of layers")] = None
+    gpu_layers: Annotated[int | str | None, Meta(description="a number of layers, all or auto")] = (
+        None
+    )
+    tensor_split: Annotated[str | None, Meta(description="shares such as 3,1")] = None
+    main_gpu: Annotated[int | None, Meta(description="the number of a GPU")] = None
+    margin: Annotated[str | None, Meta(description="a size such as 1GiB")] = None
+    stream_experts: Annotated[int | str, Meta(description="a number of tokens, auto or off")] = (
+        "off"
+    )
+    expert_cache: Annotated[str | None, Meta(description="a size such as 8GiB")] = None
     no_mmap: bool = False
     mlock: bool = False
 
     def __post_init__(self) -> None:
-        for flag, value, min_value in (
-            ("-c/ctx", 0 if self.ctx is None else self.ctx, 0),
-            ("-t/threads", self.threads, 0),
-            ("-ub/ubatch", self.ubatch, 1),
-            ("-np/parallel", self.parallel, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < min_value:
-                raise DesksideError(f"{flag} is {value!r}; expected a whole number >= {min_value}")
-        for name, kinds, expected in _KINDS:
-            value = getattr(self, name)
-            whole = not isinstance(value, list | tuple) or all(isinstance(v, str) for v in value)
-            wrong_bool = isinstance(value, bool) and bool not in kinds
-            if not isinstance(value, kinds) or not whole or wrong_bool:
-                raise DesksideError(f"{name} is {value!r}; expected {expected}")
+        check_fields(self, FLAGS)
         check_options(self.huge_pages, self.numa)
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")

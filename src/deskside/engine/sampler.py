@@ -15,13 +15,19 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from deskside.errors import DamagedLogits, DesksideError
+from deskside.schema import Finite, Name, Positive, check_fields
 
 Floats = NDArray[np.floating]
+
+OrMinusOne = Annotated[int, Meta(ge=-1)]
+Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 
 
 @dataclass(frozen=True)
@@ -35,66 +41,28 @@ class SamplingParams:
     stop: strings that end the answer. ignore_eos: stop tokens do not end it (the engine's part).
     """
 
-    max_tokens: int | None = 256
-    temperature: float = 0.8
+    max_tokens: OrMinusOne | None = 256
+    temperature: Finite = 0.8
     top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
+    top_p: Share = 0.95
+    min_p: Share = 0.05
+    repeat_penalty: Positive = 1.0
+    repeat_last_n: OrMinusOne = 64
+    presence_penalty: Finite = 0.0
+    frequency_penalty: Finite = 0.0
+    seed: OrMinusOne | None = None
+    logit_bias: Mapping[Annotated[int, Meta(ge=0)], float] = field(default_factory=dict)
+    stop: tuple[Name, ...] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, -1)
-        _check_float("temperature", self.temperature)
-        _check_int("top_k", self.top_k)
-        _check_float("top_p", self.top_p, 0, 1)
-        _check_float("min_p", self.min_p, 0, 1)
-        _check_float("repeat_penalty", self.repeat_penalty, 0)
-        if self.repeat_penalty == 0:
-            raise DesksideError("repeat_penalty must be above 0 (1 = off)")
-        _check_int("repeat_last_n", self.repeat_last_n, -1)
-        _check_float("presence_penalty", self.presence_penalty)
-        _check_float("frequency_penalty", self.frequency_penalty)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -1)
-        if not isinstance(self.logit_bias, Mapping):
-            raise DesksideError("logit_bias must map token ids to numbers")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_fields(self)
+        object.__setattr__(self, "stop", tuple(self.stop))
         for token, bias in self.logit_bias.items():
-            _check_int("logit_bias: a token id", token, 0)
-            if not _is_number(bias) or math.isnan(bias):
-                raise DesksideError(f"logit_bias of token {token} must be a number, not {bias!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
-            raise DesksideError("stop must be a list of strings that are not empty")
-        object.__setattr__(self, "stop", tuple(stop))
-        if not isinstance(self.ignore_eos, bool):
-            raise DesksideError(f"ignore_eos must be a bool, not {self.ignore_eos!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: object, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise DesksideError(f"{name} must be a whole number, not {value!r}")
-    if low is not None and value < low:
-        raise DesksideError(f"{name} must be at least {low}, not {value}")
-
-
-def _check_float(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    if not _is_number(value) or not math.isfinite(value):
-        raise DesksideError(f"{name} must be a finite number, not {value!r}")
-    if not low <= value <= high:
-        span = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-        raise DesksideError(f"{name} must be {span}, not {value}")
+            if math.isnan(bias):
+                raise DesksideError(f"logit_bias of token {token} is {bias}; expected a number")
 
 
 class Sampler:

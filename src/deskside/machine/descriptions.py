@@ -34,13 +34,14 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta, Struct, structs, to_builtins
+
+from deskside import schema
 from deskside.errors import DesksideError
 from deskside.files import write_whole
 from deskside.machine.devices import (
@@ -71,19 +72,15 @@ def this_machine(threads: int, path: Path | None = None) -> Machine:
     the driver tells of. DesksideError for a damaged file.
     """
     path = path or machine_file()
-    values: dict[str, Any] = {}
-    if path.exists():
-        values = _read(path)
-        if values.get("name") != cpu_name():
-            values = {}
-    cpu = {**values.get("cpu", {}), "memory": str(available_memory())}
-    if cpu.get("cores") not in (None, threads):
-        cpu = {"memory": cpu["memory"]}  # rates of other threads
-    if not values.get("gpu"):
-        values["gpu"] = [
-            {"name": f"cuda{i}", "memory": str(free)} for i, free in enumerate(nvidia_gpus())
-        ]
-    return parse_machine({"name": cpu_name(), **values, "cpu": {"cores": threads, **cpu}}, path)
+    found = _read(path) if path.exists() else _Description()
+    if found.name != cpu_name():
+        found = _Description(name=cpu_name())
+    cpu = found.cpu if found.cpu.cores in (None, threads) else _Device()  # rates of other threads
+    cpu = structs.replace(cpu, cores=threads, memory=available_memory())
+    gpu = found.gpu or tuple(
+        _Device(name=f"cuda{i}", memory=free) for i, free in enumerate(nvidia_gpus())
+    )
+    return _machine(structs.replace(found, cpu=cpu, gpu=gpu), path)
 
 
 def store(machine: Machine, path: Path | None = None) -> Path:
@@ -96,8 +93,7 @@ def store(machine: Machine, path: Path | None = None) -> Path:
 
 # --- description files ------------------------------------------------------------------------
 
-_KEYS = {"name", "cpu", "gpu", "efficiency", "efficiency_source", "published"}
-# key of a file: field, factor to SI, and the least value that makes sense
+# key of a file: field, and factor to SI
 _RATES = {
     "bandwidth_gb": ("bandwidth", 1e9),
     "compute_gmac": ("compute", 1e9),
@@ -106,7 +102,36 @@ _RATES = {
     "handshake_us": ("handshake", 1e-6),
     "barrier_us": ("handshake", 1e-6),
 }
-_OTHER = {"name", "cores", "memory", "sustained", "margin", "sources"}
+Rate = Annotated[float, Meta(gt=0, le=1e9, description="a number above 0")]
+Size = str | int | float  # "96GiB", or bytes
+
+
+class _Device(Struct, frozen=True, forbid_unknown_fields=True):
+    """A [cpu] or [[gpu]] of a file. None: as assumed."""
+
+    name: str | None = None
+    cores: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    memory: Size | None = None
+    margin: Size | None = None
+    sustained: Annotated[float, Meta(gt=0, le=1)] | None = None
+    bandwidth_gb: Rate | None = None
+    compute_gmac: Rate | None = None
+    float_gmac: Rate | None = None
+    transfer_gb: Rate | None = None
+    handshake_us: Rate | None = None
+    barrier_us: Rate | None = None
+    sources: dict[str, str] = {}
+
+
+class _Description(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file."""
+
+    name: str | None = None
+    cpu: _Device = _Device()
+    gpu: tuple[_Device, ...] = ()
+    efficiency: dict[str, Efficiency] = {}
+    efficiency_source: str | None = None
+    published: tuple[Published, ...] = ()
 
 
 def load_machine(name: str) -> Machine:
@@ -120,7 +145,7 @@ def load_machine(name: str) -> Machine:
                 f"({', '.join(sorted(shipped))})"
             )
         path = shipped[name]
-    return parse_machine(_read(path), path)
+    return _machine(_read(path), path)
 
 
 def _shipped() -> list[Path]:
@@ -128,104 +153,48 @@ def _shipped() -> list[Path]:
     return sorted(folder.glob("*.toml"))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise DesksideError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise DesksideError(f"{path}: no valid {path.suffix[1:] or 'JSON'}: {error}") from None
-    if not isinstance(values, dict):
-        raise DesksideError(f"{path}: expected keys and values at the top")
-    return values
+def _read(path: Path) -> _Description:
+    return schema.build(schema.parse(path), _Description, str(path))
 
 
-def parse_machine(values: Mapping[str, Any], path: Path) -> Machine:
-    """A machine from its description; DesksideError names file and key of what is wrong."""
-    unknown = sorted(values.keys() - _KEYS)
-    if unknown:
-        raise DesksideError(
-            f"{path}: unknown key {unknown[0]}; there is {', '.join(sorted(_KEYS))}"
-        )
-    cpu = _table(values, "cpu", path)
-    cores = cpu.get("cores", 1)
-    if type(cores) is not int or not 1 <= cores <= 4096:
-        raise DesksideError(f"{path}: cpu.cores is {cores!r}; expected a number of cores")
-    devices = [_device(cpu, assumed_cpu(cores, available_memory()), path, "cpu")]
-    gpus = values.get("gpu", [])
-    if not isinstance(gpus, list) or not all(isinstance(g, dict) for g in gpus):
-        raise DesksideError(f"{path}: gpu must be [[gpu]] tables")
-    for i, gpu in enumerate(gpus):
-        name = canonical(str(gpu.get("name", f"cuda{i}")))
+def _machine(found: _Description, path: Path) -> Machine:
+    """DesksideError names file and field of what makes no sense."""
+    cores = found.cpu.cores or 1
+    devices = [_device(found.cpu, assumed_cpu(cores, available_memory()), path)]
+    for i, gpu in enumerate(found.gpu):
+        name = canonical(gpu.name or f"cuda{i}")
         if GPU_NAME.fullmatch(name) is None or name in {d.name for d in devices}:
             raise DesksideError(f"{path}: gpu name {name} is not cudaN or emuN, or appears twice")
-        if "memory" not in gpu:
+        if gpu.memory is None:
             raise DesksideError(f"{path}: {name}.memory is missing")
-        devices.append(_device(gpu, assumed_gpu(name, 0), path, name))
-    efficiency = {
-        sort: Efficiency(
-            _number(_table(table, sort, path), "bytes", path),
-            _number(_table(table, sort, path), "macs", path),
-        )
-        for table in (_table(values, "efficiency", path),)
-        for sort in table
-    }
+        devices.append(_device(gpu, assumed_gpu(name, 0), path))
+    source = found.efficiency_source or path.name
     return Machine(
-        str(values.get("name", path.stem)),
+        found.name or path.stem,
         cores,
         tuple(devices),
-        efficiency,
-        str(values.get("efficiency_source", path.name)) if efficiency else "",
-        tuple(_published(entry, path) for entry in values.get("published", ())),
+        found.efficiency,
+        source if found.efficiency else "",
+        found.published,
     )
 
 
-def _published(entry: Any, path: Path) -> Published:
-    try:
-        return Published(
-            str(entry["preset"]), str(entry["engine"]), float(entry["decode"]), str(entry["source"])
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        raise DesksideError(
-            f"{path}: [[published]] needs preset, engine, decode and source: {error}"
-        ) from None
-
-
-def _table(values: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    table = values.get(key, {})
-    if not isinstance(table, dict):
-        raise DesksideError(f"{path}: {key} must be a table")
-    return table
-
-
-def _number(values: Mapping[str, Any], key: str, path: Path, max_value: float = 1e9) -> float:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= max_value:
-        raise DesksideError(f"{path}: {key} is {value!r}; expected a number above 0")
-    return float(value)
-
-
-def _device(values: Mapping[str, Any], base: Device, path: Path, name: str) -> Device:
-    unknown = sorted(values.keys() - _RATES.keys() - _OTHER)
-    if unknown:
-        raise DesksideError(f"{path}: unknown key {name}.{unknown[0]}")
-    sources = _table(values, "sources", path)
+def _device(found: _Device, base: Device, path: Path) -> Device:
     changes: dict[str, Any] = {}
     for key, (attribute, factor) in _RATES.items():
-        if key in values:
-            source = str(sources.get(attribute, path.name))
-            changes[attribute] = Figure(_number(values, key, path) * factor, source)
+        if (value := getattr(found, key)) is not None:
+            source = found.sources.get(attribute, path.name)
+            changes[attribute] = Figure(value * factor, source)
     for key in ("memory", "margin"):
-        if key in values:
-            changes[key] = parse_size(str(values[key]), f"{path}: {name}.{key}")
-    if "sustained" in values:
-        changes["sustained"] = _number(values, "sustained", path, max_value=1)
+        if (size := getattr(found, key)) is not None:
+            changes[key] = parse_size(str(size), f"{path}: {base.name}.{key}")
+    if found.sustained is not None:
+        changes["sustained"] = found.sustained
     return replace(base, **changes)
 
 
 def to_dict(machine: Machine, *, measured_only: bool = False) -> dict[str, Any]:
-    """What `parse_machine` reads. measured_only: rates that were assumed are left out."""
+    """What `load_machine` reads. measured_only: rates that were assumed are left out."""
 
     def device(d: Device) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": d.name, "memory": str(d.memory)}
@@ -244,9 +213,7 @@ def to_dict(machine: Machine, *, measured_only: bool = False) -> dict[str, Any]:
         "name": machine.name,
         "cpu": {"cores": machine.cores, **device(machine.cpu)},
         "gpu": [device(d) for d in machine.gpus],
-        "efficiency": {
-            sort: {"bytes": e.bytes, "macs": e.macs} for sort, e in machine.efficiency.items()
-        },
+        "efficiency": to_builtins(machine.efficiency),
         "efficiency_source": machine.efficiency_source,
-        "published": [vars(p) for p in machine.published],
+        "published": to_builtins(machine.published),
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from deskside.errors import DesksideError
 from deskside.machine.system import cpu_flags
+from deskside.schema import Positive
 
 CPU = "cpu"
 MEASURED = "measured"
@@ -72,8 +73,8 @@ class Published:
 class Efficiency:
     """Shares of the sustained bandwidth and of the arithmetic that a sort of step reaches."""
 
-    bytes: float
-    macs: float
+    bytes: Positive
+    macs: Positive
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+
+from msgspec import Struct
 
 from deskside.machine.system import (
     CPUS,
@@ -32,8 +33,7 @@ INTERVAL = 1.0
 SHORTEST = 0.25
 
 
-@dataclass
-class Load:
+class Load(Struct, forbid_unknown_fields=True):
     """What else the machine did during a run (Linux; None elsewhere)."""
 
     other_cpu: float | None = None  # cores kept busy by other processes, mean
@@ -44,8 +44,7 @@ class Load:
     available_memory: int | None = None  # least free bytes seen
 
 
-@dataclass
-class Host:
+class Host(Struct, forbid_unknown_fields=True):
     """The machine that a record is of."""
 
     cpu: str = ""
@@ -54,7 +53,7 @@ class Host:
     kernel: str = ""
     governor: str | None = None
     python: str = ""
-    flags: list[str] = field(default_factory=list)
+    flags: list[str] = []
 
 
 def rss(pid: int) -> dict[str, int]:

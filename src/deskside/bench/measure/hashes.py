@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from deskside.bench.record import ModelFile
-from deskside.files import sha256
+from deskside.files import sha256, write_whole
 from deskside.progress import Progress, silent
 
 
@@ -50,22 +51,14 @@ def _key(path: Path) -> str:
 def _read() -> dict[str, str]:
     """What is remembered; nothing where the file is not there or not as it was written."""
     try:
-        data: Any = json.loads(cache_file().read_text(encoding="utf-8"))
+        return msgspec.json.decode(cache_file().read_bytes(), type=dict[str, str])
     except (OSError, ValueError):
         return {}
-    if not isinstance(data, dict):
-        return {}
-    return {key: value for key, value in data.items() if isinstance(value, str)}
 
 
 def _write(known: dict[str, str]) -> None:
     """Remember; a cache that cannot be written is no failure of what was asked."""
     path = cache_file()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(known, indent=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from deskside import __version__
 from deskside.bench.measure.ceiling import Limits
@@ -336,7 +337,7 @@ def _expect_same(
         check(f"workload.items[{i}]", was, now)
     check("sides", sorted(record.targets), sorted(targets))
     for side, target in targets.items():
-        old, new = dataclasses.asdict(record.targets[side]), dataclasses.asdict(target)
+        old, new = map(msgspec.structs.asdict, (record.targets[side], target))
         for key in ("kind", "name", "engine", "url", "n_ctx"):
             check(key, old[key], new[key])
         for name in sorted(old["options"].keys() | new["options"].keys()):

@@ -23,16 +23,17 @@ second order: at most step ** 2 / 8.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
@@ -48,8 +49,10 @@ _MAX_HEADER = 1 << 20
 Doubles = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Header:
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Header(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the rows come from.
 
     model       name of the file; `sha256` is of all its bytes, of a split's files one after another
@@ -61,13 +64,13 @@ class Header:
     model: str
     sha256: str
     vocabulary: str
-    n_vocab: int
-    ctx: int
-    windows: int
-    first: int
+    n_vocab: Count
+    ctx: Count
+    windows: Count
+    first: Count
     text: str
     deskside: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = {}
 
     @property
     def rows(self) -> int:
@@ -83,7 +86,7 @@ class Header:
         return 12 + 2 * self.n_vocab
 
     def encoded(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return json.dumps(msgspec.to_builtins(self)).encode()
 
     @property
     def nbytes(self) -> int:
@@ -215,15 +218,10 @@ class LogProbs:
 
 
 def _header(raw: bytes, path: Path) -> Header:
-    failure = DesksideError(f"{path}: the header is damaged")
     try:
-        data = json.loads(raw)
-        header = Header(**data)
-    except (ValueError, TypeError):
-        raise failure from None
-    names = ("n_vocab", "ctx", "windows", "first")
-    if not all(isinstance(getattr(header, n), int) and getattr(header, n) > 0 for n in names):
-        raise failure
+        header = msgspec.json.decode(raw, type=Header)
+    except (ValueError, RecursionError) as failure:
+        raise DesksideError(f"{path}: the header is damaged: {failure}") from None
     if header.first > header.ctx - 2:
-        raise failure
+        raise DesksideError(f"{path}: the header is damaged: a window has no rows")
     return header

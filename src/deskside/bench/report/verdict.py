@@ -7,19 +7,20 @@ as was measured, which is said; beyond that it counts as not measured.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import statistics
-import tomllib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
+from msgspec import Meta, Struct
+
+from deskside import schema
 from deskside.bench.record import Record
 from deskside.bench.report.analysis import known
 from deskside.bench.report.facts import Length, Side, Summary
 from deskside.bench.report.stats import FEWEST
-from deskside.errors import DesksideError
 from deskside.machine.watch import Host
 
 PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
@@ -28,62 +29,64 @@ BEYOND = 2.0  # times the largest or smallest measured size
 DAY = 86_400
 
 
-def _limit(default: float, reason: str) -> float:
-    return dataclasses.field(default=default, metadata={"reason": reason})
+def _because(reason: str) -> Meta:
+    return Meta(
+        gt=0, le=sys.float_info.max, description="a number above 0", extra={"reason": reason}
+    )
 
 
-@dataclass(frozen=True)
-class Criteria:
+class Criteria(Struct, frozen=True, forbid_unknown_fields=True):
     """Limits; the keys of a criteria file are these names. `REASONS` says why each is what it is.
 
     Times are seconds, memory bytes, changes and variations shares of 1.
     """
 
-    reading_words_per_minute: float = _limit(
-        238, "silent reading of English non-fiction (Brysbaert 2019, a review of 190 studies)"
-    )
-    tokens_per_word: float = _limit(
-        1.33, "of English text in large BPE vocabularies, as their makers state"
-    )
-    reading_margin: float = _limit(
-        1.2, "eyes skip and jump back; text must not lag behind a reader who is a bit faster"
-    )
-    chat_prompt: float = _limit(1000, "a question with a page of text or code")
-    chat_first_token: float = _limit(
-        2.0, "beyond two seconds a pause in a conversation is felt as one (Miller 1968)"
-    )
-    ingest_prompt: float = _limit(16_000, "a long document or several source files")
-    ingest_first_token: float = _limit(60, "a document is given once; a minute is a short break")
-    agent_prompt: float = _limit(1000, "the result of a tool: a file, a test log")
-    agent_answer: float = _limit(250, "a call with its reasoning, or a small edit")
-    agent_depth: float = _limit(8000, "a conversation under way; what came before is cached")
-    agent_turn: float = _limit(60, "twenty turns, an ordinary task, take no more than 20 minutes")
-    max_variation: float = _limit(0.05, "two standard deviations stay within a tenth")
-    max_depth_change: float = _limit(
-        0.10, "a choice: nobody works differently at 9 tok/s than at 10"
-    )
-    min_free_memory: float = _limit(4e9, "an editor and a browser beside the model")
-    batch_tokens_per_day: float = _limit(
-        200_000, "a summary of 400 tokens for each of 500 documents, overnight"
-    )
+    reading_words_per_minute: Annotated[
+        float,
+        _because("silent reading of English non-fiction (Brysbaert 2019, a review of 190 studies)"),
+    ] = 238
+    tokens_per_word: Annotated[
+        float, _because("of English text in large BPE vocabularies, as their makers state")
+    ] = 1.33
+    reading_margin: Annotated[
+        float,
+        _because("eyes skip and jump back; text must not lag behind a reader who is a bit faster"),
+    ] = 1.2
+    chat_prompt: Annotated[float, _because("a question with a page of text or code")] = 1000
+    chat_first_token: Annotated[
+        float, _because("beyond two seconds a pause in a conversation is felt as one (Miller 1968)")
+    ] = 2.0
+    ingest_prompt: Annotated[float, _because("a long document or several source files")] = 16_000
+    ingest_first_token: Annotated[
+        float, _because("a document is given once; a minute is a short break")
+    ] = 60
+    agent_prompt: Annotated[float, _because("the result of a tool: a file, a test log")] = 1000
+    agent_answer: Annotated[float, _because("a call with its reasoning, or a small edit")] = 250
+    agent_depth: Annotated[
+        float, _because("a conversation under way; what came before is cached")
+    ] = 8000
+    agent_turn: Annotated[
+        float, _because("twenty turns, an ordinary task, take no more than 20 minutes")
+    ] = 60
+    max_variation: Annotated[float, _because("two standard deviations stay within a tenth")] = 0.05
+    max_depth_change: Annotated[
+        float, _because("a choice: nobody works differently at 9 tok/s than at 10")
+    ] = 0.10
+    min_free_memory: Annotated[float, _because("an editor and a browser beside the model")] = 4e9
+    batch_tokens_per_day: Annotated[
+        float, _because("a summary of 400 tokens for each of 500 documents, overnight")
+    ] = 200_000
 
     @classmethod
     def load(cls, path: Path) -> Criteria:
-        """Defaults with what the file has changed; DesksideError names the file and the key."""
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as failure:
-            raise DesksideError(f"{path}: not TOML: {failure}") from None
-        for key, value in data.items():
-            if key not in REASONS:
-                raise DesksideError(f"{path}: unknown key {key!r}; known are {', '.join(REASONS)}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
-                raise DesksideError(f"{path}: {key}: expected a number above 0")
-        return dataclasses.replace(cls(), **data)
+        """Defaults with what the file has changed; DesksideError names the file and the field."""
+        return schema.build(schema.parse(path, ".toml"), cls, str(path))
 
 
-REASONS: dict[str, str] = {f.name: f.metadata["reason"] for f in dataclasses.fields(Criteria)}
+REASONS: dict[str, str] = {
+    name: limit.__metadata__[0].extra["reason"]
+    for name, limit in get_type_hints(Criteria, include_extras=True).items()
+}
 DEFAULTS = Criteria()
 
 

@@ -9,6 +9,7 @@ from deskside.bench.report import html, markdown
 from deskside.bench.report.verdict import DEFAULTS, Criteria
 from deskside.bench.report.view import View, view
 from deskside.errors import DesksideError
+from deskside.files import write_all
 
 SUFFIXES = (".md", ".html")
 
@@ -25,13 +26,5 @@ def write(record: Record, json_path: Path, criteria: Criteria = DEFAULTS) -> Vie
         raise DesksideError(f"{json_path}: its report would replace it; rename it to NAME.json")
     seen = view(record, json_path.name, criteria)
     texts = dict(zip(paths(json_path), (markdown.render(seen), html.render(seen)), strict=True))
-    partial = {path: path.with_name(path.name + ".partial") for path in texts}
-    try:
-        for path, text in texts.items():
-            partial[path].write_text(text, encoding="utf-8", errors="replace")
-        for path in texts:
-            partial[path].replace(path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+    write_all(texts)
     return seen
