@@ -35,6 +35,8 @@ from torch_devices import (
 
 torch = import_module("torch")
 
+pytestmark = pytest.mark.external
+
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:

@@ -28,6 +28,8 @@ from torch_devices import PlacedBackend, TorchDevice, kernels, torch_ops, torch_
 packages("triton")
 torch = import_module("torch")
 triton_kernels = import_module("deskside.backends.triton.table").triton_kernels
+
+pytestmark = pytest.mark.external
 EPS = 2.0**-24
 FEW_ROWS = 2  # of activations that are not rounded to float16
 

@@ -19,6 +19,8 @@ from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
 from torch_devices import PlacedBackend, parse_devices
 
+pytestmark = pytest.mark.external
+
 # `cpu_moe` of placements.py in the words of the command line.
 RULES = ["_exps|token_embd=CPU", ".=emu0"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

@@ -20,6 +20,8 @@ from torch_devices import PlacedBackend, parse_devices, torch_device, torch_ops,
 
 torch = import_module("torch")
 
+pytestmark = pytest.mark.external
+
 
 @pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
 def test_every_type_decodes_to_the_bits_of_the_specification(name: str) -> None:

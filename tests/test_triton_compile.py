@@ -21,7 +21,7 @@ from benchmarks import triton_aot, triton_report  # noqa: E402
 
 TARGETS = {t.name: t for t in triton_aot.TARGETS}
 # The first test waits for all of the compiling.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.external, pytest.mark.timeout(900)]
 
 
 def compiling(*args: str) -> subprocess.CompletedProcess[str]:
