@@ -37,17 +37,17 @@ test-all: test $(VENV)/oracles
 	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q tests/oracles
 
 check: $(VENV)/tools
-	$(VENV)/bin/ruff check src tests tools benchmarks
-	$(VENV)/bin/ruff format --check -q src tests tools benchmarks
+	$(VENV)/bin/ruff check src tests tools
+	$(VENV)/bin/ruff format --check -q src tests tools
 	$(VENV)/bin/mypy
 
 format: $(VENV)/tools
-	$(VENV)/bin/ruff format src tests tools benchmarks
-	$(VENV)/bin/ruff check --fix src tests tools benchmarks
+	$(VENV)/bin/ruff format src tests tools
+	$(VENV)/bin/ruff check --fix src tests tools
 
 on = $(if $(filter-out 0,$(1)),$(2))
 bench-peers: $(VENV)/built
-	@$(PY) -m benchmarks.peers $(FILES) $(call on,$(QUICK),--quick) $(call on,$(NATIVE),--native) \
+	@$(PY) -m tools.compare.peers $(FILES) $(call on,$(QUICK),--quick) $(call on,$(NATIVE),--native) \
 	  $(if $(THREADS),--threads $(THREADS)) $(if $(LLAMA_LIB),--llama-lib $(LLAMA_LIB)) \
 	  $(if $(IK_LIB),--ik-lib $(IK_LIB)) $(call on,$(RESUME),--resume) $(ARGS)
 
