@@ -25,9 +25,9 @@ from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe
 from torch_devices import (
     ExpertCache,
+    FakeDevice,
     PlacedBackend,
     StreamOptions,
-    TorchDevice,
     torch_graph,
     torch_ops,
     torch_record,
@@ -53,7 +53,7 @@ def backend(
     tape = build_tape(file)
     placement = (place or (lambda names: dict.fromkeys(names, "emu0")))(tape.weights())
     names = sorted({d for d in placement.values() if d != "cpu"})
-    devices = [TorchDevice(n, torch.device("cpu"), size, graphs=graphs) for n in names]
+    devices = [FakeDevice(n, size, graphs=graphs) for n in names]
     return PlacedBackend(file, tape, placement, devices, n_threads=1, max_tokens=40, native=False)
 
 
@@ -187,7 +187,7 @@ def test_sections_that_lend_experts_run_op_by_op_and_the_others_replay() -> None
             file,
             tape,
             cpu_moe(tape.weights()),
-            [TorchDevice("emu0", torch.device("cpu"), 1 << 30, graphs=graphs)],
+            [FakeDevice("emu0", 1 << 30, graphs=graphs)],
             n_threads=1,
             max_tokens=40,
             native=False,

@@ -23,7 +23,7 @@ from deskside.models import build_tape
 from models import tiny
 from oracles.need import packages
 from placements import IDS, batch, cache_options
-from torch_devices import PlacedBackend, TorchDevice, kernels, torch_ops, torch_quants
+from torch_devices import FakeDevice, PlacedBackend, kernels, torch_ops, torch_quants
 
 packages("triton")
 torch = import_module("torch")
@@ -91,7 +91,7 @@ def backend(path: Path, table: Any, *, graphs: bool = False) -> Any:
     """All on one device but the embedding and the head, which are long, and the shared expert."""
     file = GGUF.open(path)
     tape = build_tape(file)
-    device = TorchDevice("emu0", torch.device("cpu"), 1 << 30, kernels=table, graphs=graphs)
+    device = FakeDevice("emu0", 1 << 30, kernels=table, graphs=graphs)
     placement = {
         n: "emu0" if n.startswith("blk.") and "shexp" not in n else "cpu" for n in tape.weights()
     }

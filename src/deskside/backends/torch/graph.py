@@ -5,9 +5,9 @@ batch says from tensors (`torch_ops.Given`). So a section of it is run once as i
 kernels and sets libraries up), captured the next time, and replayed from then on. All values that
 cross a section's border lie in buffers of the shape, at addresses that do not change.
 
-On CUDA that is a CUDA graph. **No line of `CudaGraph` has run on hardware.** An emulated device
-records the calls that torch dispatches (`torch_record`) and repeats them on the same memory; it
-refuses what a capture would: ops that wait for the device, and data from the host.
+On CUDA that is a CUDA graph. **No line of `CudaGraph` has run on hardware.** The tests' device
+records the calls that torch dispatches (tests/torch_record.py) and repeats them on the same memory;
+it refuses what a capture would: ops that wait for the device, and data from the host.
 
 Where a capture fails, the section runs as it always did, with one note.
 """
@@ -22,10 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deskside.backends.torch.kernels import Kernels
 from deskside.backends.torch.ops import Given, TorchStep, bucket_of
 from deskside.backends.torch.quants import codebooks
-from deskside.backends.torch.record import Blocks, Recording
 from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
@@ -89,13 +87,10 @@ class CudaGraph:
             self._graph.replay()
 
 
-def graph_maker(device: torch.device, kernels: Kernels) -> NewGraph:
-    """Empty graphs of a device: CUDA's, or recordings."""
-    if device.type == "cuda":
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-        return lambda outside, states: CudaGraph(device, pool, stream)
-    blocks = Blocks(device)
-    return lambda outside, states: Recording(outside, states, blocks, kernels)
+def graph_maker(device: torch.device) -> NewGraph:
+    """Empty graphs of a CUDA device."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    return lambda outside, states: CudaGraph(device, pool, stream)
 
 
 @dataclass(frozen=True)
