@@ -1,5 +1,7 @@
-# make run   builds deskside in .venv and talks to the bundled model
-# make test  builds, then lint, types and all tests
+# make run       builds deskside in .venv and talks to the bundled model
+# make test      builds, then lint, types and the tests that need no other engine
+# make test-all  the same, then the tests with torch, Triton, transformers, llama.cpp, ik_llama.cpp
+#                (about 1.2 GB to install) and a browser, if there is one
 # make bench-peers  compares with llama.cpp and ik_llama.cpp on this machine. QUICK=1: a small slice,
 #            under five minutes. FILES="a.gguf b.gguf": these instead of synthetic slices. THREADS=n.
 #            NATIVE=1: builds the peers for this CPU (LLAMA_LIB=, IK_LIB=: takes these libllama.so).
@@ -18,33 +20,34 @@ define install_extra
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: run test check fast format bench-peers clean
+.PHONY: run test test-all check format bench-peers clean
+# The targets share one environment.
+.NOTPARALLEL:
 
 # Without a terminal there is nobody to talk to: ask one question.
 run: $(VENV)/built
 	@if [ -t 0 ]; then set --; else set -- -n 200 -p "$(QUESTION)"; fi; \
 	  $(VENV)/bin/deskside run --temp 0.3 "$$@"
 
-test: $(VENV)/oracles check
-	DESKSIDE_REQUIRE_ORACLES=1 $(PYTEST) --ignore=tests/oracles
+test: $(VENV)/tools check
+	$(PYTEST) -m "not external" --ignore=tests/oracles
+
+test-all: test $(VENV)/oracles
+	DESKSIDE_REQUIRE_ORACLES=1 $(PYTEST) -m external --ignore=tests/oracles
 	DESKSIDE_REQUIRE_ORACLES=1 $(PY) -m pytest -q tests/oracles
 
-# As `test` without the other engines: a few hundred megabytes less to install.
-fast: $(VENV)/tools check
-	$(PYTEST) --ignore=tests/oracles
-
 check: $(VENV)/tools
-	$(VENV)/bin/ruff check src tests tools benchmarks
-	$(VENV)/bin/ruff format --check -q src tests tools benchmarks
+	$(VENV)/bin/ruff check src tests tools
+	$(VENV)/bin/ruff format --check -q src tests tools
 	$(VENV)/bin/mypy
 
 format: $(VENV)/tools
-	$(VENV)/bin/ruff format src tests tools benchmarks
-	$(VENV)/bin/ruff check --fix src tests tools benchmarks
+	$(VENV)/bin/ruff format src tests tools
+	$(VENV)/bin/ruff check --fix src tests tools
 
 on = $(if $(filter-out 0,$(1)),$(2))
 bench-peers: $(VENV)/built
-	@$(PY) -m benchmarks.peers $(FILES) $(call on,$(QUICK),--quick) $(call on,$(NATIVE),--native) \
+	@$(PY) -m tools.compare.peers $(FILES) $(call on,$(QUICK),--quick) $(call on,$(NATIVE),--native) \
 	  $(if $(THREADS),--threads $(THREADS)) $(if $(LLAMA_LIB),--llama-lib $(LLAMA_LIB)) \
 	  $(if $(IK_LIB),--ik-lib $(IK_LIB)) $(call on,$(RESUME),--resume) $(ARGS)
 

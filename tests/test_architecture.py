@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -75,3 +76,11 @@ def test_no_two_files_import_each_other() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 800
+
+
+def test_tests_that_need_another_engine_are_marked() -> None:
+    """`make test` deselects the mark and `make test-all` selects it: none is left out of both."""
+    needs = re.compile(r"importorskip\(|\bpackages\(|^from (lent|torch_devices) import", re.M)
+    for path in Path(__file__).parent.glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path == Path(__file__) or not needs.search(text) or "mark.external" in text, path

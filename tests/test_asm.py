@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import asm
+from tools.kernels import asm
 
 # A loop over blocks at 10..30 with a prefetching loop at 14..18 in it, in a loop over rows from 8.
 LISTING = """

@@ -108,6 +108,7 @@ CONVERSATIONS = [
 ]
 
 
+@pytest.mark.external
 @pytest.mark.parametrize(("messages", "options"), CONVERSATIONS)
 @pytest.mark.parametrize("generation", [True, False])
 def test_renders_as_transformers_does(

@@ -12,7 +12,7 @@ import pytest
 from deskside import LLM, SamplingParams
 from deskside.engine.config import demo_model
 
-HELD_OUT = Path(__file__).parent.parent / "benchmarks" / "heldout.txt"
+HELD_OUT = Path(__file__).parent.parent / "tools" / "train_demo" / "heldout.txt"
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,7 @@ def test_last_caches_of_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_pat
 # --- devices of torch -----------------------------------------------------------------------------
 
 
+@pytest.mark.external
 def test_a_device_of_torch_is_measured_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """On torch's own CPU device: no GPU has seen this."""
     torch = pytest.importorskip("torch")
@@ -238,6 +239,7 @@ def test_a_device_of_torch_is_measured_and_kept(capsys: pytest.CaptureFixture[st
         assert cuda_devices() == []
 
 
+@pytest.mark.external
 def test_measured_gpus_are_shown_and_stored(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_error_is_below_that_of_a_uniform_grid(name: str, bound: float) -> None:
     assert relative_rms(x, there_and_back(x, name)) < bound
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("name", BLOCKY)
 def test_error_is_comparable_to_ik_llama_cpp(name: str) -> None:
     """Within 2 %: the searches differ in their candidates, not in what they minimise."""

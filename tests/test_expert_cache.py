@@ -36,6 +36,8 @@ from offload import (
 from placements import IDS, batch, cache_options
 from torch_devices import ExpertCache, StreamOptions
 
+pytestmark = pytest.mark.external
+
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 
 

@@ -25,15 +25,17 @@ from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe
 from torch_devices import (
     ExpertCache,
+    FakeDevice,
     PlacedBackend,
     StreamOptions,
-    TorchDevice,
     torch_graph,
     torch_ops,
     torch_record,
 )
 
 torch = import_module("torch")
+
+pytestmark = pytest.mark.external
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def backend(
     tape = build_tape(file)
     placement = (place or (lambda names: dict.fromkeys(names, "emu0")))(tape.weights())
     names = sorted({d for d in placement.values() if d != "cpu"})
-    devices = [TorchDevice(n, torch.device("cpu"), size, graphs=graphs) for n in names]
+    devices = [FakeDevice(n, size, graphs=graphs) for n in names]
     return PlacedBackend(file, tape, placement, devices, n_threads=1, max_tokens=40, native=False)
 
 
@@ -185,7 +187,7 @@ def test_sections_that_offload_experts_run_op_by_op_and_the_others_replay() -> N
             file,
             tape,
             cpu_moe(tape.weights()),
-            [TorchDevice("emu0", torch.device("cpu"), 1 << 30, graphs=graphs)],
+            [FakeDevice("emu0", 1 << 30, graphs=graphs)],
             n_threads=1,
             max_tokens=40,
             native=False,
@@ -451,7 +453,7 @@ def test_a_failed_capture_on_cuda_leaves_its_pool(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         torch._C, "_cuda_endAllocateToPool", lambda *at: ended.append(at), raising=False
     )
-    maker = torch_graph.graph_maker(torch.device("cuda", 1), torch_graph.Kernels())
+    maker = torch_graph.CudaGraphs(torch.device("cuda", 1))
     with pytest.raises(ZeroDivisionError):
         maker([], []).capture(lambda: 1 // 0)
     assert ended == [(1, 0)] and maker.pool == 0

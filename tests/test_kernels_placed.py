@@ -23,11 +23,13 @@ from deskside.models import build_tape
 from models import tiny
 from oracles.need import packages
 from placements import IDS, batch, cache_options
-from torch_devices import PlacedBackend, TorchDevice, kernels, torch_ops, torch_quants
+from torch_devices import FakeDevice, PlacedBackend, kernels, torch_ops, torch_quants
 
 packages("triton")
 torch = import_module("torch")
 triton_kernels = import_module("deskside.backends.triton.table").triton_kernels
+
+pytestmark = pytest.mark.external
 EPS = 2.0**-24
 FEW_ROWS = 2  # of activations that are not rounded to float16
 
@@ -89,7 +91,7 @@ def backend(path: Path, table: Any, *, graphs: bool = False) -> Any:
     """All on one device but the embedding and the head, which are long, and the shared expert."""
     file = GGUF.open(path)
     tape = build_tape(file)
-    device = TorchDevice("emu0", torch.device("cpu"), 1 << 30, kernels=table, graphs=graphs)
+    device = FakeDevice("emu0", 1 << 30, kernels=table, graphs=graphs)
     placement = {
         n: "emu0" if n.startswith("blk.") and "shexp" not in n else "cpu" for n in tape.weights()
     }

@@ -24,7 +24,7 @@ import gc, json, os, resource, sys, threading, time
 import numpy as np
 from deskside.engine import LLM
 from deskside.errors import DesksideError
-from deskside.sampler import SamplingParams
+from deskside.engine.sampler import SamplingParams
 
 def anonymous():
     total, shared = map(int, open("/proc/self/statm").read().split()[1:3])

@@ -182,7 +182,7 @@ def test_native_arguments_are_checked() -> None:
 
 def test_options_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     """What is not reserved is left out, with the reason."""
-    from benchmarks import memory_options
+    from tools import memory_options
 
     words = [str(tiny("tiny-dense", "F32")), "--rounds", "1", "--tokens", "3", "--threads", "1"]
     assert memory_options.main(words) == 0

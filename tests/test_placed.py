@@ -17,7 +17,9 @@ from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
-from torch_devices import PlacedBackend, parse_devices
+from torch_devices import FakeDevice, PlacedBackend, parse_devices, placed_module
+
+pytestmark = pytest.mark.external
 
 # `cpu_moe` of placements.py in the words of the command line.
 RULES = ["_exps|token_embd=CPU", ".=emu0"]
@@ -244,7 +246,10 @@ def test_a_step_beyond_the_budget_is_one_line_and_leaves_a_model_that_works() ->
 
 
 @pytest.mark.parametrize("after", [0, 1, 40])
-def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(after: int) -> None:
+def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placed_module, "EmulatedDevice", FakeDevice)
     rules = [r"^blk\.2\.(?!.*_exps)=emu1", *RULES]
     llm = LLM(tiny(), override_tensor=rules, devices="emu0:1GiB,emu1:1GiB", ctx=256)
     expected = llm.generate(IDS, GREEDY).tokens

@@ -28,6 +28,8 @@ from models import PRESETS, tiny
 from test_cli import deskside, refused
 from torch_devices import PlacedBackend
 
+pytestmark = pytest.mark.external
+
 TWO = "emu0:300MiB,emu1:300MiB"
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
 EXACT = {"ctk": "f32", "ctv": "f32", "ubatch": 32}

@@ -146,6 +146,7 @@ def test_row_scaled_types_equal_their_scalar_twin(
     assert np.array_equal(dequantize(data, BY_NAME[name], 1024), expected)
 
 
+@pytest.mark.external
 @pytest.mark.parametrize("name", ["IQ4_KS", "IQ4_KSS"])
 def test_row_scaled_types_equal_ik_llama_cpp(name: str) -> None:
     ik = pytest.importorskip("ik_llama_cpp")

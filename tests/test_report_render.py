@@ -295,6 +295,7 @@ def test_the_schema_and_the_criteria_are_documented() -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+@pytest.mark.external
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_it_without_errors_or_requests(tmp_path: Path) -> None:
     rendered(full_record(), tmp_path)

@@ -32,6 +32,8 @@ from offload import (
 from placements import IDS, batch, cache_options, drawn
 from torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
 
+pytestmark = pytest.mark.external
+
 ALWAYS = StreamOptions("emu0", 1, 3 * EXPERT)  # from 17 tokens on: fewer pairs are not sorted
 
 

@@ -16,9 +16,11 @@ from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import tiny
 from placements import cache_options, session
-from torch_devices import PlacedBackend, parse_devices, torch_device, torch_ops, torch_quants
+from torch_devices import PlacedBackend, emulated, parse_devices, torch_ops, torch_quants
 
 torch = import_module("torch")
+
+pytestmark = pytest.mark.external
 
 
 @pytest.mark.parametrize("name", sorted(KERNEL_TYPES))
@@ -100,7 +102,7 @@ def test_pieces_change_nothing_beyond_rounding(
 
 
 def test_a_meter_counts_what_lives() -> None:
-    meter = torch_device.Meter(10_000)
+    meter = emulated.Meter(10_000)
     with meter:
         a = torch.zeros(500)
         view = a[10:20]
@@ -112,5 +114,5 @@ def test_a_meter_counts_what_lives() -> None:
     del view, b
     gc.collect()
     assert (meter.live, meter.peak) == (0, 4000)
-    with pytest.raises(torch_device.OutOfBudget), meter:
+    with pytest.raises(emulated.OutOfBudget), meter:
         torch.zeros(2501)

@@ -30,6 +30,8 @@ import triton.language as tl  # noqa: E402
 from deskside.backends.triton import launch as tk  # noqa: E402
 from deskside.backends.triton.decode import PAIR, decode, first  # noqa: E402
 
+pytestmark = pytest.mark.external
+
 EPS = 2.0**-24
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" else "cpu"
 # Beyond float32: what tensor cores round away of both factors, where the interpreter does not.

@@ -17,11 +17,11 @@ from tests.oracles import need
 
 need.packages("torch", "triton")
 
-from benchmarks import triton_aot, triton_report  # noqa: E402
+from tools.kernels import triton_aot, triton_report  # noqa: E402
 
 TARGETS = {t.name: t for t in triton_aot.TARGETS}
 # The first test waits for all of the compiling.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.external, pytest.mark.timeout(900)]
 
 
 def compiling(*args: str) -> subprocess.CompletedProcess[str]:
@@ -33,7 +33,7 @@ def compiling(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[triton_aot.Compiled]:
     path = tmp_path_factory.mktemp("triton") / "compiled.json"
-    done = compiling("-m", "benchmarks.triton_report", "--few", "--json", str(path))
+    done = compiling("-m", "tools.kernels.triton_report", "--few", "--json", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
     return [triton_aot.Compiled(**c) for c in json.loads(path.read_text())]
@@ -99,7 +99,7 @@ def test_a_spill_is_seen() -> None:
     """So that no stack means no spill: eight rows of gate and up in one warp cannot fit."""
     code = """
 from dataclasses import replace
-from benchmarks import triton_aot as aot
+from tools.kernels import triton_aot as aot
 v = next(v for v in aot.variants() if v.name == "IQ4_NL experts gate+up, 1 row")
 print(aot.compile_variant(replace(v, constants=v.constants | {"BLOCK_N": 8}), aot.TARGETS[0]).stack)
 """

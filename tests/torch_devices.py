@@ -1,6 +1,8 @@
 """The parts under test that need torch: modules that import this are skipped without it, and fail
 where the oracles are required."""
 
+import contextlib
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -20,15 +22,46 @@ Layout, Source = expert_copies.Layout, expert_copies.Source
 stream_module = import_module("deskside.backends.experts.stream")
 StreamOptions = stream_module.StreamOptions
 torch_device = import_module("deskside.backends.torch.device")
+emulated = import_module("deskside.backends.torch.emulated")
 torch_ops = import_module("deskside.backends.torch.ops")
 torch_quants = import_module("deskside.backends.torch.quants")
 torch_graph = import_module("deskside.backends.torch.graph")
-torch_record = import_module("deskside.backends.torch.record")
+torch_record = import_module("torch_record")
 kernels = import_module("deskside.backends.torch.kernels")
-TorchDevice = torch_device.TorchDevice
+
+
+class FakeDevice(emulated.EmulatedDevice):  # type: ignore[misc, name-defined]
+    """An emulated device that captures steps as recordings, where asked, and may be lost."""
+
+    ops_until_loss: int | None = None
+
+    def __init__(
+        self, name: str, budget: int, *, kernels: Any = kernels.NONE, graphs: bool = False
+    ) -> None:
+        super().__init__(name, budget, kernels=kernels)
+        self._capturing = graphs
+
+    def _graph_maker(self) -> Any:
+        return torch_record.Recordings(self.device, self.kernels)
+
+    @contextlib.contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        if doing.startswith(("computing", "replaying")):
+            self._count_down()
+        with super().guard(doing):
+            yield
+
+    def beat(self, doing: str) -> None:
+        self._count_down()
+        super().beat(doing)
+
+    def _count_down(self) -> None:
+        if self.ops_until_loss is not None:
+            self.ops_until_loss -= 1
+            self.lost = self.lost or self.ops_until_loss < 0
 
 
 def parse_devices(text: str) -> list[Any]:
     """`emu0:1GiB,emu1:8MiB` to devices, all of whose memory may be used."""
     machine = choose_devices(this_machine(1), text.split(","), 0)
-    return placed_module.open_devices(machine.gpus)
+    return [FakeDevice(d.name, d.memory) for d in machine.gpus]

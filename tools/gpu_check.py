@@ -629,12 +629,15 @@ def placed(
     from deskside.backends.torch.kernels import NONE
     from deskside.machine.system import usable_cores
 
-    where = torch.device("cuda", 0) if has_cuda() else torch.device("cpu")
-    device = TorchDevice(
-        DEVICE, where, None if has_cuda() else 8 << 30,
-        kernels=kernels_there() if kernels and has_cuda() else NONE,
-        graphs=True if graphs is None else graphs,
-    )  # fmt: skip
+    graphs = True if graphs is None else graphs
+    device: TorchDevice
+    if has_cuda():
+        table = kernels_there() if kernels else NONE
+        device = TorchDevice(DEVICE, torch.device("cuda", 0), kernels=table, graphs=graphs)
+    else:
+        from torch_devices import FakeDevice
+
+        device = FakeDevice(DEVICE, 8 << 30, graphs=graphs)
     host = ("token_embd", "_exps") if moe else ("token_embd",)
     names = {n: "cpu" if any(h in n for h in host) else DEVICE for n in tape.weights()}
     threads = max(1, usable_cores() - spare)

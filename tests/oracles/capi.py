@@ -25,7 +25,7 @@ FLASH_ATTENTION_ON = 1  # llama_flash_attn_type
 class _Engine:
     """What the two libraries share. A subclass loads the library and the model.
 
-    Beside what the tests ask for there is the interface of `benchmarks/engine.py`: contexts, and
+    Beside what the tests ask for there is the interface of `tools/compare/engine.py`: contexts, and
     methods that return seconds.
     """
 

@@ -24,11 +24,11 @@ def packages(*names: str) -> None:
     """Requires importable packages, without importing them."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            missing(f"oracle package {name} is not installed (pip install deskside[test])")
+            missing(f"oracle package {name} is not installed (run `make test-all`)")
 
 
 def member(wheel: Wheel) -> Path:
     """The cached file of an unpacked wheel."""
     if not wheel.path.exists():
-        missing(f"{wheel.path} is not there (run `make test-setup`)")
+        missing(f"{wheel.path} is not there (run `make test-all`)")
     return wheel.path

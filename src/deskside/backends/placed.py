@@ -25,6 +25,7 @@ from deskside.backends.experts.resident import ExpertCache, ExpertMetrics
 from deskside.backends.experts.stream import StreamOptions
 from deskside.backends.native.program import CpuBackend
 from deskside.backends.torch.device import Arrays, TorchDevice, show
+from deskside.backends.torch.emulated import EmulatedDevice
 from deskside.backends.torch.kernels import NONE, Kernels
 from deskside.backends.torch.ops import TorchStep
 from deskside.errors import DesksideError
@@ -396,10 +397,10 @@ def _check(tape: Tape, placement: Mapping[str, str], devices: Sequence[TorchDevi
 def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
     """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
     with that much of its own. DesksideError for one that torch does not see."""
-    found = []
+    found: list[TorchDevice] = []
     for d in devices:
         if d.name.startswith("emu"):
-            found.append(TorchDevice(d.name, torch.device("cpu"), d.memory))
+            found.append(EmulatedDevice(d.name, d.memory))
             continue
         index, count = int(d.name.removeprefix("cuda")), torch.cuda.device_count()
         if index >= count:

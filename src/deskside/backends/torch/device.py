@@ -1,7 +1,5 @@
-"""A device that torch drives: `cuda0`, or `emu0:96GiB`, torch on the CPU within a budget of bytes.
-
-A device holds weights as the file's bytes, the states of its ops, and the values of a running step.
-An emulated one counts every byte that torch allocates for it, and fails where a real one would.
+"""A device that torch drives: it holds weights as the file's bytes, the states of its ops, and the
+values of a running step.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deskside.backends.torch.emulated import Meter, OutOfBudget
 from deskside.backends.torch.expert_ops import EXPERT_OPS
-from deskside.backends.torch.graph import Graphs, graph_maker
+from deskside.backends.torch.graph import CudaGraphs, Graphs, NewGraph
 from deskside.backends.torch.kernels import NONE, Kernels
 from deskside.backends.torch.ops import OPS, TorchStep
 from deskside.backends.torch.quants import TYPES
@@ -74,29 +71,27 @@ class TorchState:
 
 
 class TorchDevice:
-    """One device. `budget`: bytes that it may hold; None for all that a CUDA device has free.
+    """One device.
 
-    kernels: those to use. graphs: whether single-token steps are captured
-    (`torch_graph`); None for on CUDA only.
+    kernels: those to use. graphs: whether single-token steps are captured (`graph.py`); None for on
+    CUDA only.
     """
+
+    budget: int | None = None  # bytes that it may hold; None for all that is free
 
     def __init__(
         self,
         name: str,
         device: torch.device,
-        budget: int | None = None,
         *,
         kernels: Kernels = NONE,
         graphs: bool | None = None,
     ) -> None:
         self.name = name
         self.device = device
-        self.budget = budget
-        self.meter = Meter(budget) if budget is not None else None
         self.weights: dict[str, Tensor] = {}
         self._last: dict[int, Op] = {}
         self.lost = False
-        self.ops_until_loss: int | None = None  # for tests: the device is lost after as many ops
         self.kernels = kernels
         self._capturing = device.type == "cuda" if graphs is None else graphs
         self.graphs: Graphs | None = None
@@ -106,14 +101,11 @@ class TorchDevice:
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Counts what torch allocates, and turns a device's failures into one clear line."""
+        """Turns a device's failures into one clear line."""
         try:
             if self.lost:
                 raise self._gone(doing)
-            with self.meter or contextlib.nullcontext():
-                yield
-        except OutOfBudget as error:
-            raise self._full(doing, error.args[0]) from None
+            yield
         except torch.OutOfMemoryError as error:
             line = str(error).splitlines()[0]
             raise DesksideError(
@@ -131,22 +123,16 @@ class TorchDevice:
             "the sequence is dropped; load the model again, without this device if it stays away"
         )
 
-    def _full(self, what: str, short: int) -> DesksideError:
-        assert self.meter is not None
-        return DesksideError(
-            f"device {self.name} has no room while {what}: {show(short)} short of its "
-            f"{show(self.meter.budget)}; lower -c or -ub, or place fewer tensors on it"
-        )
+    def free(self) -> int | None:
+        """Bytes that still fit; None where the system's memory is the limit."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def expect(self, what: str, nbytes: int) -> None:
         """DesksideError unless `nbytes` more fit."""
-        if self.budget is None and self.device.type == "cuda":
-            free = int(torch.cuda.mem_get_info(self.device)[0])
-        elif self.meter is not None:
-            free = self.meter.budget - self.meter.live
-        else:
-            return
-        if nbytes > free:
+        free = self.free()
+        if free is not None and nbytes > free:
             total = self.budget if self.budget is not None else free
             raise DesksideError(
                 f"device {self.name}: {what} of {show(nbytes)} does not fit in the {show(free)} "
@@ -209,7 +195,6 @@ class TorchDevice:
                 or not self._replay(part, values, step, rows)
             ):
                 for op in part.ops:
-                    self._count_down()
                     with self.guard(f"computing {op.kind} of layer {op.layer}"):
                         self._op(op, values, step, rows)
                     self._forget(op, section, values)
@@ -222,7 +207,6 @@ class TorchDevice:
                 self._op(op, own, captured, rows)
                 self._forget(op, part, own)
 
-        self._count_down()
         with self.guard(f"replaying ops of layer {part.ops[0].layer}"):
             done = self.graphs.run(part, values, step, ops)
         if done:
@@ -245,14 +229,8 @@ class TorchDevice:
 
     def beat(self, doing: str) -> None:
         """For work beside the ops, where the device may be lost too: DesksideError if it is."""
-        self._count_down()
         if self.lost:
             raise self._gone(doing)
-
-    def _count_down(self) -> None:
-        if self.ops_until_loss is not None:
-            self.ops_until_loss -= 1
-            self.lost = self.lost or self.ops_until_loss < 0
 
     def plan(self, sections: Sequence[Section]) -> None:
         """Learn when a value can be forgotten: after its last use, exports once they are sent."""
@@ -275,20 +253,25 @@ class TorchDevice:
             self.device,
             own,
             last,
-            new_graph=graph_maker(self.device, self.kernels),
+            new_graph=self._graph_maker(),
             room=self._leaves_room,
             note=self._note,
         )
 
+    def _graph_maker(self) -> NewGraph:
+        return CudaGraphs(self.device)
+
     def _leaves_room(self) -> bool:
         """Whether the work memory of the largest step still fits."""
-        if self.meter is not None:
-            return self.meter.budget - self.meter.live >= self._work
+        free = self.free()
+        return free is None or free + self._idle() >= self._work
+
+    def _idle(self) -> int:
+        """Bytes that torch keeps for later allocations: they count as free."""
         if self.device.type != "cuda":
-            return True
-        # What torch keeps for later allocations counts as free.
-        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(torch.cuda.mem_get_info(self.device)[0]) + int(idle) >= self._work
+            return 0
+        reserved = torch.cuda.memory_reserved(self.device)
+        return int(reserved - torch.cuda.memory_allocated(self.device))
 
     def _note(self, why: str) -> None:
         warnings.warn(f"device {self.name} runs without graphs: {why}", stacklevel=2)

@@ -1,14 +1,24 @@
-"""A device emulated on the CPU: a budget of bytes, and a meter of what torch allocates."""
+"""`emu0:96GiB`: a device emulated by torch on the CPU, within a budget of bytes.
+
+Every byte that torch allocates for it is counted, and it fails where a real one would.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from deskside.backends.torch.device import TorchDevice, show
+from deskside.backends.torch.kernels import NONE, Kernels
+from deskside.errors import DesksideError
 
 
 class OutOfBudget(Exception):
@@ -44,3 +54,28 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]
 
     def _free(self, nbytes: int) -> None:
         self.live -= nbytes
+
+
+class EmulatedDevice(TorchDevice):
+    """budget: bytes that it may hold."""
+
+    budget: int
+
+    def __init__(self, name: str, budget: int, *, kernels: Kernels = NONE) -> None:
+        super().__init__(name, torch.device("cpu"), kernels=kernels, graphs=False)
+        self.budget = budget
+        self.meter = Meter(budget)
+
+    @contextlib.contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        try:
+            with super().guard(doing), self.meter:
+                yield
+        except OutOfBudget as error:
+            raise DesksideError(
+                f"device {self.name} has no room while {doing}: {show(error.args[0])} short of its "
+                f"{show(self.meter.budget)}; lower -c or -ub, or place fewer tensors on it"
+            ) from None
+
+    def free(self) -> int:
+        return self.meter.budget - self.meter.live

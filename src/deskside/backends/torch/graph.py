@@ -5,9 +5,9 @@ batch says from `ops.BatchTensors`. So a section of it is run once as it is (whi
 kernels and sets libraries up), captured the next time, and replayed from then on. All values that
 cross a section's border lie in buffers of the shape, at addresses that do not change.
 
-On CUDA that is a CUDA graph. An emulated device records the calls that torch dispatches
-(`record.py`) and repeats them on the same memory. It refuses what a capture would: ops that wait
-for the device, and data from the host.
+On CUDA that is a CUDA graph. The tests' device records the calls that torch dispatches
+(tests/torch_record.py) and repeats them on the same memory. It refuses what a capture would: ops
+that wait for the device, and data from the host.
 
 Where a capture fails, the section runs as it always did, with one note.
 """
@@ -23,10 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deskside.backends.torch.kernels import Kernels
 from deskside.backends.torch.ops import BatchTensors, TorchStep, bucket_of
 from deskside.backends.torch.quants import codebooks
-from deskside.backends.torch.record import Blocks, Recording
 from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
@@ -114,25 +112,6 @@ class CudaGraph:
     def replay(self) -> None:
         with torch.cuda.device(self._maker.device):
             self._graph.replay()
-
-
-class Recordings:
-    """Makes recordings, on an emulated device. They share blocks of memory."""
-
-    def __init__(self, device: torch.device, kernels: Kernels) -> None:
-        self._blocks = Blocks(device)
-        self._kernels = kernels
-
-    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Recording:
-        return Recording(outside, states, self._blocks, self._kernels)
-
-    def renew(self) -> None:
-        """Blocks serve any recording."""
-
-
-def graph_maker(device: torch.device, kernels: Kernels) -> NewGraph:
-    """Empty graphs of a device: CUDA's, or recordings."""
-    return CudaGraphs(device) if device.type == "cuda" else Recordings(device, kernels)
 
 
 @dataclass(frozen=True)

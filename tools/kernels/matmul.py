@@ -1,6 +1,6 @@
 """Speed of the matrix kernels: every quant type, one to 512 rows of activations.
 
-    python -m benchmarks.kernels --threads 2 --types IQ4_NL Q8_0 --json kernels.json
+    python -m tools.kernels.matmul --threads 2 --types IQ4_NL Q8_0 --json kernels.json
 
 One linear op is timed by the program's own clock, without Python. For up to 8 rows the matrix is
 larger than the caches: the figure to look at is GB/s, beside the machine's read bandwidth. For more
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
 from deskside import _native
 from deskside.backends.native.program import KERNEL_TYPES
 from deskside.gguf.quants import BY_NAME, QuantType
 from deskside.lowering.steps import FLOAT_TYPES
+from deskside.machine import rates, watch
 from deskside.machine.system import usable_cores
+from tools.compare import machine
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 STREAMED = 8  # most rows of activations for which the matrix is beyond the caches
@@ -114,10 +115,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def cycles_per_second() -> float | None:
     """The clock as Linux tells it: nominal on many machines, so figures per cycle are rough."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("cpu MHz"):
-            return float(line.split(":")[1]) * 1e6
-    return None
+    clocks = watch.megahertz()
+    return clocks[0] * 1e6 if clocks else None
 
 
 def main() -> None:
@@ -130,14 +129,14 @@ def main() -> None:
     parser.add_argument(
         "--megabytes",
         type=int,
-        default=max(256 << 20, 2 * machine.last_level_cache()) // 10**6,
+        default=max(256 << 20, 2 * rates.last_level_cache()) // 10**6,
         help="size of the matrix for up to 8 rows; default: twice the last cache",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.rows = sorted(args.rows)
     isa = _native.choose(args.isa)
-    bandwidth, clock = machine.bandwidth(args.threads), cycles_per_second()
+    bandwidth, clock = rates.bandwidth(args.threads), cycles_per_second()
     table = Table(title=f"{isa}, {args.threads} threads, {bandwidth / 1e9:.1f} GB/s of bandwidth")
     for column in ("type", "M", "GB/s", "of bandwidth", "bytes/cycle/thread", "GMAC/s"):
         table.add_column(column, justify="left" if column == "type" else "right")
@@ -164,7 +163,7 @@ def main() -> None:
             "isa": isa,
             "threads": args.threads,
             "bandwidth": bandwidth,
-            "compute": machine.compute(args.threads),
+            "compute": rates.compute(args.threads),
             "rows": found,
         }
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import BenchError
+from deskside.errors import DesksideError
 from deskside.files import write_whole
 
 VERSION = 1
@@ -63,16 +63,16 @@ def load(path: Path) -> Any:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BenchError(f"{path}: {error.strerror}") from None
+        raise DesksideError(f"{path}: {error.strerror}") from None
     except ValueError:
-        raise BenchError(f"{path} is not a record of a run") from None
+        raise DesksideError(f"{path} is not a record of a run") from None
     if not isinstance(record, dict) or record.get("version") != VERSION:
-        raise BenchError(f"{path} is not a record of a run of this version")
+        raise DesksideError(f"{path} is not a record of a run of this version")
     return record
 
 
 def resume(path: Path, settings: dict[str, Any], commit: str) -> Any:
-    """The record at `path`; BenchError if it was made with other settings or another commit."""
+    """The record at `path`; DesksideError if it was made with other settings or another commit."""
     record = load(path)
     for entry in record["files"].values():
         drop_parts(entry, settings["engines"])
@@ -80,7 +80,7 @@ def resume(path: Path, settings: dict[str, Any], commit: str) -> Any:
     now = {**settings, "commit": commit}
     for key in was.keys() | now.keys():
         if was.get(key) != now.get(key):
-            raise BenchError(
+            raise DesksideError(
                 f"{path} cannot be resumed: {key} was {was.get(key)}, now it is {now.get(key)}"
             )
     return record
@@ -126,5 +126,5 @@ def latest(folder: Path) -> Path:
     """The newest record in a folder."""
     found = sorted(folder.glob("peers-*.json"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise BenchError(f"there is no record to resume in {folder}")
+        raise DesksideError(f"there is no record to resume in {folder}")
     return found[-1]

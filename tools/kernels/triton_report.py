@@ -1,6 +1,6 @@
 """What the GPU kernels need of a GPU: every kernel, compiled for every target.
 
-    python -m benchmarks.triton_report [--few] [--json FILE] [--write]
+    python -m tools.kernels.triton_report [--few] [--json FILE] [--write]
 
 Needs the extra `gpu` and no GPU; takes about a minute, then Triton's cache has the results.
 --write puts the table into docs/TRITON.md.
@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.triton_aot import Compiled, compile_all, pairs, rows
+from tools.kernels.triton_aot import Compiled, compile_all, pairs, rows
 
-DOC = Path(__file__).parent.parent / "docs" / "TRITON.md"
-BEGIN, END = "<!-- made by python -m benchmarks.triton_report --write -->", "<!-- end -->"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "TRITON.md"
+BEGIN, END = "<!-- made by python -m tools.kernels.triton_report --write -->", "<!-- end -->"
 
 
 def table(compiled: Sequence[Compiled]) -> str:

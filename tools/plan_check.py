@@ -1,4 +1,4 @@
-"""Predicted speed beside the measured one: `python -m benchmarks.plan_check [FILE...]`.
+"""Predicted speed beside the measured one: `python -m tools.plan_check [FILE...]`.
 
 Without files: the slices that `deskside predict` and `make bench-peers` keep (35b, 8 layers; 397b,
 4 layers with 320 experts). For each file:

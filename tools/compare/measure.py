@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, record
-from benchmarks.plan import OURS, PROMPT, WARM_STEPS, Context, Engine, Stage, Test
 from deskside.gguf import GGUF
+from deskside.machine import rates, watch
 from deskside.machine.system import available_memory
 from tests.oracles.remote import Remote, RemoteError
+from tools.compare import machine, record
+from tools.compare.plan import OURS, PROMPT, WARM_STEPS, Context, Engine, Stage, Test
 
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
 SEED = 0
@@ -82,7 +83,7 @@ class Run:
             self.say(f"{engine.name} is left out: {_reason(error)}")
             return None
         self.entry["load"].setdefault(engine.name, {})[str(r)] = seconds
-        self.entry["rss"][engine.name] = machine.rss(worker.pid)
+        self.entry["rss"][engine.name] = watch.rss(worker.pid)
         self.entry["systems"][engine.name] = worker.info()["system"]
         self.say(f"{engine.name}: loaded in {seconds:.1f} s")
         return worker
@@ -152,8 +153,8 @@ class Run:
 
     def limits(self) -> None:
         """Samples what the machine can do now."""
-        self.entry["bandwidth"].append(machine.bandwidth(self.threads))
-        self.entry["compute"].append(machine.compute(self.threads, self.isa))
+        self.entry["bandwidth"].append(rates.bandwidth(self.threads))
+        self.entry["compute"].append(rates.compute(self.threads, self.isa))
 
     def copy(self) -> None:
         """Seconds to copy the file into memory; a part of it where memory is short."""

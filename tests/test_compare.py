@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic and bookkeeping: no peers, no timing."""
+"""The comparison's arithmetic and bookkeeping: no peers, no timing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import instructions, machine, measure, peers, plan, prepare, record, report
-from benchmarks.machine import BenchError
+from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine import rates
 from deskside.models import build_tape
 from deskside.tape.cost import Experts, Work, limit
 from models import tiny
+from tools.compare import machine, measure, peers, plan, prepare, record, report
+from tools.kernels import instructions
 
 GB = 10**9
 TESTS = [t for s in plan.stages(quick=False, rounds=5) for t in s.tests]
@@ -195,16 +197,16 @@ def test_other_settings_do_not_resume(
     made = {"threads": 2, "engines": []}
     path = tmp_path / "r.json"
     record.save(record.new(made, {"commit": "abc"}), path)
-    with pytest.raises(BenchError, match=said):
+    with pytest.raises(DesksideError, match=said):
         record.resume(path, settings or made, commit)
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"version": 0}'):
         (tmp_path / "r.json").write_text(text)
-        with pytest.raises(BenchError, match="not a record"):
+        with pytest.raises(DesksideError, match="not a record"):
             record.load(tmp_path / "r.json")
-    with pytest.raises(BenchError, match="no record to resume"):
+    with pytest.raises(DesksideError, match="no record to resume"):
         record.latest(tmp_path)
 
 
@@ -324,7 +326,7 @@ def test_errors_are_one_line(
 
 def test_a_run_of_deskside_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All stages on a tiny model, interrupted after the first and taken up again."""
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: 40e9)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 40e9)
     out = tmp_path / "r.json"
     common = [str(tiny()), "--quick", "--rounds", "1", "--threads", "2", "--engines", "deskside"]
 

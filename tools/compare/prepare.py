@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import BenchError
-from benchmarks.plan import IK, LLAMA, ROOT
 from deskside.bench.predict.slices import Slice, cache_folder, write
 from deskside.errors import DesksideError
+from tools.compare.plan import IK, LLAMA, ROOT
 
 Say = Callable[[str], None]
 
@@ -87,7 +86,7 @@ def native_library(peer: str, folder: Path, python: Path, threads: int, say: Say
     if found:
         return found
     if shutil.which("cmake") is None:
-        raise BenchError("NATIVE=1 needs cmake; install it, or leave NATIVE out")
+        raise DesksideError("NATIVE=1 needs cmake; install it, or leave NATIVE out")
     source = home / "source"
     if not source.exists():
         say(f"downloading the source of {requirement}")
@@ -103,7 +102,7 @@ def native_library(peer: str, folder: Path, python: Path, threads: int, say: Say
     _run(build, what)
     found = _library(home / "build")
     if found is None:
-        raise BenchError(f"{what}: there is no libllama.so in {home / 'build'}")
+        raise DesksideError(f"{what}: there is no libllama.so in {home / 'build'}")
     return found
 
 
@@ -135,8 +134,8 @@ def _run(command: Sequence[Any], what: str) -> None:
     try:
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     except OSError as error:
-        raise BenchError(f"{what}: {error}") from None
+        raise DesksideError(f"{what}: {error}") from None
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
         errors = [line for line in lines if "error" in line.lower()]
-        raise BenchError(f"{what}: {(errors or lines)[-1].strip()}")
+        raise DesksideError(f"{what}: {(errors or lines)[-1].strip()}")

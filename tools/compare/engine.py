@@ -1,6 +1,6 @@
 """deskside behind the interface of `tests/oracles/capi.py`; made in a worker process.
 
-The only place of the benchmarks that reaches into the engine.
+The only file of the comparison that reaches into the engine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Instructions of one decode step of the bundled model, counted by valgrind's callgrind.
 
-    python -m benchmarks.instructions
+    python -m tools.kernels.instructions
 
 Counts do not drift as times do: of one build they agree within a thousandth, the kernels' within a
 few instructions. Two runs that differ by some steps of decode are subtracted, so that loading and
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from benchmarks.machine import BenchError
+from deskside.errors import DesksideError
 
 FEW = 4
 PROMPT = "What does os.path.join do?"
@@ -35,7 +35,7 @@ def decode(model: str, steps: int, isa: str) -> None:
     params = SamplingParams(max_tokens=steps + 1, temperature=0, ignore_eos=True)
     done = llm.generate(PROMPT, params)
     if len(done.tokens) != steps + 1:
-        raise BenchError(f"{len(done.tokens)} tokens were generated")
+        raise DesksideError(f"{len(done.tokens)} tokens were generated")
 
 
 def objects(lines: Iterable[str]) -> Counter[str]:
@@ -64,7 +64,7 @@ def count(model: Path, steps: int, isa: str) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "callgrind"
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]
-        child = [sys.executable, "-m", "benchmarks.instructions", "--child", str(steps)]
+        child = [sys.executable, "-m", "tools.kernels.instructions", "--child", str(steps)]
         done = subprocess.run(
             [*command, *child, "--model", str(model), "--isa", isa],
             env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
@@ -72,7 +72,7 @@ def count(model: Path, steps: int, isa: str) -> Counter[str]:
             text=True,
         )
         if done.returncode:
-            raise BenchError(f"valgrind failed: {(done.stderr.splitlines() or ['?'])[-1]}")
+            raise DesksideError(f"valgrind failed: {(done.stderr.splitlines() or ['?'])[-1]}")
         with out.open(encoding="utf-8", errors="replace") as stream:
             return objects(stream)
 
@@ -91,9 +91,9 @@ def main() -> None:
         return
     try:
         if shutil.which("valgrind") is None:
-            raise BenchError("valgrind is not installed")
+            raise DesksideError("valgrind is not installed")
         few, many = (count(args.model, n, args.isa) for n in (FEW, FEW + args.steps))
-    except BenchError as error:
+    except DesksideError as error:
         print(f"instructions: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     many.subtract(few)

@@ -9,7 +9,7 @@ from typing import Any
 
 from deskside.tape.cost import Work
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CAPI = ROOT / "tests" / "oracles" / "capi.py"
 
 OURS, LLAMA, IK = "deskside", "llama.cpp", "ik_llama.cpp"
@@ -84,7 +84,7 @@ class Engine:
 
 
 ENGINES = (
-    Engine(OURS, OURS, ROOT / "benchmarks" / "engine.py", "Deskside", {}, 1, "defaults"),
+    Engine(OURS, OURS, ROOT / "tools" / "compare" / "engine.py", "Deskside", {}, 1, "defaults"),
     Engine(
         LLAMA, LLAMA, CAPI, "LlamaCpp", {}, 1,
         "repacking, flash attention auto (on for q8_0 KV)",

@@ -1,6 +1,6 @@
 """The tables of docs/QUALITY.md: cache types and quant types of a model, judged.
 
-    python -m benchmarks.quality_table benchmarks/heldout.txt --out docs/QUALITY.md
+    python -m tools.quality_table tools/train_demo/heldout.txt --out docs/QUALITY.md
 
 Everything is compared with one run of the model's own file with float32 KV: `deskside perplexity
 --save-logits` and `--kl`, `deskside quantize`, through the same functions.
@@ -128,7 +128,7 @@ model; large ones are usually hurt less.
 
 Made by
 
-    python -m benchmarks.quality_table {base.text} --out docs/QUALITY.md
+    python -m tools.quality_table {base.text} --out docs/QUALITY.md
 """
 
 

@@ -1,6 +1,6 @@
 """Held-out loss of a model in several quant types: the table of docs/QUANTS.md.
 
-    python benchmarks/quants_table.py MODEL-F32.gguf benchmarks/heldout.txt --out docs/QUANTS.md
+    python -m tools.quants_table MODEL-F32.gguf tools/train_demo/heldout.txt --out docs/QUANTS.md
 
 The float model is quantised with deskside's own encoders into a temporary folder, every variant
 reads the same windows of text, and differences are paired by window.
@@ -126,7 +126,7 @@ the row says otherwise. KL and top-1 agreement compare with F32 token by token.
 Made by
 
     deskside convert CHECKPOINT demo-f32.gguf --outtype f32
-    python benchmarks/quants_table.py demo-f32.gguf benchmarks/heldout.txt --out docs/QUANTS.md
+    python -m tools.quants_table demo-f32.gguf tools/train_demo/heldout.txt --out docs/QUANTS.md
 
 with the checkpoint of `tools/train_demo`. The sizes of the changes are those of this small model;
 large models are usually hurt less.

@@ -3,7 +3,7 @@
     make bench-peers                       both slices, with the peers' wheels
     make bench-peers QUICK=1               a small slice, under five minutes
     make bench-peers FILES="a.gguf" NATIVE=1 THREADS=8
-    python -m benchmarks.peers --help
+    python -m tools.compare.peers --help
 
 The record is written as JSON after every round; --resume takes it up after an interruption.
 """
@@ -19,16 +19,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, prepare, record, report
-from benchmarks.machine import BenchError
-from benchmarks.measure import Run
-from benchmarks.plan import ENGINES, OURS, PEERS, ROOT, Engine, amounts, stages, within
 from deskside import _native
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.system import available_memory, usable_cores
 from deskside.models import build_tape
 from deskside.tape.cost import Work
+from tools.compare import machine, prepare, record, report
+from tools.compare.measure import Run
+from tools.compare.plan import ENGINES, OURS, PEERS, ROOT, Engine, amounts, stages, within
 
 REPORTS = ROOT / "reports"
 
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     own = {name: lib for name, lib in zip(PEERS, (args.llama_lib, args.ik_lib), strict=True) if lib}
     for path in (*own.values(), *args.files):
         if not path.is_file():
-            raise BenchError(f"{path} is not there")
+            raise DesksideError(f"{path} is not there")
     libraries = {name: lib.resolve() for name, lib in own.items() if name in peers}
     settings = {
         "quick": args.quick,
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     kept["versions"] = versions(peers, libraries)
     files = {path: GGUF.open(path) for path in models(args)}
     if not files:
-        raise BenchError("no model is left to run")
+        raise DesksideError("no model is left to run")
     tests = [t for s in stages(quick=args.quick, rounds=1) for t in s.tests]
     try:
         measured = sum(
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
             for file in files.values()
         )
         if not measured:
-            raise BenchError("memory holds none of the models")
+            raise DesksideError("memory holds none of the models")
     except KeyboardInterrupt:
         say("interrupted; --resume goes on")
     finally:
@@ -237,7 +236,7 @@ def main() -> None:
             report.show(kept, [t for s in shown for t in s.tests])
         else:
             run(args)
-    except (BenchError, DesksideError) as error:
+    except DesksideError as error:
         print(f"bench-peers: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

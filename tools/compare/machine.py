@@ -1,46 +1,24 @@
-"""What the machine allows: memory, bandwidth, compute, the speed of copying a file."""
+"""What memory allows, the speed of copying a file, and the machine and commit of a record."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import platform
 import subprocess
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Figures of the machine that the package's own records have too.
-from deskside.machine.rates import bandwidth, bandwidth_bytes, compute, last_level_cache
-from deskside.machine.system import cpu_name
-from deskside.machine.watch import rss
+from deskside.machine import watch
 
 CHUNK = 16 << 20
 # Activations, logits and states of one engine: 0.2 to 0.4 GB with a vocabulary of 248,320.
 WORK_BYTES = 400_000_000
 # What must stay free for the system and for measuring bandwidth.
 RESERVE = 2_000_000_000
-
-
-__all__ = [
-    "BenchError",
-    "Copier",
-    "bandwidth",
-    "bandwidth_bytes",
-    "compute",
-    "cpu_seconds",
-    "describe",
-    "last_level_cache",
-    "loading",
-    "memory_needed",
-    "rss",
-]
-
-
-class BenchError(Exception):
-    """Why nothing can be measured, told in one line."""
 
 
 def memory_needed(file_bytes: int, copies: Iterable[float]) -> int:
@@ -120,11 +98,7 @@ class Copier:
 def describe() -> dict[str, Any]:
     """The machine and the commit, for the record."""
     return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
+        **asdict(watch.describe()),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.plan import ENGINES, OURS, PEERS, Test
 from deskside.bench.report.stats import Ratio, median_ratio
 from deskside.tape.cost import limit
+from tools.compare.plan import ENGINES, OURS, PEERS, Test
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use
 PYTHON_LIMIT = 0.01

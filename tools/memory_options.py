@@ -1,4 +1,4 @@
-"""Decode and loading with weights in each sort of memory: `python -m benchmarks.memory_options`.
+"""Decode and loading with weights in each sort of memory: `python -m tools.memory_options`.
 
 Page sizes (4 KiB, transparent, reserved 2 MiB and 1 GiB where enough are reserved) and, with
 several NUMA nodes, spread over them or not. In every round each is loaded afresh, so that what

@@ -1,6 +1,6 @@
 """Instructions of the AVX-512 kernels' inner loops, counted in their machine code.
 
-    python -m benchmarks.asm
+    python -m tools.kernels.asm
 
 Compiles native/isa/matmul.cpp with the flags in CMakeLists.txt and finds in its disassembly each
 kernel's loop over blocks of 32 weights, by the number of vpdpbusd. Counts are for 512 products: a
@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.machine import BenchError
+from deskside.errors import DesksideError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What is printed, the functions that may hold it (a function called once is part of its caller) and
 # the number of vpdpbusd in the loop over blocks.
 HOT = (
@@ -53,7 +53,7 @@ def flags(cmake: str) -> list[str]:
     )
     found = [re.search(pattern, cmake) for pattern in patterns]
     if None in found:
-        raise BenchError("the flags in CMakeLists.txt are not where they were")
+        raise DesksideError("the flags in CMakeLists.txt are not where they were")
     own = ["-std=gnu++20", "-fPIC", "-DDESKSIDE_X86", "-DDESKSIDE_ISA=avx512"]
     own += [f"-I{ROOT / 'native' / folder}" for folder in ("", "isa", "weights")]
     return own + " ".join(match[1] for match in found if match).split()
@@ -63,10 +63,10 @@ def disassemble(into: Path) -> list[str]:
     compiler = os.environ.get("CXX", "g++")
     for tool in (compiler, "objdump"):
         if shutil.which(tool) is None:
-            raise BenchError(f"{tool} is missing (Debian, Ubuntu: apt-get install g++ binutils)")
+            raise DesksideError(f"{tool} is missing (Debian, Ubuntu: apt-get install g++ binutils)")
     command = [compiler, *flags((ROOT / "CMakeLists.txt").read_text()), "-o", str(into)]
     if subprocess.run([*command, "-c", str(ROOT / "native/isa/matmul.cpp")]).returncode:
-        raise BenchError(f"{compiler} failed")
+        raise DesksideError(f"{compiler} failed")
     show = ["objdump", "-d", "-C", "-M", "intel", "--no-show-raw-insn", str(into)]
     return subprocess.run(show, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -126,7 +126,7 @@ def rows(lines: Iterable[str]) -> Iterator[tuple[str, Counter[str]]]:
             counts = [count(loop, stack) for loop in loops(body)]
             found += [c for c in counts if c["vpdpbusd"] == dots]
         if not found:
-            raise BenchError(f"there is no loop with {dots} vpdpbusd for {title}")
+            raise DesksideError(f"there is no loop with {dots} vpdpbusd for {title}")
         yield from ((title, c) for c in found)
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             table = list(rows(disassemble(Path(folder) / "matmul.o")))
-    except BenchError as error:
+    except DesksideError as error:
         print(f"asm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{'per 512 products':29}" + "".join(f"{c:>12}" for c in COLUMNS))

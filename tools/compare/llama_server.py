@@ -1,6 +1,6 @@
 """llama.cpp's server from the wheel xllamacpp, for `deskside bench --vs`.
 
-    python -m benchmarks.llama_server model.gguf --port 8080 -c 8192 &
+    python -m tools.compare.llama_server model.gguf --port 8080 -c 8192 &
     deskside bench -m model.gguf --vs http://127.0.0.1:8080
 
 Serves until it is stopped. pip install xllamacpp, or `make test`, which installs it.

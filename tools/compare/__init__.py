@@ -1,0 +1,1 @@
+"""deskside beside llama.cpp and ik_llama.cpp: `python -m tools.compare.peers`."""

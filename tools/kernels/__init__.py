@@ -1,0 +1,1 @@
+"""What the matrix kernels take: time, instructions, registers."""
