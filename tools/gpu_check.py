@@ -182,7 +182,7 @@ def start_synth(env: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
     code = f"""
 import os, shutil, time
 from pathlib import Path
-from deskside.synth import estimate, synth_file
+from deskside.convert.synth import estimate, synth_file
 from deskside.machine.system import available_memory
 for preset, layers in {SLICES!r}:
     path = Path({env["GPU_CHECK_SLICES"]!r}) / f"{{preset}}-{{layers}}.gguf"

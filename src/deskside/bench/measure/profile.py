@@ -107,14 +107,15 @@ def _rows(
     llm: LLM, steps: list[Step], seconds: list[float], phase: str, n: int, depth: int
 ) -> list[OpProfile]:
     rows: dict[str, _Row] = {}
-    shape = BatchShape(n, depth)
+    shape, states = BatchShape(n, depth), llm.tape.states
+    k_type, v_type = llm.cache.k_type, llm.cache.v_type
     for step, taken in zip(steps, seconds, strict=True):
         row = rows.setdefault(name(step), _Row())
         row.seconds += taken / n
-        for op in (op for native in step.ops for op in _tape_ops(native)):
-            one = work(op, llm.tape.states, shape, llm.cache.k_type, llm.cache.v_type)
-            row.nbytes += one.nbytes / n
-            row.macs += one.macs / n if one.sort in MATRICES else 0.0
+        for native in step.ops:
+            ops = [work(op, states, shape, k_type, v_type) for op in _tape_ops(native)]
+            row.nbytes += sum(op.nbytes for op in ops) / n
+            row.macs += sum(op.macs for op in ops if op.sort in MATRICES) / n
     return [
         OpProfile(label, phase, row.seconds, row.nbytes, row.macs)
         for label, row in sorted(rows.items(), key=lambda entry: -entry[1].seconds)
