@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def on_cpu(preset: str, kv: str, backend: Any = CpuBackend) -> Made:
 
 def on_devices(preset: str, kv: str) -> Made:
     """Layers by turns on two emulated devices and the CPU."""
-    torch_devices = pytest.importorskip("torch_devices")
+    torch_devices = import_module("torch_devices")
     file = GGUF.open(tiny(preset))
     tape = build_tape(file)
     homes = ("emu0", "cpu", "emu1")
@@ -63,11 +64,12 @@ def rest(made: Made, slot: int, n: int) -> np.ndarray:
 
 
 MAKERS: dict[str, Callable[[str, str], Made]] = {"cpu": on_cpu, "devices": on_devices}
+WHERE = ["cpu", pytest.param("devices", marks=pytest.mark.external)]
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("where", MAKERS)
+@pytest.mark.parametrize("where", WHERE)
 def test_a_restored_sequence_continues_with_the_same_bits(where: str, preset: str, kv: str) -> None:
     made = MAKERS[where](preset, kv)
     cache = made[1]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from deskside import LLM, SamplingParams
+from deskside.engine.slots import Slot
 from deskside.gguf.quants import quant_type
 from deskside.tape.cache import Batch, Cache, Segment
 
@@ -51,9 +52,10 @@ class _Given:
 
 @dataclass
 class _Context:
-    """`ids`: the tokens in the cache and one more; `lengths`: tokens of each sequence."""
+    """`ids`: the tokens in the first slot and one more; `lengths`: tokens of each sequence."""
 
     cache: Cache
+    slots: list[Slot]
     ubatch: int
     ids: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -85,14 +87,21 @@ class Deskside:
         kind = quant_type(kv)
         states = self.llm.tape.states
         cache = Cache(states, n_slots=n_seq, n_ctx=n_ctx // n_seq, k_type=kind, v_type=kind)
-        self._contexts[name] = _Context(cache, ubatch, lengths=[0] * n_seq)
+        slots = [Slot(i, cache) for i in range(n_seq)]
+        self._contexts[name] = _Context(cache, slots, ubatch, lengths=[0] * n_seq)
         self.use(name)
 
     def use(self, name: str) -> None:
         """The following calls work on this context, as it was left."""
         self._now = now = self._contexts[name]
-        self.llm.cache, self.llm.ctx, self.llm.ubatch = now.cache, now.cache.n_ctx, now.ubatch
-        self.llm._cached = now.ids[:-1]
+        self.llm.loaded = replace(
+            self.llm.loaded,
+            cache=now.cache,
+            slots=tuple(now.slots),
+            ctx=now.cache.n_ctx,
+            ubatch=now.ubatch,
+        )
+        self.llm.ubatch = now.ubatch
 
     def drop(self) -> None:
         """Frees all contexts."""
@@ -106,7 +115,8 @@ class Deskside:
         """Seconds of the prompt, and of the steps behind its first token; the tokens are given."""
         params = SamplingParams(max_tokens=len(given), temperature=0, ignore_eos=True)
         stream = self.llm.stream(ids, params)
-        stream._sampler = _Given(stream._sampler, iter(given))  # type: ignore[assignment]
+        answer = stream._answer
+        answer._sampler = _Given(answer._sampler, iter(given))  # type: ignore[assignment]
         for _ in stream:
             pass
         t = stream.timings

@@ -38,7 +38,7 @@ from deskside.tape.cost import MATRICES, BatchShape, Experts, work
 
 SLOTS = 2
 SLOT_SECONDS = 1e-3  # of one transfer at least: launches and hand-overs are some 1 % of it
-MOST_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 20
 CLOSE = 0.98  # of the best rate: a smaller chunk that reaches it takes less memory
 DRAM_PASSES = 3
 
@@ -294,7 +294,7 @@ def _first(holds: Callable[[int], bool]) -> int | None:
     high = 1
     while not holds(high):
         high *= 2
-        if high > MOST_TOKENS:
+        if high > MAX_TOKENS:
             return None
     low = high // 2
     while high - low > 1:

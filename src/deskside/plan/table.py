@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -195,7 +195,7 @@ def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
         "fits": True,
         "model": title,
         "machine": plan.machine.name,
-        "options": vars(plan.options),
+        "options": asdict(plan.options),
         "devices": [
             {
                 "name": u.device.name,
