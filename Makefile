@@ -12,6 +12,11 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find native src -type f -not -name '*.pyc' -not -name '*.so')
 # Two files of tests at a time: many wait for a process that they started.
 PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile
+# The native code as clang-tidy reads it: one instruction set is enough, its sources are the same.
+CXX_FILES := $(wildcard native/*.[ch]* native/*/*.[ch]* tests/native/*.cpp)
+CXX_FLAGS = -std=c++20 -DDESKSIDE_ISA=scalar -Inative -Inative/isa -Inative/program -Inative/weights \
+  $(shell $(PY) -c "import nanobind, sysconfig; \
+    print('-isystem', nanobind.include_dir(), '-isystem', sysconfig.get_path('include'))")
 QUESTION := Hello, who are you?
 
 # The packages of an extra in pyproject.toml, without building deskside again.
@@ -40,10 +45,15 @@ check: $(VENV)/tools
 	$(VENV)/bin/ruff check src tests tools
 	$(VENV)/bin/ruff format --check -q src tests tools
 	$(VENV)/bin/mypy
+	@echo "clang-format and clang-tidy (half a minute)"
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	@printf '%s\n' $(filter native/%.cpp,$(CXX_FILES)) | xargs -P 4 -I{} \
+	  $(VENV)/bin/clang-tidy --quiet {} -- $(CXX_FLAGS)
 
 format: $(VENV)/tools
 	$(VENV)/bin/ruff format src tests tools
 	$(VENV)/bin/ruff check --fix src tests tools
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 on = $(if $(filter-out 0,$(1)),$(2))
 bench-peers: $(VENV)/built
@@ -65,7 +75,8 @@ $(VENV)/built: $(PY) $(SOURCES)
 $(VENV)/tools: $(PY) $(SOURCES)
 	@emulate=$$(tools/bootstrap.sh --simde) && \
 	  echo "building deskside for tests (about two minutes)" && \
-	  $(PIP) install . -C cmake.define.DESKSIDE_EMULATE_AVX512=$$emulate
+	  $(PIP) install . -C cmake.define.DESKSIDE_EMULATE_AVX512=$$emulate \
+	    -C cmake.define.DESKSIDE_WERROR=ON
 	$(call install_extra,test)
 	@touch $(VENV)/built $@
 

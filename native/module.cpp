@@ -134,21 +134,22 @@ class PyReader {
   PyReader(int64_t bytes, int n_threads, const std::string& pages, const std::vector<int>& nodes,
            const std::vector<int>& cpus) {
     const MemoryKind kind = memory_kind(pages, nodes, true);
+    check(cpus);
     nb::gil_scoped_release release;
-    reader_ = std::make_unique<Reader>(bytes, kind, n_threads, checked(cpus));
+    reader_ = std::make_unique<Reader>(bytes, kind, n_threads, cpus);
   }
 
   double read(int n_threads, int repeats, const std::vector<int>& cpus) const {
+    check(cpus);
     nb::gil_scoped_release release;
-    return reader_->read(n_threads, repeats, checked(cpus));
+    return reader_->read(n_threads, repeats, cpus);
   }
 
   int nodes_error() const { return reader_->memory().nodes_error(); }
 
  private:
-  static const std::vector<int>& checked(const std::vector<int>& cpus) {
+  static void check(const std::vector<int>& cpus) {
     for (int cpu : cpus) require(cpu >= 0 && cpu < 1024, "cpus: numbers from 0 to 1023");
-    return cpus;
   }
 
   std::unique_ptr<Reader> reader_;

@@ -1,4 +1,5 @@
-// The ops of a program (backends/steps.py makes them from a tape). Meaning: backends/reference.py.
+// The ops of a program. lowering/steps.py makes them from a tape; backends/reference.py defines
+// what they compute.
 #pragma once
 
 #include <vector>

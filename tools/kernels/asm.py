@@ -47,7 +47,7 @@ def flags(cmake: str) -> list[str]:
     """The compiler's flags for avx512 by CMakeLists.txt."""
     patterns = (
         r'set\(CMAKE_CXX_FLAGS_RELEASE "([^"]*)"\)',
-        r"target_compile_options\(kernels_\$\{isa\} PRIVATE ([^$]*)\$\{ARGN\}\)",
+        r"target_compile_options\(kernels_\$\{isa\} PRIVATE \$\{WARNINGS\} ([^$]*)\$\{ARGN\}\)",
         r"set\(AVX2 ([^)]*)\)",
         r"deskside_kernels\(avx512 \$\{AVX2\}([^)]*)\)",
     )
