@@ -1,4 +1,4 @@
-"""What this machine has: CPU, memory. Linux reads /proc; elsewhere answers are coarser."""
+"""What this machine has: CPU, memory. psutil tells memory; Linux tells flags and limits itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+
+import psutil
 
 # What the kernels could use, as the Linux kernel spells it.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
@@ -41,16 +43,13 @@ def cpu_flags() -> frozenset[str]:
 
 def total_memory() -> int:
     """Bytes of system memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(psutil.virtual_memory().total)
 
 
 def available_memory() -> int:
     """Bytes that can be taken without swapping, within a container's limit; page cache counts as
     free."""
-    free = total_memory()
-    for line in lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    free = int(psutil.virtual_memory().available)
     # cgroup v2: a limit in bytes, or "max".
     limit, used = (lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and used and limit[0].isdigit() and used[0].isdigit():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+import psutil
 from msgspec import Struct
 
 from deskside.machine.system import (
@@ -80,13 +81,11 @@ def describe() -> Host:
     )
 
 
-def busy_seconds() -> float | None:
+def busy_seconds() -> float:
     """CPU time that all processes have used since the start, and that a hypervisor withheld."""
-    line = (contents(Path("/proc/stat")) or "").partition("\n")[0].split()
-    if len(line) < 9 or line[0] != "cpu":
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    times = psutil.cpu_times()
+    kinds = ("user", "nice", "system", "irq", "softirq", "steal")  # guests' time is in user
+    return float(sum(getattr(times, kind, 0.0) for kind in kinds))
 
 
 def megahertz() -> list[float]:
@@ -149,7 +148,7 @@ class Watch:
         self._stop.set()
         self._thread.join()
         load = self.load
-        if self._own and busy is not None and self._busy is not None and elapsed >= SHORTEST:
+        if self._own and elapsed >= SHORTEST:
             others = (busy - self._busy) - (used - self._used)
             load.other_cpu = max(0.0, others / elapsed)
         with contextlib.suppress(OSError):

@@ -12,6 +12,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deskside.errors import DesksideError
 from deskside.machine.devices import CPU
@@ -167,7 +171,7 @@ def emit(plan: Plan, kind: str, model: str) -> dict[str, str]:
         return {"": _command(plan, kind, model)}
     if kind == "podman":
         return _podman(plan, model)
-    return {"deskside.service": _systemd(plan, model)}
+    return _systemd(plan, model)
 
 
 def arguments(plan: Plan, kind: str, model: str) -> list[str]:
@@ -247,110 +251,38 @@ def _podman(plan: Plan, model: str) -> dict[str, str]:
     folder, _, file = model.rpartition("/")
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
-    cuda = any(d.name.startswith("cuda") for d in plan.machine.gpus)
-    device = ["# all NVIDIA GPUs, by CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
-              "AddDevice=nvidia.com/gpu=all"] if cuda else []  # fmt: skip
-    lock = ["Ulimit=memlock=-1:-1"] if plan.options.mlock or cuda else []
-    unit = [
-        _PLANNED,
-        "# Put into ~/.config/containers/systemd/, then: systemctl --user daemon-reload",
-        "[Unit]",
-        f"Description=deskside serving {_plain(file)}",
-        "",
-        "[Container]",
-        "Image=localhost/deskside:latest",
-        "ContainerName=deskside",
-        *device,
-        "# threads and staging buffers share memory",
-        "ShmSize=8g",
-        f"Volume={_plain(folder) or '.'}:/models:ro,z",
-        f"PublishPort=127.0.0.1:{PORT}:{PORT}",
-        *lock,
-        "NoNewPrivileges=true",
-        "DropCapability=all",
-        "ReadOnly=true",
-        f"HealthCmd=python3 -c \"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health')\"",
-        "HealthInterval=30s",
-        "HealthTimeout=10s",
-        "# reading a large model takes minutes",
-        "HealthStartPeriod=30m",
-        f"Exec={_unit_words(words)}",
-        "",
-        "[Service]",
-        "Restart=on-failure",
-        "TimeoutStartSec=infinity",
-        "",
-        "[Install]",
-        "WantedBy=default.target",
-    ]
-    extra = "[gpu]" if plan.machine.gpus else ""
-    container = [
-        "# podman build -t deskside . (in a checkout of deskside)",
-        _PLANNED,
-        "FROM docker.io/library/python:3.12-slim AS build",
-        "RUN apt-get update && apt-get install -y --no-install-recommends g++ make",
-        "COPY . /src",
-        f"RUN pip install --no-cache-dir --prefix=/install '/src{extra}'",
-        "",
-        "FROM docker.io/library/python:3.12-slim",
-        "COPY --from=build /install /usr/local",
-        "RUN useradd --create-home deskside",
-        "USER deskside",
-        f"EXPOSE {PORT}",
-        'ENTRYPOINT ["deskside"]',
-        'CMD ["--help"]',
-    ]
-    return {
-        "deskside.container": "\n".join(unit) + "\n",
-        "Containerfile": "\n".join(container) + "\n",
-    }
+    names = ("deskside.container", "Containerfile")
+    return {name: _render(name, plan, words=words, file=file, folder=folder) for name in names}
 
 
-def _plain(text: str) -> str:
-    """Text for a unit file, where % starts a specifier."""
-    return text.replace("%", "%%")
-
-
-def _systemd(plan: Plan, model: str) -> str:
+def _systemd(plan: Plan, model: str) -> dict[str, str]:
     words = ["/usr/local/bin/deskside", "serve", *arguments(plan, "deskside", model)]
     words += ["--host", "127.0.0.1", "--port", str(PORT)]
-    gpu = any(d.name.startswith("cuda") for d in plan.machine.gpus)
-    return (
-        "\n".join(
-            [
-                _PLANNED,
-                "[Unit]",
-                f"Description=deskside serving {_plain(model)}",
-                "After=network.target",
-                "",
-                "[Service]",
-                f"ExecStart={_unit_words(words)}",
-                "Restart=on-failure",
-                "# reading a large model takes minutes",
-                "TimeoutStartSec=infinity",
-                "DynamicUser=yes",
-                "CacheDirectory=deskside",
-                "Environment=XDG_CACHE_HOME=/var/cache/deskside",
-                *(["LimitMEMLOCK=infinity"] if plan.options.mlock or gpu else []),
-                "NoNewPrivileges=yes",
-                "CapabilityBoundingSet=",
-                "ProtectSystem=strict",
-                "ProtectHome=read-only",
-                "PrivateTmp=yes",
-                *(["# GPUs are devices of the host"] if gpu else ["PrivateDevices=yes"]),
-                "ProtectKernelTunables=yes",
-                "ProtectKernelModules=yes",
-                "ProtectControlGroups=yes",
-                "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
-                "RestrictNamespaces=yes",
-                "RestrictRealtime=yes",
-                "RestrictSUIDSGID=yes",
-                "LockPersonality=yes",
-                "SystemCallArchitectures=native",
-                "",
-                "[Install]",
-                "WantedBy=multi-user.target",
-            ]
-        )
-        + "\n"
+    name = "deskside.service"
+    return {name: _render(name, plan, words=words, file=model)}
+
+
+def _render(name: str, plan: Plan, **values: Any) -> str:
+    """The file of this name, from its template beside this module."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters |= {"literal": _literal, "exec": _unit_words}
+    cuda = any(d.name.startswith("cuda") for d in plan.machine.gpus)
+    return environment.get_template(f"{name}.jinja").render(
+        planned=_PLANNED,
+        port=PORT,
+        gpu=bool(plan.machine.gpus),
+        cuda=cuda,
+        lock=plan.options.mlock or cuda,
+        **values,
+    )
+
+
+def _literal(text: str) -> str:
+    """Text for a unit file, where % starts a specifier."""
+    return text.replace("%", "%%")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deskside.errors import DesksideError
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
-PERCENTILES = (2.5, 97.5)
 Z = 1.959964  # standard normal quantile of 97.5 %
 ALPHA = 0.05
 # Of fewer pairs or points no 95 % interval of a median exists that holds for any noise: all of n
@@ -26,6 +28,15 @@ OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin 1993)
 MAD_TO_SD = 1.4826  # of normal noise
 CLIP = 4.0  # standard deviations at which one value counts no more
 _CHUNK = 1 << 20  # values resampled at once: bounds memory
+
+
+def _scipy_stats() -> Any:
+    """scipy.stats, loaded when a report is made and not before."""
+    try:
+        import scipy.stats
+    except ImportError:
+        raise DesksideError("statistics need: pip install 'deskside[bench]'") from None
+    return scipy.stats
 
 
 @dataclass(frozen=True)
@@ -82,13 +93,19 @@ def bootstrap(x: Floats, statistic: Callable[..., Floats]) -> Interval | None:
     """
     if len(x) < 2:
         return None
-    rng = np.random.default_rng(0)
-    rows = max(1, _CHUNK // len(x))
-    found = []
-    for done in range(0, RESAMPLES, rows):
-        picked = rng.integers(len(x), size=(min(rows, RESAMPLES - done), len(x)))
-        found.append(statistic(x[picked], axis=1))
-    low, high = np.percentile(np.concatenate(found), PERCENTILES)
+    low, high = (
+        _scipy_stats()
+        .bootstrap(
+            (x,),
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=max(1, _CHUNK // len(x)),
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(0),
+        )
+        .confidence_interval
+    )
     return Interval(float(low), float(high))
 
 
@@ -250,13 +267,20 @@ def low_start(
         limit = min(len(x) // 2 - count, len(rest) - 1)
         if limit < 1 or not rest.std():
             break
-        found = _splits(rest[None], limit)[0]
-        best = int(np.argmax(found))
-        shuffled = rng.permuted(np.tile(rest, (permutations, 1)), axis=1)
-        chance = _splits(shuffled, limit).max(axis=1)
-        # a tie is a hit: rounding must not make the shuffles that equal the data look smaller
-        hits = int(np.sum(chance >= found[best] - 1e-9))
-        here = (1 + hits) / (1 + permutations)
+        best = int(np.argmax(_splits(rest, limit)))
+        here = float(
+            _scipy_stats()
+            .permutation_test(
+                (rest,),
+                lambda order, axis, limit=limit: _splits(order, limit).max(axis=-1),
+                permutation_type="pairings",
+                alternative="greater",
+                n_resamples=permutations,
+                vectorized=True,
+                rng=rng,
+            )
+            .pvalue
+        )
         if here > ALPHA:
             p = here if not count else p
             break
@@ -269,11 +293,11 @@ def low_start(
 
 
 def _splits(x: Floats, limit: int) -> Floats:
-    """x (m, n) -> (m, limit): for the first k = 1..limit values, how far their mean is below that
-    of the rest, times sqrt(k (n - k) / n). The spread of a row is the same for all shuffles."""
-    n = x.shape[1]
+    """x (..., n) -> (..., limit): for the first k = 1..limit values, how far their mean is below
+    that of the rest, times sqrt(k (n - k) / n). All shuffles of a row have the same spread."""
+    n = x.shape[-1]
     k = np.arange(1, limit + 1)
-    sums = np.cumsum(x, axis=1)
-    head, total = sums[:, :limit], sums[:, -1:]
+    sums = np.cumsum(x, axis=-1)
+    head, total = sums[..., :limit], sums[..., -1:]
     below = (total - head) / (n - k) - head / k
     return np.asarray(below * np.sqrt(k * (n - k) / n))
