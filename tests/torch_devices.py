@@ -42,8 +42,7 @@ class FakeDevice(emulated.EmulatedDevice):  # type: ignore[misc, name-defined]
         self._capturing = graphs
 
     def _graph_maker(self) -> Any:
-        blocks = torch_record.Blocks(self.device)
-        return lambda outside, states: torch_record.Recording(outside, states, blocks, self.kernels)
+        return torch_record.Recordings(self.device, self.kernels)
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:

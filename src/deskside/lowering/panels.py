@@ -9,7 +9,7 @@ from deskside import _native
 from deskside.gguf import TensorInfo
 from deskside.lowering.steps import Step
 
-ALIGN = 4096  # a matrix starts on a page of its own
+PAGE_BYTES = 4096  # a matrix starts on a page of its own
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[Placement], in
             placements.append(Placement(info, at, stride, rows, groups))
             at += panel
         n_panels = -(-rows // _native.PANEL_ROWS) * groups
-        total += -(-stride * n_panels // ALIGN) * ALIGN
+        total += -(-stride * n_panels // PAGE_BYTES) * PAGE_BYTES
     return placements, total

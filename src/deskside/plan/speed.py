@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
+from deskside.lowering.steps import FLOAT_TYPES
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan.units import EXPERTS, SHARED, Atom, Cut
 from deskside.tape import Op
 from deskside.tape.cache import cache_bytes
 from deskside.tape.cost import Experts
 
-FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 # docs/LOG.md and the records of docs/benchmarks: two cores of a Xeon with AVX-512 VNNI.
 EFFICIENCY: dict[str, Efficiency] = {
     "dense": Efficiency(0.95, 0.48),

@@ -29,9 +29,10 @@ from functools import lru_cache, partial
 import numpy as np
 
 from deskside.errors import DesksideError
+from deskside.lowering.steps import FLOAT_TYPES
 from deskside.lowering.work import expert_bytes
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
-from deskside.plan.speed import EFFICIENCY, FLOAT_TYPES, LONG_PROMPT
+from deskside.plan.speed import EFFICIENCY, LONG_PROMPT
 from deskside.tape import Op, Tape
 from deskside.tape.cost import Experts
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deskside.gguf import TensorInfo
-from deskside.tape import KVState, Op, Tape
+from deskside.tape import Op, Tape
 
 # Kinds of tensors in budgets, in the order in which they are shown.
 KINDS = (
@@ -149,8 +149,3 @@ def _kind(op: Op, name: str, attention: bool) -> str:
     if re.search(r"\.ffn_", name):
         return "feed-forward"
     return "attention" if attention else "delta net"
-
-
-def kv_layers(tape: Tape) -> int:
-    """How many layers have keys and values."""
-    return sum(isinstance(state, KVState) for state in tape.states)

@@ -22,8 +22,8 @@ from deskside.backends.torch.quants import TYPES
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+from deskside.lowering.buffers import LINE
 from deskside.lowering.sections import HOST_TORCH, Section, last_uses
-from deskside.lowering.work import ALIGN
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
 from deskside.tape.cache import state_shapes
@@ -320,7 +320,7 @@ def _offsets(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
     offsets, total = {}, 0
     for i, size in sizes.items():
         offsets[i] = total
-        total += -(-size // ALIGN) * ALIGN
+        total += -(-size // LINE) * LINE  # values in one transfer start on cache lines
     return offsets, total
 
 
