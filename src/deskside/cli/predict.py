@@ -49,14 +49,25 @@ def predict(
         raise DesksideError(f"--out {out}: expected a file in a folder that exists")
     wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
     options = Options(
-        depths=_numbers("--depths", depths), generate=generate, repeats=repeats,
-        threads=threads, kv=kv, ubatch=ubatch, isa=isa,
-    )  # fmt: skip
+        depths=_numbers("--depths", depths),
+        generate=generate,
+        repeats=repeats,
+        threads=threads,
+        kv=kv,
+        ubatch=ubatch,
+        isa=isa,
+    )
     with progress_bar() as progress:
         result = predict(
-            preset, wanted, experts=experts, check=check, options=options, keep=keep, say=note,
+            preset,
+            wanted,
+            experts=experts,
+            check=check,
+            options=options,
+            keep=keep,
+            say=note,
             progress=progress,
-        )  # fmt: skip
+        )
     show(result)
     if out is not None:
         result.save(out)

@@ -19,9 +19,19 @@ DEFAULT_CTX = 4096
 
 # Options that decide where tensors go.
 PLACING = (
-    "devices", "override_tensor", "cpu_moe", "n_cpu_moe", "gpu_layers", "tensor_split", "main_gpu",
-    "margin", "stream_experts", "expert_cache", "no_mmap", "mlock",
-)  # fmt: skip
+    "devices",
+    "override_tensor",
+    "cpu_moe",
+    "n_cpu_moe",
+    "gpu_layers",
+    "tensor_split",
+    "main_gpu",
+    "margin",
+    "stream_experts",
+    "expert_cache",
+    "no_mmap",
+    "mlock",
+)
 
 _TEXTS, _OR_NONE = (str, list, tuple), (type(None),)
 _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
@@ -119,8 +129,11 @@ class EngineConfig:
         """The options that say where tensors go, as far as they were given, fit for JSON."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
-        return {n: v for n, v in found.items() if v not in ([], "off") and v is not None
-                and v is not False}  # fmt: skip
+        return {
+            n: v
+            for n, v in found.items()
+            if v not in ([], "off") and v is not None and v is not False
+        }
 
     @property
     def n_threads(self) -> int:

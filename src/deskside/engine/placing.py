@@ -57,14 +57,21 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Placing:
     if not config.placing():
         return Placing()
     if config.backend != "cpu":
-        raise DesksideError(f"--backend {config.backend} computes everything in one place: leave "
-                            "out --device and the rules of placement")  # fmt: skip
+        raise DesksideError(
+            f"--backend {config.backend} computes everything in one place: leave "
+            "out --device and the rules of placement"
+        )
     unasked = config.devices is None and not _wants_gpu(config)
     machine = machine_of(config, this_machine(config.n_threads), ["none"] if unasked else None)
     options = Options(
-        ctx=ctx, ubatch=ubatch, ctk=config.ctk, ctv=config.ctv, threads=config.n_threads,
-        mmap=not config.no_mmap, mlock=config.mlock,
-    )  # fmt: skip
+        ctx=ctx,
+        ubatch=ubatch,
+        ctk=config.ctk,
+        ctv=config.ctv,
+        threads=config.n_threads,
+        mmap=not config.no_mmap,
+        mlock=config.mlock,
+    )
     wishes, notes = rules_of(config), list[str]()
     if not machine.gpus:
         wishes, notes = _without_gpu(wishes)
@@ -122,8 +129,10 @@ def _streaming(plan: Plan, lending: Lending, least: int) -> tuple[Plan, Lending,
         )
         assert found is not None
         if not least and (found.break_even is None or found.break_even > found.chunk):
-            note = (f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
-                    f"{device} than on the CPU")  # fmt: skip
+            note = (
+                f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
+                f"{device} than on the CPU"
+            )
             return plan, lending, [note]
         ubatch = o.ubatch if least else max(o.ubatch, found.chunk)
         first = max(2, least or found.break_even or 1, FEW_PAIRS // found.top_k + 1)

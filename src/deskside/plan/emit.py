@@ -248,8 +248,14 @@ def _podman(plan: Plan, model: str) -> dict[str, str]:
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
     cuda = any(d.name.startswith("cuda") for d in plan.machine.gpus)
-    device = ["# all NVIDIA GPUs, by CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
-              "AddDevice=nvidia.com/gpu=all"] if cuda else []  # fmt: skip
+    device = (
+        [
+            "# all NVIDIA GPUs, by CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
+            "AddDevice=nvidia.com/gpu=all",
+        ]
+        if cuda
+        else []
+    )
     lock = ["Ulimit=memlock=-1:-1"] if plan.options.mlock or cuda else []
     unit = [
         _PLANNED,

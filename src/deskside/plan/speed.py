@@ -305,8 +305,10 @@ def sources(machine: Machine, used: Sequence[str]) -> list[str]:
         if device.name not in used:
             continue
         for name, figure in device.figures().items():
-            lines.append(f"{device.name} {name.replace('_', ' ')} {_show(name, figure.value)}: "
-                         f"{figure.source}")  # fmt: skip
+            lines.append(
+                f"{device.name} {name.replace('_', ' ')} {_show(name, figure.value)}: "
+                f"{figure.source}"
+            )
     if CPU in used:
         assumed = [sort for sort in EFFICIENCY if sort not in machine.efficiency]
         for sorts, source in (

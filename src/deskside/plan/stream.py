@@ -236,8 +236,9 @@ class _Model:
 
     def hops(self, n: int) -> float:
         """To the host and back in every layer, with the activations."""
-        each = sum(self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer
-                   for op in self.ops)  # fmt: skip
+        each = sum(
+            self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer for op in self.ops
+        )
         return 2 * each
 
     # Whole passes.

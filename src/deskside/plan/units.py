@@ -18,9 +18,15 @@ from deskside.tape import Op, Tape
 
 # Kinds of tensors in budgets, in the order in which they are shown.
 KINDS = (
-    "routed experts", "shared expert", "attention", "delta net", "feed-forward", "head",
-    "embedding", "norms and router",
-)  # fmt: skip
+    "routed experts",
+    "shared expert",
+    "attention",
+    "delta net",
+    "feed-forward",
+    "head",
+    "embedding",
+    "norms and router",
+)
 EMBED, MIXER, FFN, EXPERTS, SHARED, HEAD = "embed", "mixer", "ffn", "experts", "shared", "head"
 _NORM = re.compile(r"_norm\.|rope_freqs|ffn_gate_inp\.")
 Key = tuple[int, str]  # layer, role; layer -1 before the first, n_layers behind the last
