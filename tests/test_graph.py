@@ -406,7 +406,7 @@ def test_places_do_not_overlap_while_they_live() -> None:
         sizes = rng.integers(0, 1000, n).tolist()
         offsets, total = torch_record.places(sizes, first, last)
         for i in range(n):
-            assert offsets[i] % torch_record.ALIGN == 0 and offsets[i] + sizes[i] <= total
+            assert offsets[i] % torch_record.LINE_BYTES == 0 and offsets[i] + sizes[i] <= total
             for j in range(i):
                 together = first[i] <= last[j]
                 apart = offsets[i] >= offsets[j] + sizes[j] or offsets[j] >= offsets[i] + sizes[i]

@@ -202,8 +202,8 @@ QUICK = PredictOptions(depths=(16, 40), generate=6, repeats=2, threads=1)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(predicting.machine, "bandwidth", lambda threads: 1e10)
-    monkeypatch.setattr(predicting.machine, "compute", lambda threads, isa: 1e11)
+    monkeypatch.setattr(predicting.rates, "bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(predicting.rates, "compute", lambda threads, isa: 1e11)
     yield tmp_path / "cache"
 
 

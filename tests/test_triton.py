@@ -176,17 +176,6 @@ def swiglu_bound(x: np.ndarray, gate: np.ndarray, up: np.ndarray, name: str, row
     return 1.1 * dg * (np.abs(u) + du) + np.abs(silu(g)) * (du + 8 * EPS * np.abs(u))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 33])
-def test_matmul_swiglu(rows: int, rng: np.random.Generator) -> None:
-    n, n_out, name = 256, 70, "IQ4_XS"
-    gate, up = random_rows(name, (2, n_out), n, rng)
-    x = rng.standard_normal((rows, n)).astype(np.float32)
-    y = host(tk.matmul_swiglu(gpu(x), gpu(gate), gpu(up), name, n, n_out))
-    g, u = weights(gate, name, n), weights(up, name, n)
-    wanted = silu(x @ g.T) * (x @ u.T)
-    assert (np.abs(y - wanted) <= swiglu_bound(x, g, u, name, rows)).all()
-
-
 def choices(kind: str, tokens: int, n_experts: int, rng: np.random.Generator) -> np.ndarray:
     """int32 (tokens, 2): the experts of each token, different ones."""
     if kind == "one expert":  # and a second one that is different for every token, as it must be

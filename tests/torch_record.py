@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deskside.backends.torch.kernels import NONE, Kernels
 
-ALIGN = 64  # bytes; torch aligns likewise
+LINE_BYTES = 64  # of a cache line; torch aligns likewise
 WAITING_OPS = frozenset({
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "is_nonzero", "equal",
@@ -217,13 +217,13 @@ class Recording:
     def _settle(self) -> None:
         """Give every storage its place, and the calls tensors there."""
         offsets, total = places(self._sizes, self._first, self._last)
-        block = self._blocks.of(max(total, ALIGN))
+        block = self._blocks.of(max(total, LINE_BYTES))
 
         def fixed(x: Any) -> Any:
             if not isinstance(x, _Place):
                 return x
             start = offsets[x.storage] // x.dtype.itemsize + x.offset
-            typed = block[: block.numel() // ALIGN * ALIGN].view(x.dtype)
+            typed = block[: block.numel() // LINE_BYTES * LINE_BYTES].view(x.dtype)
             return typed.as_strided(x.size, x.stride, start)
 
         for call in self._calls:
@@ -231,6 +231,20 @@ class Recording:
             call.fresh = [(i, fixed(x)) for i, x in call.fresh]
         self._ready = [c for c in self._calls if c.run is not _nothing]
         self._calls = []
+
+
+class Recordings:
+    """Makes the recordings of a device. They share blocks of memory."""
+
+    def __init__(self, device: torch.device, kernels: Kernels) -> None:
+        self._blocks = Blocks(device)
+        self._kernels = kernels
+
+    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Recording:
+        return Recording(outside, states, self._blocks, self._kernels)
+
+    def renew(self) -> None:
+        """Blocks serve any recording."""
 
 
 def places(
@@ -247,10 +261,10 @@ def places(
         for j in sorted(live, key=offsets.__getitem__):
             if offsets[j] - at >= size:
                 break
-            at = max(at, -(-(offsets[j] + sizes[j]) // ALIGN) * ALIGN)
+            at = max(at, -(-(offsets[j] + sizes[j]) // LINE_BYTES) * LINE_BYTES)
         offsets.append(at)
         live.append(i)
-        total = max(total, -(-(at + size) // ALIGN) * ALIGN)
+        total = max(total, -(-(at + size) // LINE_BYTES) * LINE_BYTES)
     return offsets, total
 
 

@@ -87,10 +87,14 @@ def plan(
     ours = machine_of(config, ours)
     options = Options(
         ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
-        ubatch=ubatch, parallel=parallel, ctk=ctk.lower(), ctv=ctv.lower(),
-        threads=min(threads or ours.cores, ours.cores), mmap=not config.no_mmap,
+        ubatch=ubatch,
+        parallel=parallel,
+        ctk=ctk.lower(),
+        ctv=ctv.lower(),
+        threads=min(threads or ours.cores, ours.cores),
+        mmap=not config.no_mmap,
         mlock=config.mlock,
-    )  # fmt: skip
+    )
     wishes = rules_of(config)
     try:
         placed = plan_for(tape, config, ours, wishes, options)
@@ -139,9 +143,10 @@ def _preset_of(file: Any) -> str | None:
 
     arch = file.get("general.architecture")
     keys = {
-        "num_hidden_layers": "block_count", "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
         "num_experts": "expert_count",
-    }  # fmt: skip
+    }
     extra = file.get(f"{arch}.nextn_predict_layers", 0)
     for name, values in PRESETS.items():
         found = {k: file.get(f"{arch}.{key}") for k, key in keys.items()}
@@ -162,6 +167,7 @@ def _refuse(
 
     found = remedies(tape, machine, wishes, options)
     if as_json:
+<<<<<<< HEAD
         print(json.dumps({
             "version": VERSION, "fits": False, "model": name, "reason": str(refusal),
             "shortfall": refusal.shortfall,
@@ -173,6 +179,29 @@ def _refuse(
     if not found:
         console.err.print("no smaller context or cache is enough: it needs more memory, or a file "
                           "of fewer bits", markup=False)  # fmt: skip
+=======
+        print(
+            json.dumps(
+                {
+                    "version": VERSION,
+                    "fits": False,
+                    "model": name,
+                    "reason": str(refusal),
+                    "shortfall": refusal.shortfall,
+                    "ways_out": [{"flags": w.flags, "price": w.price} for w in ways],
+                },
+                indent=1,
+            )
+        )
+    console.error(str(refusal))
+    for way in ways:
+        console.err.print(f"enough would be: {way_line(way)}", markup=False)
+    if not ways:
+        console.err.print(
+            "no smaller context or cache is enough: it needs more memory, or a file of fewer bits",
+            markup=False,
+        )
+>>>>>>> tools
     return 2
 
 

@@ -70,10 +70,16 @@ def perplexity(
     reference = None if kl is None else LogProbs.open(kl)
     with progress_bar() as progress, ExitStack() as stack:
         llm = LLM(
-            model or demo_model(), progress=progress,
-            ctx=quality.WINDOW if ctx is None else ctx, threads=threads, ubatch=ubatch,
-            ctk=ctk, ctv=ctv, isa=isa, **placing,
-        )  # fmt: skip
+            model or demo_model(),
+            progress=progress,
+            ctx=quality.WINDOW if ctx is None else ctx,
+            threads=threads,
+            ubatch=ubatch,
+            ctk=ctk,
+            ctv=ctv,
+            isa=isa,
+            **placing,
+        )
         for line in llm.notes:
             note(line)
         windows = quality.windows(llm, text, name, chunks)

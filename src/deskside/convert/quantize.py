@@ -103,9 +103,10 @@ def _choose(
     """The type of every tensor, and which of them are not the ones asked for."""
     patterns = [(_compiled(pattern), t) for pattern, t in rules]
     matrices = [
-        info for info in model.tensors.values()
+        info
+        for info in model.tensors.values()
         if len(info.shape) > 1 and info.type.name not in ("I8", "I16", "I32", "I64")
-    ]  # fmt: skip
+    ]
     for pattern, t in patterns:
         if not any(pattern.search(info.name) for info in matrices):
             raise DesksideError(

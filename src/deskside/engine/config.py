@@ -22,9 +22,19 @@ DEFAULT_CTX = 4096
 
 # Options that decide where tensors go.
 PLACING = (
-    "devices", "override_tensor", "cpu_moe", "n_cpu_moe", "gpu_layers", "tensor_split", "main_gpu",
-    "margin", "stream_experts", "expert_cache", "no_mmap", "mlock",
-)  # fmt: skip
+    "devices",
+    "override_tensor",
+    "cpu_moe",
+    "n_cpu_moe",
+    "gpu_layers",
+    "tensor_split",
+    "main_gpu",
+    "margin",
+    "stream_experts",
+    "expert_cache",
+    "no_mmap",
+    "mlock",
+)
 
 # What these are called on the command line.
 FLAGS = {
@@ -110,8 +120,11 @@ class EngineConfig:
         """The options that say where tensors go, as far as they were given, fit for JSON."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
-        return {n: v for n, v in found.items() if v not in ([], "off") and v is not None
-                and v is not False}  # fmt: skip
+        return {
+            n: v
+            for n, v in found.items()
+            if v not in ([], "off") and v is not None and v is not False
+        }
 
     @property
     def n_threads(self) -> int:

@@ -213,9 +213,9 @@ def _q6_k(x: Floats) -> Bytes:
 
 
 # Codes 0..15 of x scaled to [0, 1]: the largest value meets 14, 14.1 .. 16.
-_Q4_TABLES = _search_tables(
-    np.arange(16, dtype=np.float32), [14 + 0.1 * t for t in range(21)]
-)[:, _GRID:]  # fmt: skip
+_Q4_TABLES = _search_tables(np.arange(16, dtype=np.float32), [14 + 0.1 * t for t in range(21)])[
+    :, _GRID:
+]
 
 
 def _best_scale_and_min(b: Floats) -> tuple[Floats, Floats]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from deskside.lowering.steps import Step
 from deskside.tape import Value
 
-# Buffers start on cache lines: 16 floats.
-ALIGN = 16
+LINE = 16  # floats of a cache line: buffers start on one
 PAGE = 1024  # floats of 4 KiB
 
 
 def stride(width: int) -> int:
     """Floats from a row to the next. Rows whole pages apart would share few sets of the caches."""
-    return width + ALIGN if width > 0 and width % PAGE == 0 else width
+    return width + LINE if width > 0 and width % PAGE == 0 else width
 
 
 def plan_buffers(
@@ -33,7 +32,7 @@ def plan_buffers(
             for value in op.outputs:
                 made.setdefault(value.id, i)
                 last[value.id] = i
-                size[value.id] = -(-stride(value.width) * max_rows // ALIGN) * ALIGN
+                size[value.id] = -(-stride(value.width) * max_rows // LINE) * LINE
             for value in op.inputs:
                 last[value.id] = i
 

@@ -9,7 +9,7 @@ from deskside import _native
 from deskside.gguf import TensorInfo
 from deskside.lowering.steps import Step
 
-ALIGN = 4096  # a matrix starts on a page of its own
+PAGE_BYTES = 4096  # a matrix starts on a page of its own
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,10 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[PanelRange], i
             ranges.append(PanelRange(info, at, stride, rows, groups))
             at += panel
         n_panels = -(-rows // _native.PANEL_ROWS) * groups
+<<<<<<< HEAD
         total += -(-stride * n_panels // ALIGN) * ALIGN
     return ranges, total
+=======
+        total += -(-stride * n_panels // PAGE_BYTES) * PAGE_BYTES
+    return placements, total
+>>>>>>> tools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from deskside.lowering.buffers import LINE
 from deskside.lowering.sections import Section, last_uses
 from deskside.tape import Op, Value
 
@@ -12,7 +13,6 @@ FEW_PAIRS = 64  # pairs of token and expert up to which the experts' rows are ga
 MAX_OUTPUTS = 64  # tokens of a step whose logits an engine asks for at once
 ONE_BY_ONE = frozenset({"expert_offload", "expert_offload_pairs", "expert_pairs"})
 BORDER = 256  # bytes: an expert's matrix in a slot starts on such a border
-ALIGN = 16  # floats: values in one transfer start on cache lines
 
 
 def work_bytes(sections: Sequence[Section], device: str, rows: int, outputs: int) -> int:
@@ -27,7 +27,7 @@ def work_bytes(sections: Sequence[Section], device: str, rows: int, outputs: int
     peak = 0
 
     def nbytes(values: Iterable[Value]) -> dict[int, int]:
-        return {v.id: _bytes(v, rows, outputs) + 4 * ALIGN for v in values}
+        return {v.id: _bytes(v, rows, outputs) + 4 * LINE for v in values}
 
     for section in own:
         live |= nbytes(section.imports)

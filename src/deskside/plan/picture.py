@@ -43,10 +43,14 @@ def picture(plan: Plan, title: str) -> str:
     root = ET.Element(
         "svg",
         {
-            "xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height}",
-            "width": str(WIDTH), "height": str(height), "role": "img", "aria-label": title,
+            "xmlns": "http://www.w3.org/2000/svg",
+            "viewBox": f"0 0 {WIDTH} {height}",
+            "width": str(WIDTH),
+            "height": str(height),
+            "role": "img",
+            "aria-label": title,
         },
-    )  # fmt: skip
+    )
     ET.SubElement(root, "style").text = STYLE
     _text(root, 16, 28, title, "head")
     _text(root, 16, 46, f"{plan.machine.name}, context {plan.options.ctx:,}", "dim")
@@ -103,9 +107,14 @@ def _tip(row: str, layer: int, cell: Cell | None, why: dict[tuple[str, int], str
 
 
 def _cell(
-    root: ET.Element, x: float, y: float, width: float, cell: Cell | None,
-    colour: dict[str, str], tip: str,
-) -> None:  # fmt: skip
+    root: ET.Element,
+    x: float,
+    y: float,
+    width: float,
+    cell: Cell | None,
+    colour: dict[str, str],
+    tip: str,
+) -> None:
     inner, total = width - min(2.0, width / 4), sum((cell or {}).values())
     if not cell:
         _rect(root, x, y, inner, ROW - GAP, {"class": "empty"})

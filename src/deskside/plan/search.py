@@ -249,12 +249,23 @@ class _Search:
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
         return Plan(
-            self.tape, o, self.machine, self.rules,
+            self.tape,
+            o,
+            self.machine,
+            self.rules,
             {name: placement[name] for name in in_order},
             {name: reasons[name] for name in in_order},
+<<<<<<< HEAD
             tuple(states), self.grouping.kinds,
             self._usage(placement, states, taken), tuple(rates),
         )  # fmt: skip
+=======
+            tuple(states),
+            self.cut.kinds,
+            self._usage(placement, states, taken),
+            tuple(rates),
+        )
+>>>>>>> tools
 
     def _reason(self, i: int, device: int) -> str:
         if not self.gpus:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
+from deskside.lowering.steps import FLOAT_TYPES
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
 from deskside.tape.cost import BatchShape, work
@@ -268,8 +269,10 @@ def sources(machine: Machine, used: Sequence[str]) -> list[str]:
         if device.name not in used:
             continue
         for name, figure in device.figures().items():
-            lines.append(f"{device.name} {name.replace('_', ' ')} {_show(name, figure.value)}: "
-                         f"{figure.source}")  # fmt: skip
+            lines.append(
+                f"{device.name} {name.replace('_', ' ')} {_show(name, figure.value)}: "
+                f"{figure.source}"
+            )
     if CPU in used:
         assumed = [sort for sort in EFFICIENCY if sort not in machine.efficiency]
         for sorts, source in (

@@ -30,9 +30,16 @@ from functools import lru_cache, partial
 import numpy as np
 
 from deskside.errors import DesksideError
+<<<<<<< HEAD
 from deskside.lowering.scratch import expert_bytes
 from deskside.machine.devices import CPU, Device, Machine
 from deskside.plan.speed import EFFICIENCY, LONG_PROMPT, device_seconds
+=======
+from deskside.lowering.steps import FLOAT_TYPES
+from deskside.lowering.work import expert_bytes
+from deskside.machine.devices import CPU, Device, Efficiency, Machine
+from deskside.plan.speed import EFFICIENCY, LONG_PROMPT
+>>>>>>> tools
 from deskside.tape import Op, Tape
 from deskside.tape.cost import MATRICES, BatchShape, Experts, work
 
@@ -229,8 +236,9 @@ class _Model:
 
     def hops(self, n: int) -> float:
         """To the host and back in every layer, with the activations."""
-        each = sum(self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer
-                   for op in self.ops)  # fmt: skip
+        each = sum(
+            self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer for op in self.ops
+        )
         return 2 * each
 
     # Whole passes.

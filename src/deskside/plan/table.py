@@ -46,10 +46,14 @@ def groups(plan: Plan) -> list[Group]:
     for (_, kind, device, reason), names in sorted(by.items()):
         found.append(
             Group(
-                _pattern(names, kind, of_kind), device, reason, kind, len(names),
+                _pattern(names, kind, of_kind),
+                device,
+                reason,
+                kind,
+                len(names),
                 sum(infos[n].nbytes for n in names),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -113,8 +117,9 @@ def show(plan: Plan, title: str, preset: str | None, console: Console | None = N
     out.print(
         f"{title} on {plan.machine.name}: -c {o.ctx} --parallel {o.parallel} -ub {o.ubatch} "
         f"-ctk {o.ctk} -ctv {o.ctv}",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+        markup=False,
+        soft_wrap=True,
+    )
     out.print()
     out.print(_memory_table(plan.usage))
     if mapped := sum(u.mapped for u in plan.usage):
@@ -126,16 +131,18 @@ def show(plan: Plan, title: str, preset: str | None, console: Console | None = N
     for g in groups(plan):
         out.print(
             f"{g.pattern} -> {g.device}: {g.reason} ({g.count} tensors, {show_size(g.nbytes)})",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+            markup=False,
+            soft_wrap=True,
+        )
     out.print()
     out.print(_rate_table(plan.rates))
     for p, share in published(plan, preset):
         out.print(
             f"{p.engine}: {p.decode} tok/s published ({p.source}), {100 * share:.0f} % of this "
             "plan's roofline at depth 0",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+            markup=False,
+            soft_wrap=True,
+        )
     out.print()
     for line in sources(plan.machine, plan.used):
         out.print(line, style="dim", markup=False, soft_wrap=True)
@@ -155,9 +162,17 @@ def _memory_table(usage: Iterable[Usage]) -> Table:
         if any(kind in u.weights for u in usage):
             table.add_row(kind, *(_cell(u.weights.get(kind, 0)) for u in usage))
     for label, name in (
+<<<<<<< HEAD
         ("keys and values", "kv"), ("recurrent state", "recurrent"), ("compute buffers", "buffers"),
         ("offloaded experts", "reserved"),
     ):  # fmt: skip
+=======
+        ("keys and values", "kv"),
+        ("recurrent state", "recurrent"),
+        ("compute buffers", "buffers"),
+        ("lent experts", "reserved"),
+    ):
+>>>>>>> tools
         if name != "reserved" or any(u.reserved for u in usage):
             table.add_row(label, *(_cell(getattr(u, name)) for u in usage))
     table.add_row("margin", *(_cell(u.device.margin) for u in usage))
@@ -177,9 +192,12 @@ def _rate_table(rates: Iterable[Rate]) -> Table:
         table.add_column(name, justify="right" if 0 < i < 4 else "left", no_wrap=True)
     for r in rates:
         table.add_row(
-            rate_label(r), f"{r.rate:.1f}", f"{r.roofline:.1f}", f"{100 * r.share:.0f} %",
+            rate_label(r),
+            f"{r.rate:.1f}",
+            f"{r.roofline:.1f}",
+            f"{100 * r.share:.0f} %",
             f"{r.limit} ({100 * r.limit_share:.0f} %)",
-        )  # fmt: skip
+        )
     return table
 
 

@@ -57,9 +57,16 @@ def load(
             fd = files[info.path]
             progress("loading", done, whole)
             weights[info.name] = arena.from_file(
-                fd, info.offset, info.type.id, info.row_len, p.rows, p.groups, p.at, p.stride,
+                fd,
+                info.offset,
+                info.type.id,
+                info.row_len,
+                p.rows,
+                p.groups,
+                p.at,
+                p.stride,
                 n_threads,
-            )  # fmt: skip
+            )
             if forget:
                 os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
             done += info.nbytes

@@ -23,7 +23,11 @@ from deskside.backends.torch.quants import TYPES
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
+<<<<<<< HEAD
 from deskside.lowering.scratch import ALIGN
+=======
+from deskside.lowering.buffers import LINE
+>>>>>>> tools
 from deskside.lowering.sections import HOST_TORCH, Section, last_uses
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
@@ -339,7 +343,7 @@ def _offsets(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
     offsets, total = {}, 0
     for i, size in sizes.items():
         offsets[i] = total
-        total += -(-size // ALIGN) * ALIGN
+        total += -(-size // LINE) * LINE  # values in one transfer start on cache lines
     return offsets, total
 
 

@@ -117,42 +117,22 @@ def matmul_config(
 
 def matmul(x: torch.Tensor, w: torch.Tensor, type_name: str, n_in: int, n_out: int) -> torch.Tensor:
     """y = x W^T: float32 (rows, n_in), uint8 (n_out, row bytes) -> float32 (rows, n_out)."""
-    return _ungrouped(x, w, None, type_name, n_in, n_out)
-
-
-def matmul_swiglu(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, type_name: str, n_in: int, n_out: int
-) -> torch.Tensor:
-    """silu(x Gate^T) (x Up^T), both matrices of one type, shapes as `matmul`."""
-    return _ungrouped(x, gate, up, type_name, n_in, n_out)
-
-
-def _ungrouped(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    up: torch.Tensor | None,
-    type_name: str,
-    n_in: int,
-    n_out: int,
-) -> torch.Tensor:
     constants = weight_constants(type_name, n_in)
     _check_input(x, n_in)
-    for matrix in (w,) if up is None else (w, up):
-        _check_weight(matrix, 1, n_out, constants["ROW_BYTES"], type_name)
+    _check_weight(w, 1, n_out, constants["ROW_BYTES"], type_name)
     rows = len(x)
     y = torch.empty((rows, n_out), dtype=torch.float32, device=x.device)
-    fused = up is not None
     if rows == 0:
         return y
     if rows <= FEW_ROWS:
-        config = matvec_config(type_name, n_in, rows, fused=fused)
+        config = matvec_config(type_name, n_in, rows, fused=False)
         grid = (_tiles(n_out, config.constants["BLOCK_N"]), 1, 1)
-        _launch(triton_matmul.matvec, grid, config, x, w, up, None, y, rows, n_out, 1)
+        _launch(triton_matmul.matvec, grid, config, x, w, None, None, y, rows, n_out, 1)
         return y
-    config = matmul_config(type_name, n_in, rows, fused=fused)
+    config = matmul_config(type_name, n_in, rows, fused=False)
     grid = _grid(_tiles(rows, config.constants["BLOCK_M"]), n_out, config)
     scaled, scale = _scaled(x, config)
-    args = (scaled, scale, w, up, None, None, y, rows, n_out)
+    args = (scaled, scale, w, None, None, None, y, rows, n_out)
     _launch(triton_matmul.matmul, grid, config, *args)
     return y
 

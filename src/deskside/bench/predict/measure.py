@@ -242,10 +242,15 @@ class _Runner:
         o = self.options
         for i in group:
             llm = LLM(
-                self.choice.every[i].file(self.folder), progress=self._progress,
-                ctx=o.ctx, threads=o.threads, ubatch=o.ubatch,
-                ctk=o.kv, ctv=o.kv, isa=o.isa,
-            )  # fmt: skip
+                self.choice.every[i].file(self.folder),
+                progress=self._progress,
+                ctx=o.ctx,
+                threads=o.threads,
+                ubatch=o.ubatch,
+                ctk=o.kv,
+                ctv=o.kv,
+                isa=o.isa,
+            )
             self._loaded[i] = llm
             self.threads = llm.config.n_threads
             self.isa = str(getattr(llm.backend, "isa", ""))
@@ -274,9 +279,12 @@ def _times(llm: LLM, options: PredictOptions, rng: np.random.Generator) -> dict[
     # Random weights soon repeat one token, and a repeated token finds its experts in the cache: no
     # token is taken twice.
     params = SamplingParams(
-        max_tokens=options.generate, temperature=0, presence_penalty=1e6, repeat_last_n=-1,
+        max_tokens=options.generate,
+        temperature=0,
+        presence_penalty=1e6,
+        repeat_last_n=-1,
         ignore_eos=True,
-    )  # fmt: skip
+    )
     llm.reset()
     ids: list[int] = []
     found: dict[str, float] = {}
@@ -309,18 +317,32 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
         layers = [s.layers for s in choice.slices]
         estimate = extrapolate(layers, samples, whole.layers * scale, paired=choice.together)
         figure = Figure(
-            kind, depth, tokens, estimate, scale,
+            kind,
+            depth,
+            tokens,
+            estimate,
+            scale,
             rate=tokens / estimate.seconds,
             low=tokens / estimate.high,
             high=tokens / estimate.low,
             ceiling=limit(work, bandwidth, compute, prefill=not depth),
-        )  # fmt: skip
+        )
         figures.append(_checked(figure, choice, runner, samples) if choice.check else figure)
     return Prediction(
-        preset, whole.layers, whole.nbytes, choice, options, cpu_name(), runner.threads,
-        runner.isa, bandwidth, compute, runner.measured, figures,
+        preset,
+        whole.layers,
+        whole.nbytes,
+        choice,
+        options,
+        cpu_name(),
+        runner.threads,
+        runner.isa,
+        bandwidth,
+        compute,
+        runner.measured,
+        figures,
         _notes(whole, choice, figures),
-    )  # fmt: skip
+    )
 
 
 def _work(work: Work, options: PredictOptions, depth: int) -> dict[str, float]:

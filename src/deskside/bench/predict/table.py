@@ -50,9 +50,12 @@ def _check(p: Prediction, layers: int) -> Table:
     for f in p.figures:
         if None not in (f.check_rate, f.measured, f.error):
             table.add_row(
-                f.kind, _rate(f.check_rate), _interval(f.check_low, f.check_high),
-                _rate(f.measured), f"{100 * (f.error or 0):+.1f} %",
-            )  # fmt: skip
+                f.kind,
+                _rate(f.check_rate),
+                _interval(f.check_low, f.check_high),
+                _rate(f.measured),
+                f"{100 * (f.error or 0):+.1f} %",
+            )
     return table
 
 
@@ -62,10 +65,14 @@ def _figures(p: Prediction) -> Table:
     for f in p.figures:
         e = f.estimate
         table.add_row(
-            f.kind, _rate(f.rate), _interval(f.low, f.high), _ceiling(f), f"{1e3 * e.head:.2f} ms",
+            f.kind,
+            _rate(f.rate),
+            _interval(f.low, f.high),
+            _ceiling(f),
+            f"{1e3 * e.head:.2f} ms",
             f"{1e3 * e.layer * f.scale:.3f} ms",
             "" if e.misfit is None else f"{100 * e.misfit:.1f} %",
-        )  # fmt: skip
+        )
     return table
 
 
