@@ -79,20 +79,6 @@ class Blocks:
         return self._blocks[-1]
 
 
-class Recordings:
-    """A `torch_graph.NewGraph`: recordings that share blocks of memory."""
-
-    def __init__(self, device: torch.device, kernels: Kernels) -> None:
-        self._blocks = Blocks(device)
-        self._kernels = kernels
-
-    def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Recording:
-        return Recording(outside, states, self._blocks, self._kernels)
-
-    def renew(self) -> None:
-        """Blocks serve any recording."""
-
-
 class Recording:
     """A `torch_graph.Graph`. outside: tensors that may be used, at addresses that stay; states:
     those of them that are put back as they were if the capture fails."""

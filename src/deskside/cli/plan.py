@@ -167,19 +167,6 @@ def _refuse(
 
     found = remedies(tape, machine, wishes, options)
     if as_json:
-<<<<<<< HEAD
-        print(json.dumps({
-            "version": VERSION, "fits": False, "model": name, "reason": str(refusal),
-            "shortfall": refusal.shortfall,
-            "ways_out": [{"flags": w.flags, "price": w.price} for w in found],
-        }, indent=1))  # fmt: skip
-    console.error(str(refusal))
-    for remedy in found:
-        console.err.print(f"enough would be: {remedy_line(remedy)}", markup=False)
-    if not found:
-        console.err.print("no smaller context or cache is enough: it needs more memory, or a file "
-                          "of fewer bits", markup=False)  # fmt: skip
-=======
         print(
             json.dumps(
                 {
@@ -188,20 +175,19 @@ def _refuse(
                     "model": name,
                     "reason": str(refusal),
                     "shortfall": refusal.shortfall,
-                    "ways_out": [{"flags": w.flags, "price": w.price} for w in ways],
+                    "ways_out": [{"flags": w.flags, "price": w.price} for w in found],
                 },
                 indent=1,
             )
         )
     console.error(str(refusal))
-    for way in ways:
-        console.err.print(f"enough would be: {way_line(way)}", markup=False)
-    if not ways:
+    for remedy in found:
+        console.err.print(f"enough would be: {remedy_line(remedy)}", markup=False)
+    if not found:
         console.err.print(
             "no smaller context or cache is enough: it needs more memory, or a file of fewer bits",
             markup=False,
         )
->>>>>>> tools
     return 2
 
 

@@ -48,13 +48,7 @@ def predict(
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise DesksideError(f"--out {out}: expected a file in a folder that exists")
     wanted = "auto" if layers == "auto" else _numbers("--layers", layers)
-<<<<<<< HEAD
     options = PredictOptions(
-        depths=_numbers("--depths", depths), generate=generate, repeats=repeats,
-        threads=threads, kv=kv, ubatch=ubatch, isa=isa,
-    )  # fmt: skip
-=======
-    options = Options(
         depths=_numbers("--depths", depths),
         generate=generate,
         repeats=repeats,
@@ -63,7 +57,6 @@ def predict(
         ubatch=ubatch,
         isa=isa,
     )
->>>>>>> tools
     with progress_bar() as progress:
         result = predict(
             preset,

@@ -65,20 +65,15 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
     unasked = config.devices is None and not _wants_gpu(config)
     machine = machine_of(config, this_machine(config.n_threads), ["none"] if unasked else None)
     options = Options(
-<<<<<<< HEAD
-        ctx=ctx, ubatch=ubatch, parallel=config.parallel, ctk=config.ctk, ctv=config.ctv,
-        threads=config.n_threads, mmap=not config.no_mmap, mlock=config.mlock,
-    )  # fmt: skip
-=======
         ctx=ctx,
         ubatch=ubatch,
+        parallel=config.parallel,
         ctk=config.ctk,
         ctv=config.ctv,
         threads=config.n_threads,
         mmap=not config.no_mmap,
         mlock=config.mlock,
     )
->>>>>>> tools
     wishes, notes = rules_of(config), list[str]()
     if not machine.gpus:
         wishes, notes = _without_gpu(wishes)
@@ -139,27 +134,16 @@ def _streaming(
             plan.machine, plan.tape, plan.placement, device=device, prompt=prompt, max_chunk=chunk
         )
         assert found is not None
-<<<<<<< HEAD
         if not min_tokens and (found.break_even is None or found.break_even > found.chunk):
-            note = (f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
-                    f"{device} than on the CPU")  # fmt: skip
+            note = (
+                f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
+                f"{device} than on the CPU"
+            )
             return plan, offload, [note]
         ubatch = o.ubatch if min_tokens else max(o.ubatch, found.chunk)
         first = max(2, min_tokens or found.break_even or 1, FEW_PAIRS // found.top_k + 1)
         small = StepShape(min(first - 1, ubatch), _some(device) if offload.cache_bytes else None)
         large = StepShape(ubatch, Offload(device, all=found.host_below <= 1))
-=======
-        if not least and (found.break_even is None or found.break_even > found.chunk):
-            note = (
-                f"--stream-experts auto: no batch of up to {chunk} tokens is faster through "
-                f"{device} than on the CPU"
-            )
-            return plan, lending, [note]
-        ubatch = o.ubatch if least else max(o.ubatch, found.chunk)
-        first = max(2, least or found.break_even or 1, FEW_PAIRS // found.top_k + 1)
-        small = Way(min(first - 1, ubatch), _some(device) if lending.cache_bytes else None)
-        large = Way(ubatch, Helper(device, all=found.host_below <= 1))
->>>>>>> tools
         options = replace(
             o,
             ubatch=ubatch,

@@ -56,10 +56,5 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[PanelRange], i
             ranges.append(PanelRange(info, at, stride, rows, groups))
             at += panel
         n_panels = -(-rows // _native.PANEL_ROWS) * groups
-<<<<<<< HEAD
-        total += -(-stride * n_panels // ALIGN) * ALIGN
-    return ranges, total
-=======
         total += -(-stride * n_panels // PAGE_BYTES) * PAGE_BYTES
-    return placements, total
->>>>>>> tools
+    return ranges, total

@@ -251,74 +251,8 @@ def _podman(plan: Plan, model: str) -> dict[str, str]:
     folder, _, file = model.rpartition("/")
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
-<<<<<<< HEAD
     names = ("deskside.container", "Containerfile")
     return {name: _render(name, plan, words=words, file=file, folder=folder) for name in names}
-=======
-    cuda = any(d.name.startswith("cuda") for d in plan.machine.gpus)
-    device = (
-        [
-            "# all NVIDIA GPUs, by CDI: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
-            "AddDevice=nvidia.com/gpu=all",
-        ]
-        if cuda
-        else []
-    )
-    lock = ["Ulimit=memlock=-1:-1"] if plan.options.mlock or cuda else []
-    unit = [
-        _PLANNED,
-        "# Put into ~/.config/containers/systemd/, then: systemctl --user daemon-reload",
-        "[Unit]",
-        f"Description=deskside serving {_plain(file)}",
-        "",
-        "[Container]",
-        "Image=localhost/deskside:latest",
-        "ContainerName=deskside",
-        *device,
-        "# threads and staging buffers share memory",
-        "ShmSize=8g",
-        f"Volume={_plain(folder) or '.'}:/models:ro,z",
-        f"PublishPort=127.0.0.1:{PORT}:{PORT}",
-        *lock,
-        "NoNewPrivileges=true",
-        "DropCapability=all",
-        "ReadOnly=true",
-        f"HealthCmd=python3 -c \"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health')\"",
-        "HealthInterval=30s",
-        "HealthTimeout=10s",
-        "# reading a large model takes minutes",
-        "HealthStartPeriod=30m",
-        f"Exec={_unit_words(words)}",
-        "",
-        "[Service]",
-        "Restart=on-failure",
-        "TimeoutStartSec=infinity",
-        "",
-        "[Install]",
-        "WantedBy=default.target",
-    ]
-    extra = "[gpu]" if plan.machine.gpus else ""
-    container = [
-        "# podman build -t deskside . (in a checkout of deskside)",
-        _PLANNED,
-        "FROM docker.io/library/python:3.12-slim AS build",
-        "RUN apt-get update && apt-get install -y --no-install-recommends g++ make",
-        "COPY . /src",
-        f"RUN pip install --no-cache-dir --prefix=/install '/src{extra}'",
-        "",
-        "FROM docker.io/library/python:3.12-slim",
-        "COPY --from=build /install /usr/local",
-        "RUN useradd --create-home deskside",
-        "USER deskside",
-        f"EXPOSE {PORT}",
-        'ENTRYPOINT ["deskside"]',
-        'CMD ["--help"]',
-    ]
-    return {
-        "deskside.container": "\n".join(unit) + "\n",
-        "Containerfile": "\n".join(container) + "\n",
-    }
->>>>>>> tools
 
 
 def _systemd(plan: Plan, model: str) -> dict[str, str]:

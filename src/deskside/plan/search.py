@@ -255,17 +255,11 @@ class _Search:
             self.rules,
             {name: placement[name] for name in in_order},
             {name: reasons[name] for name in in_order},
-<<<<<<< HEAD
-            tuple(states), self.grouping.kinds,
-            self._usage(placement, states, taken), tuple(rates),
-        )  # fmt: skip
-=======
             tuple(states),
-            self.cut.kinds,
+            self.grouping.kinds,
             self._usage(placement, states, taken),
             tuple(rates),
         )
->>>>>>> tools
 
     def _reason(self, i: int, device: int) -> str:
         if not self.gpus:

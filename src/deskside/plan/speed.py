@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
-from deskside.lowering.steps import FLOAT_TYPES
 from deskside.machine.devices import CPU, Device, Efficiency, Machine
 from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
 from deskside.tape.cost import BatchShape, work

@@ -30,16 +30,9 @@ from functools import lru_cache, partial
 import numpy as np
 
 from deskside.errors import DesksideError
-<<<<<<< HEAD
 from deskside.lowering.scratch import expert_bytes
 from deskside.machine.devices import CPU, Device, Machine
 from deskside.plan.speed import EFFICIENCY, LONG_PROMPT, device_seconds
-=======
-from deskside.lowering.steps import FLOAT_TYPES
-from deskside.lowering.work import expert_bytes
-from deskside.machine.devices import CPU, Device, Efficiency, Machine
-from deskside.plan.speed import EFFICIENCY, LONG_PROMPT
->>>>>>> tools
 from deskside.tape import Op, Tape
 from deskside.tape.cost import MATRICES, BatchShape, Experts, work
 

@@ -162,17 +162,11 @@ def _memory_table(usage: Iterable[Usage]) -> Table:
         if any(kind in u.weights for u in usage):
             table.add_row(kind, *(_cell(u.weights.get(kind, 0)) for u in usage))
     for label, name in (
-<<<<<<< HEAD
-        ("keys and values", "kv"), ("recurrent state", "recurrent"), ("compute buffers", "buffers"),
-        ("offloaded experts", "reserved"),
-    ):  # fmt: skip
-=======
         ("keys and values", "kv"),
         ("recurrent state", "recurrent"),
         ("compute buffers", "buffers"),
-        ("lent experts", "reserved"),
+        ("offloaded experts", "reserved"),
     ):
->>>>>>> tools
         if name != "reserved" or any(u.reserved for u in usage):
             table.add_row(label, *(_cell(getattr(u, name)) for u in usage))
     table.add_row("margin", *(_cell(u.device.margin) for u in usage))

@@ -13,31 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deskside.gguf import TensorInfo
-<<<<<<< HEAD
 from deskside.gguf.roles import Role, role
-from deskside.tape import KVState, Op, Tape
-=======
 from deskside.tape import Op, Tape
->>>>>>> tools
 
 # Kinds of tensors in budgets, in the order in which they are shown.
 SMALL = "norms and router"
 KINDS = (
-<<<<<<< HEAD
-    Role.EXPERTS, Role.SHARED, Role.ATTENTION, Role.DELTA, Role.FFN, Role.HEAD, Role.EMBEDDING,
+    Role.EXPERTS,
+    Role.SHARED,
+    Role.ATTENTION,
+    Role.DELTA,
+    Role.FFN,
+    Role.HEAD,
+    Role.EMBEDDING,
     SMALL,
-)  # fmt: skip
-=======
-    "routed experts",
-    "shared expert",
-    "attention",
-    "delta net",
-    "feed-forward",
-    "head",
-    "embedding",
-    "norms and router",
 )
->>>>>>> tools
 EMBED, MIXER, FFN, EXPERTS, SHARED, HEAD = "embed", "mixer", "ffn", "experts", "shared", "head"
 # Units of the tensors that a layer's other ops follow; all other roles are the mixer's.
 _UNITS = {
@@ -147,24 +137,6 @@ def tensor_kinds(tape: Tape) -> dict[str, str]:
 
 def _kind(op: Op, name: str) -> str:
     if op.kind == "linear" and op.inputs[0].per_output:
-<<<<<<< HEAD
         return Role.HEAD  # the embedding, too, if it is tied
     found = role(name)
     return found if found in KINDS else SMALL
-
-
-def kv_layers(tape: Tape) -> int:
-    """How many layers have keys and values."""
-    return sum(isinstance(state, KVState) for state in tape.states)
-=======
-        return "head"
-    if op.kind == "experts":
-        return "routed experts"
-    if op.kind in ("rms_norm", "rope") or (_NORM.search(name) and "ssm_norm" not in name):
-        return "norms and router"
-    if "_shexp" in name:
-        return "shared expert"
-    if re.search(r"\.ffn_", name):
-        return "feed-forward"
-    return "attention" if attention else "delta net"
->>>>>>> tools

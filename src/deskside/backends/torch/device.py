@@ -23,11 +23,7 @@ from deskside.backends.torch.quants import TYPES
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import QuantType
-<<<<<<< HEAD
-from deskside.lowering.scratch import ALIGN
-=======
 from deskside.lowering.buffers import LINE
->>>>>>> tools
 from deskside.lowering.sections import HOST_TORCH, Section, last_uses
 from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
