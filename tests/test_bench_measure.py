@@ -110,7 +110,7 @@ def test_a_cache_answers_only_where_it_may(preset: str) -> None:
     params = SMALL.params(3, seed=1)
 
     def run(prompt: list[Any], reuse: bool) -> tuple[Run, list[Any]]:
-        return fresh.run(prompt, params, reuse=reuse, on_token=lambda: None)
+        return fresh.run(prompt, params, reuse=reuse, thinks=False, on_token=lambda: None)
 
     first, answer = run(prompt, False)
     again, _ = run(prompt, False)

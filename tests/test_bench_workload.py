@@ -194,7 +194,7 @@ def test_a_workload_is_shrunk_as_far_as_a_context_takes(name: str) -> None:
         return max(depth for _, depth in workload.depths())
 
     assert whole.within(longest(whole)) == whole
-    for n_ctx in (longest(whole) - 1, 2000):
+    for n_ctx in (longest(whole) - 1, 1500):
         shrunk = whole.within(n_ctx)
         assert longest(shrunk) <= n_ctx and shrunk.scale < 1
         assert longest(whole.shrunk(shrunk.scale + 0.01)) > n_ctx

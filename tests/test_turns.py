@@ -6,12 +6,16 @@ import threading
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands import command
 from deskside import LLM, SamplingParams
+from deskside.bench.record import Record
+from deskside.bench.workload import Workload
 from deskside.engine.config import demo_model
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -193,3 +197,21 @@ def test_threads_share_a_model() -> None:
     for thread in threads:
         thread.join()
     assert [got[i] for i in range(4)] == expected
+
+
+def test_the_chat_workload_measures_what_a_chat_gets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Thinking is dropped, and all before it comes from the cache."""
+    out = tmp_path / "r.json"
+    words = ["bench", "-w", "chat", "--scale", "0.15", "--out", str(out), "-t", "1"]
+    assert command(capsys, *words)[0] == 0
+    record = Record.load(out)
+    items = Workload.read("chat").shrunk(0.15).items
+    assert all(item.thinking for item in items)
+    before = 0
+    for run, item in zip(record.runs, items, strict=True):
+        if item.continues:
+            # the answer without its thinking, the new text, and what is behind the mark
+            assert run.prompt_tokens == before + item.prompt + 2
+        before = item.generate - item.thinking

@@ -44,6 +44,8 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     prompt     tokens of new text
     generate   tokens to generate
     continues  the prompt is put behind the item before and its answer, which a cache may hold
+    thinking   so many tokens at the beginning of the answer are thinking, which chat templates leave
+               out of the prompts that continue it
     tree       the item stands for as many as it takes to read all of the text in order, each of
                `prompt` tokens
     """
@@ -52,6 +54,7 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     prompt: Count
     generate: Count
     continues: bool = False
+    thinking: Annotated[int, Meta(ge=0)] = 0
     tree: bool = False
 
 
@@ -88,12 +91,18 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
                 raise DesksideError(
                     f"items[{i}].continues: there is no item that it could continue"
                 )
+            if item.thinking > item.generate:
+                raise DesksideError(
+                    f"items[{i}].thinking is {item.thinking}; expected at most the "
+                    f"{item.generate} tokens that it generates"
+                )
 
     def depths(self) -> Iterator[tuple[Item, int]]:
         """Items, each with the tokens that its context holds at the end."""
-        depth = 0
+        said = 0
         for item in self.items:
-            depth = (depth if item.continues else 0) + item.prompt + item.generate
+            depth = (said if item.continues else 0) + item.prompt + item.generate
+            said = depth - item.thinking
             yield item, depth
 
     def shrunk(
@@ -125,7 +134,10 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
             generate = scaled(item.generate, MIN_GENERATE, max_tokens)
             changed = (prompt, generate) != (item.prompt, item.generate)
             name = f"{item.name} ({prompt}+{generate})" if changed else item.name
-            items.append(replace(item, name=name, prompt=prompt, generate=generate))
+            thinking = min(generate, round(item.thinking * generate / item.generate))
+            items.append(
+                replace(item, name=name, prompt=prompt, generate=generate, thinking=thinking)
+            )
         return replace(
             self,
             items=tuple(items),

@@ -113,6 +113,7 @@ class LlamaServer(Endpoint):
         params: SamplingParams,
         *,
         reuse: bool,
+        thinks: bool,
         on_token: Callable[[], None],
     ) -> tuple[Run, list[Token]]:
         body = {
@@ -235,6 +236,7 @@ class OpenAIServer(Endpoint):
         params: SamplingParams,
         *,
         reuse: bool,
+        thinks: bool,
         on_token: Callable[[], None],
     ) -> tuple[Run, list[Token]]:
         body = {

@@ -201,10 +201,14 @@ class _Session:
     def _generate(self, planned: PlannedRun, prompt: list[Token]) -> Run:
         params = self.workload.params(planned.item.generate, self.record.seed + planned.index)
         run, answer = self.targets[planned.side].run(
-            prompt, params, reuse=planned.item.continues, on_token=self.bar.token
+            prompt,
+            params,
+            reuse=planned.item.continues,
+            thinks=planned.item.thinking > 0,
+            on_token=self.bar.token,
         )
         self.said = {s: tokens for s, tokens in self.said.items() if s.side != planned.side}
-        self.said[planned] = prompt + answer
+        self.said[planned] = prompt + answer[planned.item.thinking :]
         return run
 
     def _prompt(self, planned: PlannedRun) -> list[Token]:

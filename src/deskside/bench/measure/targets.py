@@ -28,6 +28,9 @@ from deskside.progress import Progress, silent
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
 from deskside.tape.cost import Work
+from deskside.text.prompt import Prompt
+
+OPENED = 2  # tokens of "<think>\n", behind which a thinking model's prompt ends
 
 
 class TargetRunner(Protocol):
@@ -63,11 +66,13 @@ class TargetRunner(Protocol):
         params: SamplingParams,
         *,
         reuse: bool,
+        thinks: bool,
         on_token: Callable[[], None],
     ) -> tuple[Run, list[Token]]:
         """Generate `params.max_tokens` tokens: a run with its clocks, and the answer.
 
-        reuse: whether a cache may hold what the prompt begins with; else all is computed.
+        reuse: whether a cache may hold what the prompt begins with; else all is computed. thinks:
+        whether a later prompt may leave out the beginning of the answer.
         on_token is called as tokens arrive and must return at once. DesksideError: the run failed.
         """
 
@@ -171,6 +176,7 @@ class InProcess:
         params: SamplingParams,
         *,
         reuse: bool,
+        thinks: bool,
         on_token: Callable[[], None],
     ) -> tuple[Run, list[Token]]:
         if not reuse:
@@ -178,7 +184,8 @@ class InProcess:
         ids = [token for token in prompt if isinstance(token, int)]
         cold, self._cold = self._cold, False
         began = time.perf_counter()
-        stream = self.llm.stream(ids, params)
+        marks = (max(1, len(ids) - OPENED),) if thinks else ()
+        stream = self.llm.stream(Prompt(ids, marks), params)
         text, reached, gaps = [], 0.0, []
         for chunk in stream:
             text.append(chunk.text)
