@@ -2,6 +2,8 @@
 # make test      builds, then lint, types and the tests that need no other engine
 # make test-all  the same, then the tests with torch, Triton, transformers, llama.cpp, ik_llama.cpp
 #                (about 1.2 GB to install) and a browser, if there is one
+# make gpu-check  everything that only a GPU can show, in at most eight minutes: right, then fast.
+#            Without one it runs what it can on an emulated device. PARTS="models decode": these.
 # make bench-peers  compares with llama.cpp and ik_llama.cpp on this machine. QUICK=1: a small slice,
 #            under five minutes. FILES="a.gguf b.gguf": these instead of synthetic slices. THREADS=n.
 #            NATIVE=1: builds the peers for this CPU (LLAMA_LIB=, IK_LIB=: takes these libllama.so).
@@ -25,7 +27,7 @@ define install_extra
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: run test test-all check format bench-peers clean
+.PHONY: run test test-all check format bench-peers gpu-check clean
 # The targets share one environment.
 .NOTPARALLEL:
 
@@ -54,6 +56,15 @@ format: $(VENV)/tools
 	$(VENV)/bin/ruff format src tests tools
 	$(VENV)/bin/ruff check --fix src tests tools
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# Where scikit-build-core, nanobind, cmake and ninja are installed it builds offline, into a folder of
+# its own; elsewhere it takes the environment of `make run`. PYTHON=: another interpreter; PARTS=.
+gpu-check:
+	@python=$(PYTHON); \
+	  if [ -z "$$python" ]; then python=python3; \
+	    $$python -c "import torch, nanobind, scikit_build_core, cmake" 2>/dev/null || \
+	      { $(MAKE) -s $(VENV)/oracles && python=$(PY); }; fi; \
+	  $$python tools/gpu_check.py $(PARTS)
 
 on = $(if $(filter-out 0,$(1)),$(2))
 bench-peers: $(VENV)/built

@@ -44,8 +44,8 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     prompt     tokens of new text
     generate   tokens to generate
     continues  the prompt is put behind the item before and its answer, which a cache may hold
-    thinking   so many tokens at the beginning of the answer are thinking, which chat templates leave
-               out of the prompts that continue it
+    thinking   so many first tokens of the answer are thinking, which chat templates leave out of
+               the prompts that continue it
     tree       the item stands for as many as it takes to read all of the text in order, each of
                `prompt` tokens
     """
