@@ -1,6 +1,6 @@
 """The quant types on torch: rows of a file's bytes to float32, on the device that holds them.
 
-One decoder a type, the twins of those in `deskside.quants`, which is the specification: tests
+One decoder a type, the twins of those in `deskside.gguf.quants`, which is the specification: tests
 compare them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
 """
 

@@ -8,7 +8,7 @@ activations at the same two places. Decoders take pointers to rows (uint8), grou
 both weights as float32 (N, G, 16). Scales depend on row and group alone, so they are read and
 unpacked once a group and then spread.
 
-The layouts are those of `deskside.quants`, the specification; the tests compare with it. Block
+The layouts are those of `deskside.gguf.quants`, the specification; the tests compare with it. Block
 starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
 """
 
