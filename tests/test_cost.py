@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deskside.convert.synth import make_plan
+from deskside.convert.synth import outline
 from deskside.gguf import TensorInfo
 from deskside.gguf.quants import quant_type
 from deskside.gguf.roles import Role, role
@@ -23,7 +23,7 @@ ALL = (*PRESETS, "qwen3.5-35b-a3b")
 
 @cache
 def tape_of(preset: str) -> Tape:
-    return build_tape(make_plan(preset).outline())
+    return build_tape(outline(preset).gguf())
 
 
 def tensor(kind: str, *shape: int) -> TensorInfo:

@@ -149,7 +149,7 @@ def objective(plan: Plan) -> float:
 
     search = _Search(plan.tape, plan.machine, plan.rules, plan.options, memory_of("tiny-moe"))
     split, units = search.best()
-    return float(search.speed.seconds(search.step, search._atoms(split, units[None]))[0])
+    return float(search.speed.seconds(search.shape, search._atoms(split, units[None]))[0])
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,9 +8,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from deskside.machine import watch
 
@@ -98,7 +99,7 @@ class Copier:
 def describe() -> dict[str, Any]:
     """The machine and the commit, for the record."""
     return {
-        **asdict(watch.describe()),
+        **msgspec.structs.asdict(watch.describe()),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

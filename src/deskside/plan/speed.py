@@ -105,10 +105,13 @@ class SpeedModel:
         self.n_embd = next(op.outputs[0].width for op in cut.tape.ops if op.kind == "embed")
         self.efficiency = {**EFFICIENCY, **machine.efficiency}
         self._pairs = _overlapping(cut.atoms)
+        self._works: dict[BatchShape, list[BySort]] = {}  # a plan asks for each shape many times
 
     def works(self, shape: BatchShape) -> list[BySort]:
         """Of every atom."""
-        return [self._work(atom, shape) for atom in self.cut.atoms]
+        if shape not in self._works:
+            self._works[shape] = [self._work(atom, shape) for atom in self.cut.atoms]
+        return self._works[shape]
 
     def seconds(self, shape: BatchShape, places: NDArray[np.intp]) -> Floats:
         """Of one step by placement. places: (placements, atoms), numbers of devices."""
