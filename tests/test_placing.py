@@ -156,6 +156,8 @@ def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypat
     tool.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert this_machine(2).gpus == ()  # hidden, as for all tests
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = this_machine(2)
     assert [(d.name, d.memory) for d in found.gpus] == [
         ("cuda0", 24000 << 20), ("cuda1", 96000 << 20),

@@ -62,7 +62,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at one shape. `kernel` names a function of `module` in deskside.backends."""
+    """One kernel at one shape. `kernel` names a function of `module` in backends/triton."""
 
     name: str
     module: str
@@ -94,7 +94,7 @@ def variants() -> list[Variant]:
     from deskside.backends.triton import launch as tk
 
     def make(name: str, kernel: str, pointers: dict[str, str], config: tk.Config) -> Variant:
-        module = "triton_matmul" if kernel.startswith("mat") else "triton_sequence"
+        module = "matmul" if kernel.startswith("mat") else "sequence"
         return Variant(
             name, module, kernel, pointers, config.constants, config.num_warps, config.num_stages
         )
@@ -144,7 +144,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"deskside.backends.{variant.module}"), variant.kernel)
+    kernel = getattr(import_module(f"deskside.backends.triton.{variant.module}"), variant.kernel)
     # Pointers that a variant does not read are None in a launch. Those of torch's allocator, and
     # weights in files, are aligned to 16 bytes; a launch checks and specialises likewise.
     unused = {

@@ -59,7 +59,10 @@ def available_memory() -> int:
 
 
 def nvidia_gpus() -> list[int]:
-    """Free bytes of every GPU that NVIDIA's driver tells of, in its order."""
+    """Free bytes of every GPU that NVIDIA's driver tells of, in its order; none where
+    CUDA_VISIBLE_DEVICES is set and empty."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return []
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
