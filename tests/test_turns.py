@@ -215,3 +215,12 @@ def test_the_chat_workload_measures_what_a_chat_gets(
             # the answer without its thinking, the new text, and what is behind the mark
             assert run.prompt_tokens == before + item.prompt + 2
         before = item.generate - item.thinking
+
+
+def test_logits_of_one_thread_are_not_mixed_with_anothers_answer() -> None:
+    llm = LLM(demo_model(), ctx=256, threads=1)
+    pieces = llm.logits_from(list(range(50, 90)), 0, 8)
+    next(pieces)
+    llm.generate([50, 51], GREEDY)
+    with pytest.raises(DesksideError, match="another generation"):
+        next(pieces)

@@ -49,7 +49,7 @@ class LLM:
         self.tape, self.backend, self.cache = loaded.tape, loaded.backend, loaded.cache
         self.ctx, self.ubatch, self.max_outputs = loaded.ctx, loaded.ubatch, loaded.max_outputs
         self.plan, self.notes = loaded.plan, loaded.notes
-        self._owners: dict[int, Answer] = {}  # by slot, the longest there first
+        self._owners: dict[int, Answer | _Raw] = {}  # by slot, the longest there first
 
     def step(self, answers: Sequence[Answer]) -> list[tuple[Answer, Chunk]]:
         """One pass of the model for those answers that are not done; what it made certain.
@@ -57,7 +57,7 @@ class LLM:
         Prompts are computed in pieces of `ubatch` tokens, beside the others' next tokens. An answer
         may be ended between two steps (`Sequence.end`).
         """
-        with self.loaded.turn():
+        with self.loaded.turn:
             for answer in answers:
                 self._seat(answer)
             parts = schedule(answers, self.ubatch, self.max_outputs)
@@ -90,8 +90,8 @@ class LLM:
     def _seat(self, answer: Answer) -> None:
         """Give it a slot: a free one, that which holds most of its prompt; else the oldest's."""
         if answer.slot is not None:
-            if not answer.done and self._owners.get(answer.slot.index) is not answer:
-                raise DesksideError("another generation has begun on this model; this one is over")
+            if not answer.done:
+                self._check(answer, answer.slot)
             return
         if answer.done:
             return
@@ -103,10 +103,13 @@ class LLM:
         self._own(slot, answer)
         answer.start(slot)
 
-    def _own(self, slot: Slot, answer: Answer | None) -> None:
+    def _own(self, slot: Slot, owner: Answer | _Raw) -> None:
         self._owners.pop(slot.index, None)
-        if answer is not None:
-            self._owners[slot.index] = answer
+        self._owners[slot.index] = owner
+
+    def _check(self, owner: Answer | _Raw, slot: Slot) -> None:
+        if self._owners.get(slot.index) is not owner:
+            raise DesksideError("another generation has begun on this model; this one is over")
 
     def generate(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None
@@ -139,12 +142,11 @@ class LLM:
                 f"chunks {list(chunks)} must be 1 to {largest} each and add up to {len(tokens)}"
             )
         out = np.empty((len(tokens), self.tape.n_vocab), np.float32)
-        with self.loaded.turn():
-            slot, start = self._fresh(), 0
-            for n in chunks:
-                part = Part(slot, tokens[start : start + n], np.arange(n))
-                out[start : start + n] = self.loaded.compute([part])
-                start += n
+        raw, start = self._raw(), 0
+        for n in chunks:
+            out[start : start + n] = raw.compute(tokens[start : start + n], np.arange(n))
+            start += n
+        raw.done = True
         if np.isnan(out.min()):  # min gives NaN if there is one
             self.loaded.damaged()
         return out
@@ -158,28 +160,30 @@ class LLM:
         not be used for anything else before the last one.
         """
         tokens = self.loaded.checked(ids)
-        slot, start = self._fresh(), 0
+        raw, start = self._raw(), 0
         while start < len(tokens):
             end = min(
                 start + self.ubatch, max(start, first) + min(rows, self.max_outputs), len(tokens)
             )
             wanted = np.arange(max(first - start, 0), end - start)
-            logits = self.loaded.compute([Part(slot, tokens[start:end], wanted)])
+            logits = raw.compute(tokens[start:end], wanted)
             start = end
             if len(wanted):
                 yield logits
+        raw.done = True
 
-    def _fresh(self) -> Slot:
+    def _raw(self) -> _Raw:
         """The first slot, emptied; an answer in it is over."""
-        with self.loaded.turn():
+        with self.loaded.turn:
             slot = self.loaded.slots[0]
-            self._own(slot, None)
+            raw = _Raw(self, slot)
+            self._own(slot, raw)
             slot.clear()
-            return slot
+            return raw
 
     def reset(self) -> None:
         """Forget all sequences; answers on their way are over."""
-        with self.loaded.turn():
+        with self.loaded.turn:
             self._owners.clear()
             for slot in self.loaded.slots:
                 slot.clear()
@@ -214,10 +218,27 @@ class LLM:
         """As `chat`, for `stream`: with marks, so that the next turn computes only what is new."""
         text = self.template.render(messages, **options)
         prompt = chat_prompt(self.tokenizer, text)
-        with self.loaded.turn():
+        with self.loaded.turn:
             slot = max(self.loaded.slots, key=lambda s: s.shared(prompt.tokens))
             held = list(slot.tokens)
         return chat_prompt(self.tokenizer, text, held) if held else prompt
+
+
+class _Raw:
+    """A slot whose logits are asked for, without an answer."""
+
+    def __init__(self, llm: LLM, slot: Slot) -> None:
+        self.done = False
+        self._llm = llm
+        self._slot = slot
+
+    def compute(
+        self, tokens: NDArray[np.int32], outputs: NDArray[np.integer]
+    ) -> NDArray[np.float32]:
+        """Logits of the rows `outputs` of the next tokens."""
+        with self._llm.loaded.turn:
+            self._llm._check(self, self._slot)
+            return self._llm.loaded.compute([Part(self._slot, tokens, outputs)])
 
 
 class Stream(Iterator[Chunk]):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +16,7 @@ from deskside.backends.reference import ReferenceBackend
 from deskside.engine.config import DEFAULT_CTX, EngineConfig
 from deskside.engine.placing import ExpertOffload, place
 from deskside.engine.slots import Slot
+from deskside.engine.turn import Turn
 from deskside.errors import DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.lowering.scratch import MAX_OUTPUTS
@@ -56,7 +53,8 @@ class Loaded:
     user. offloads: whether a device computes experts of the CPU. banned: (n_vocab,) bool, ids that
     must never be chosen.
 
-    Threads may share it. Whoever computes or touches a slot does so in a `turn`, one at a time.
+    Threads may share it. Whoever computes or touches a slot does so in a `turn`, one at a time. A
+    step is computed whole or not at all: Ctrl-C waits for the end of a turn.
     """
 
     file: GGUF
@@ -74,19 +72,12 @@ class Loaded:
     offloads: bool
     banned: NDArray[np.bool_]
     _rows: NDArray[np.float32]  # logits of few rows: a new array a step would cost page faults
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """A block that no other thread's turn overlaps. Ctrl-C waits for its end, so that a step is
-        computed whole or not at all; a second Ctrl-C does not wait."""
-        with self._lock, _interrupted_later():
-            yield
+    turn: Turn = field(default_factory=Turn)
 
     def compute(self, parts: Sequence[Part]) -> NDArray[np.float32]:
         """One step. Returns the logits (wanted rows of all parts, n_vocab), which last until the
         next one. If it fails, a slot keeps what its checkpoints have."""
-        with self.turn():
+        with self.turn:
             batch = _batch(parts)
             n = len(batch.outputs)
             try:
@@ -128,6 +119,10 @@ class Loaded:
 
 
 def _batch(parts: Sequence[Part]) -> Batch:
+    if len(parts) == 1:  # what decode of one answer does for every token
+        (p,) = parts
+        segment = Segment(p.slot.index, len(p.slot.tokens), len(p.tokens))
+        return Batch(p.tokens, (segment,), p.outputs.astype(np.int32))
     starts = np.cumsum([0, *(len(p.tokens) for p in parts)])
     outputs = [p.outputs + start for p, start in zip(parts, starts, strict=False)]
     return Batch(
@@ -290,29 +285,3 @@ def _placed(
         progress=progress,
     )
     return backend, backend.new_cache(**_cache_options(config, plan.options.ctx))
-
-
-@contextlib.contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt behind the block, a second one at once. In other threads, and
-    where somebody else handles the signal, nothing changes."""
-    usual = signal.default_int_handler
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not usual:
-        yield
-        return
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt

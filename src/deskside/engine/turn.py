@@ -1,0 +1,49 @@
+"""One thread at a time, and no step half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Turn:
+    """A block that no other thread's turn overlaps; a thread may enter again within its own.
+
+    Ctrl-C raises KeyboardInterrupt behind the outermost block, a second one at once. In threads
+    other than the main one, and where somebody else handles the signal, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._defers = self._pressed = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                self._pressed = False
+                usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+                self._defers = usual and threading.current_thread() is threading.main_thread()
+                if self._defers:
+                    signal.signal(signal.SIGINT, self._note)
+            self._depth += 1
+        except BaseException:  # Ctrl-C just before it is deferred
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0 and self._defers:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                if self._pressed:
+                    raise KeyboardInterrupt
+        finally:
+            self._lock.release()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
