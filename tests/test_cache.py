@@ -73,7 +73,7 @@ WHERE = ["cpu", pytest.param("devices", marks=pytest.mark.external)]
 def test_a_restored_sequence_continues_with_the_same_bits(where: str, preset: str, kv: str) -> None:
     made = MAKERS[where](preset, kv)
     cache = made[1]
-    for n in CUTS:
+    for n in CUTS if where == "cpu" else CUTS[1:2]:  # torch takes seconds where that takes none
         cache.clear(0)
         feed(made, 0, 0, n)
         whole = cache.snapshot(0, n)
