@@ -17,10 +17,12 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,7 @@ def run_part(name: str, limit: float, log: Any, env: dict[str, str]) -> None:
 def build(log: Any, env: dict[str, str]) -> None:
     """Installs into a folder: a virtual environment made from another one does not see its
     packages, and nothing must come from a registry."""
+    need_packages(env)
     probe = [sys.executable, "-c", "import deskside._native"]
     if subprocess.run(probe, env=env, cwd=WORK, capture_output=True).returncode == 0:
         add_row("build", "as installed", None)
@@ -133,6 +136,23 @@ def build(log: Any, env: dict[str, str]) -> None:
     add_row("build", "pip --no-index --target", done.returncode == 0, time.monotonic() - began, "s")
     if done.returncode:
         raise SystemExit(f"the build failed: {OUT / 'gpu_check.log'}")
+
+
+def need_packages(env: dict[str, str]) -> None:
+    """Ends with one line where the interpreter lacks what deskside imports."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split("[><=!~; ]", entry)[0] for entry in project["dependencies"]]
+    probe = (
+        f"from importlib.util import find_spec; print(*(n for n in {names} if not find_spec(n)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=env, cwd=WORK, capture_output=True, text=True
+    )
+    if missing := done.stdout.split():
+        raise SystemExit(
+            f"{sys.executable} lacks {', '.join(missing)}: install them, or unpack their wheels "
+            "into a folder and name it in PYTHONPATH"
+        )
 
 
 def cuda(env: dict[str, str]) -> bool:
