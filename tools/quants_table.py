@@ -121,8 +121,8 @@ is paired by window, ± its standard error.
 {chr(10).join(lines)}
 
 `*`: matrices whose rows are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0;
-`deskside quantize` reports it. `token_embd` and `output` have the row's type as well. KV is f16 unless
-the row says otherwise. KL and top-1 agreement compare with F32 token by token.
+`deskside quantize` reports it. `token_embd` and `output` have the row's type as well. KV is f16
+unless the row says otherwise. KL and top-1 agreement compare with F32 token by token.
 
 To make this page:
 
