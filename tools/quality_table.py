@@ -95,7 +95,7 @@ One run writes its log-probabilities (`--save-logits REF`). Another run is compa
 | figure | what it says |
 |---|---|
 | PPL ± | exp of the mean of -log p; standard error by the delta method |
-| PPL ratio ± | this PPL over the reference's; the error is of pairs, so much smaller than either's |
+| PPL ratio ± | this PPL over the reference's; the error is of pairs, much smaller than either's |
 | KL | from the reference's distribution to this run's, in nats, over the whole vocabulary |
 | same top | how often both find the same token most likely: what greedy decoding sees |
 | Δp | change of the probability of the text's token |
