@@ -67,7 +67,7 @@ def weights(file: GGUF) -> dict[str, Floats]:
 
 
 def tiled(head: int) -> int:
-    """Where GGUF puts value head `head` of the checkpoint: FACTS 2.3."""
+    """Where GGUF puts value head `head` of the checkpoint (docs/MODEL.md)."""
     r = V_HEADS // K_HEADS
     key_head, v = divmod(head, r)
     return v * K_HEADS + key_head

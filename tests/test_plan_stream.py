@@ -1,4 +1,4 @@
-"""When experts should stream, against FACTS 4.4 and against a search by hand."""
+"""When experts should stream, against docs/MODEL.md and against a search by hand."""
 
 from __future__ import annotations
 
@@ -35,21 +35,23 @@ def planned(tape: Tape, machine: Machine = BOX, **options: object) -> StreamPlan
 
 
 @pytest.mark.parametrize(("chunk", "rate"), [(16384, 4144), (8192, 2072), (4096, 1036)])
-def test_the_rates_of_facts_4_4_where_the_transfer_limits(
+def test_the_rates_of_model_md_where_the_transfer_limits(
     tape: Tape, chunk: int, rate: float
 ) -> None:
     slow = Efficiency(1.0, 1e-4)  # no help of the CPU
     plan = planned(tape, replace(BOX, efficiency={"experts": slow}), max_chunk=chunk)
     assert (plan.chunk, plan.host_below) == (chunk, 0)
     assert plan.limit == "transfer to cuda0"
-    # FACTS has no fill of the first slot.
+    # docs/MODEL.md does not count the first slot's fill.
     assert plan.rate == pytest.approx(rate, rel=0.002)
     assert plan.nbytes == pytest.approx(217.4e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(("chunk", "rate"), [(2048, 1145), (4096, 1663), (8192, 2699)])
-def test_a_cut_per_expert_reaches_most_of_facts_split(tape: Tape, chunk: int, rate: float) -> None:
-    """FACTS shares out single tokens, takes 55 % of the CPU, and forgets all other work."""
+def test_a_cut_per_expert_reaches_most_of_a_split_by_tokens(
+    tape: Tape, chunk: int, rate: float
+) -> None:
+    """docs/MODEL.md splits single tokens, takes 55 % of the CPU, and counts no other work."""
     at_55 = replace(BOX, efficiency={"experts": Efficiency(1.0, 0.55)})
     plan = planned(tape, at_55, prompt=chunk, max_chunk=chunk, rest=lambda n: 0.0)
     assert plan.host_below > 1 and "cpu" in plan.seconds
@@ -59,13 +61,13 @@ def test_a_cut_per_expert_reaches_most_of_facts_split(tape: Tape, chunk: int, ra
 def test_with_resident_experts_the_devices_arithmetic_limits(tape: Tape) -> None:
     plan = planned(tape, resident=0.37)
     assert plan.limit == "cuda0 arithmetic"
-    assert 5500 < plan.rate < 6600  # FACTS: 5.5 to 6.1 k, attention's scores among it
+    assert 5500 < plan.rate < 6600  # docs/MODEL.md: 5.5 to 6.1 k, attention's scores among it
     assert plan.rate > planned(tape).rate
 
 
 def test_the_break_even_follows_the_rates(tape: Tape) -> None:
     plan = planned(tape, prompt=512)
-    # ik_llama.cpp has 1638 tokens written down; FACTS' CPU at 55 % would need 2570.
+    # ik_llama.cpp offloads from 1638 tokens on; docs/MODEL.md's CPU at 55 % would need 2570.
     assert plan.break_even is not None and 1000 < plan.break_even < 2500
     gpu = BOX.gpus[0]
     quick = replace(gpu, transfer=Figure(110e9, "assumed"))

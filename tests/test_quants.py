@@ -81,7 +81,7 @@ def test_float_and_integer_tensors_are_cast() -> None:
 
 
 def kss_word(word: int) -> tuple[int, list[int]]:
-    """FACTS 3.3 for one word: its scale bit, and the indices of 2k, 2k+16, 2k+1, 2k+17."""
+    """docs/MODEL.md for one word: its scale bit, and the indices of 2k, 2k+16, 2k+1, 2k+17."""
     v = word & 0xFFFE
     w = v ^ (v >> 1)
     return word & 1, [w & 15, w >> 4 & 15, w >> 8 & 15, w >> 12]

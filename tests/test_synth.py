@@ -51,7 +51,7 @@ def test_any_number_of_layers(tmp_path: Path, layers: int) -> None:
     build_tape(file)
 
 
-# G parameters in all, FACTS 1.1, rounded there to the last digit shown.
+# Billions of parameters as in docs/MODEL.md, rounded there to the last digit shown.
 @pytest.mark.parametrize(
     ("preset", "billions", "rounding"),
     [

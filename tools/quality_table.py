@@ -80,10 +80,12 @@ def bits(path: Path) -> float:
 def page(base: Perplexity, kv: list[str], types: list[str]) -> str:
     return f"""# Quality, measured
 
-`deskside perplexity FILE -m MODEL` scores a text as llama.cpp's tool does: windows of `-c` tokens
-(512), each a fresh sequence (bos in the first place where the file asks for it), the second half
-scored. One run writes its log-probabilities (`--save-logits REF`), another is compared with them
-(`--kl REF`): the divergence of what they predict, token by token.
+`deskside perplexity FILE -m MODEL` scores a text as llama.cpp's tool does. It cuts the text into
+windows of `-c` tokens (512). Each window is a fresh sequence, with bos first if the file asks for
+it. The second half of each window is scored.
+
+One run writes its log-probabilities (`--save-logits REF`). Another run is compared with them
+(`--kl REF`): how far their predictions diverge, token by token.
 
     deskside perplexity TEXT -m model.gguf -ctk f32 -ctv f32 --save-logits ref.logits
     deskside perplexity TEXT -m model.gguf -ctk q8_0 -ctv q8_0 --kl ref.logits
@@ -93,40 +95,41 @@ scored. One run writes its log-probabilities (`--save-logits REF`), another is c
 | figure | what it says |
 |---|---|
 | PPL ± | exp of the mean of -log p; standard error by the delta method |
-| PPL ratio ± | to the reference's, the error of the pairs: much smaller than that of either |
-| KL | from the reference's distribution to this run's, nats: all of the vocabulary counts |
+| PPL ratio ± | this PPL over the reference's; the error is of pairs, much smaller than either's |
+| KL | from the reference's distribution to this run's, in nats, over the whole vocabulary |
 | same top | how often both find the same token most likely: what greedy decoding sees |
 | Δp | change of the probability of the text's token |
 
-`REF` holds 16-bit log-probabilities: 2 bytes a token of the vocabulary and position, 127 MB a
-window of 512 with a vocabulary of 248,320, each within 0.001 nats (`src/deskside/logprobs.py` has
-layout and bound). A run against itself shows a KL of about 1e-9.
+`REF` holds 16-bit log-probabilities, each within 0.001 nats. They take 2 bytes a token of the
+vocabulary and position: 127 MB a window of 512 with a vocabulary of 248,320.
+`src/deskside/bench/quality/logprobs.py` has layout and bound. A run against itself shows a KL of
+about 1e-9.
 
 ## The bundled model
 All rows: {base.scored} predictions in {base.windows} windows of {base.ctx} tokens of
-`{base.text}`, the text that was held out when the model was trained (Python's standard library and
-its documentation). The reference is the bundled file (experts IQ4_NL, the rest Q8_0) with f32 KV:
+`{base.text}`. Training held this text out: Python's standard library and its
+documentation. The reference is the bundled file (experts IQ4_NL, the rest Q8_0) with f32 KV:
 PPL = {base.ppl:.3f} ± {base.error:.3f}, kernels {base.settings["isa"]}.
 
 ### Its own file, run in other ways
 {chr(10).join(kv)}
 
-The first two rows are what rounding alone does: other steps and another order of sums move some
-activation to the next 8-bit step, and with it a near tie of the router. A cache type whose row
-looks like them costs nothing that can be seen.
+The first two rows show what rounding alone does. Other steps and another order of sums move some
+activation to the next 8-bit step, and with it a near tie of the router. If a cache type's row
+looks like them, it costs nothing that can be seen.
 
 ### Its file, quantised once more
-With f16 KV. The experts were IQ4_NL before, so types with more bits keep them nearly as they are;
-what the 4-bit rows lose is mostly in what was Q8_0. F16 weights meet float32 activations, those of
-the reference 8-bit ones: its row shows what rounding activations does.
+With f16 KV. The experts were IQ4_NL before, so types with more bits keep them nearly as they are.
+The 4-bit rows lose mostly in what was Q8_0. F16 weights meet float32 activations, the reference's
+weights 8-bit ones. So the F16 row shows what rounding activations does.
 
 {chr(10).join(types)}
 
-`*`: rows that are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0, as `deskside
-quantize` reports. docs/QUANTS.md has the same types made of the float32 checkpoint. This is a small
-model; large ones are usually hurt less.
+`*`: rows that are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0; `deskside
+quantize` reports it. docs/QUANTS.md has the same types made from the float32 checkpoint. This model
+is small; large ones usually lose less.
 
-Made by
+To make this page:
 
     python -m tools.quality_table {base.text} --out docs/QUALITY.md
 """

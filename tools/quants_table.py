@@ -112,24 +112,25 @@ def main() -> None:
         lines = list(table(rows))
     page = f"""# Quant types, measured
 
-Held-out loss (nats per token) of the bundled model's float32 checkpoint, its other forms and two
-types of KV cache: {n} predicted tokens of `{args.text}`, windows of {args.window} tokens, AVX2 or
-scalar kernels of deskside on {platform.machine()}. The change against F32 is paired by window,
-± its standard error.
+Held-out loss, in nats per token, of the bundled model's float32 checkpoint, of its quantised forms
+and of two types of KV cache. Measured on {n} predicted tokens of `{args.text}`, in
+windows of {args.window} tokens, with AVX2 or scalar kernels of deskside on
+{platform.machine()}. The change against F32
+is paired by window, ± its standard error.
 
 {chr(10).join(lines)}
 
-`*`: matrices whose rows are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0, as
-`deskside quantize` reports. `token_embd` and `output` have the row's type as well. KV is f16 unless
-the row says otherwise. KL and top-1 agreement compare with F32 token by token.
+`*`: matrices whose rows are no multiple of 256 fall back to IQ4_NL (4-bit types) or Q8_0;
+`deskside quantize` reports it. `token_embd` and `output` have the row's type as well. KV is f16
+unless the row says otherwise. KL and top-1 agreement compare with F32 token by token.
 
-Made by
+To make this page:
 
     deskside convert CHECKPOINT demo-f32.gguf --outtype f32
     python -m tools.quants_table demo-f32.gguf tools/train_demo/heldout.txt --out docs/QUANTS.md
 
-with the checkpoint of `tools/train_demo`. The sizes of the changes are those of this small model;
-large models are usually hurt less.
+CHECKPOINT is that of `tools/train_demo`. The changes are those of this small model; large models
+usually lose less.
 """
     if args.out:
         args.out.write_text(page, encoding="utf-8")

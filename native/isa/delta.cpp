@@ -1,4 +1,4 @@
-// The gated delta rule (FACTS 1.4), C tokens at a time. Compiled once per instruction set.
+// The gated delta rule (docs/MODEL.md), C tokens at a time. Compiled once per instruction set.
 //
 // With decay d_i = e^g_i, the rule for token i of a block is
 //   S_i = d_i S_(i-1) + k_i delta_i^T,  delta_i = beta_i (v_i - d_i S_(i-1)^T k_i),

@@ -73,8 +73,8 @@ DESKSIDE_INLINE void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
 
 inline vf halves_at(const uint8_t* p, int part) { return load_f16(p + part * 2 * kLanes); }
 
-// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (FACTS 3.3): the words u0, u1,
-// u2 of a row's 12 bytes stand 64 bytes apart.
+// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (docs/MODEL.md). The words u0,
+// u1, u2 of a row's 12 bytes are 64 bytes apart.
 DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),

@@ -7,7 +7,7 @@
 
 namespace deskside {
 
-// y[i] = weight i of a row of n weights at `row`, laid out as in the file (FACTS 3.3).
+// y[i] = weight i of a row of n weights at `row`, laid out as in the file.
 void dequantize_row(Type type, const uint8_t* row, int64_t n, float* y);
 
 }  // namespace deskside

@@ -104,7 +104,7 @@ uint32_t scatter_bits(const uint8_t* from) {
   return qh;
 }
 
-// The 256 weights of a block of Q6_K, as values 0..63 (FACTS 3.3).
+// The 256 weights of a block of Q6_K, as values 0..63 (docs/MODEL.md).
 void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
   for (int h = 0; h < 2; h++, v += 128) {
     const uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;

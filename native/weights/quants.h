@@ -1,4 +1,5 @@
-// Block layouts of the quantised types (FACTS 3.3). Sizes are part of the file format.
+// Block layouts of the quantised types, as gguf/quants.py specifies them. Sizes are part of the
+// file format.
 #pragma once
 
 #include <cstdint>

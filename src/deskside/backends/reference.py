@@ -189,7 +189,9 @@ def conv_silu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 
 
 def gated_delta(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """The gated delta rule, token by token (FACTS 1.4). Value head j reads key head j % k_heads.
+    """The gated delta rule, token by token (docs/MODEL.md).
+
+    Value head j reads key head j % k_heads.
 
     S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
     with beta = sigmoid(b), g = ssm_a softplus(a + dt_bias), q and k of length 1, q divided by

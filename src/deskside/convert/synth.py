@@ -145,7 +145,7 @@ _OPTIONAL = {"tie_word_embeddings", "rms_norm_eps", "rope_parameters", "layer_ty
 # Sizes far beyond any model, so that a slip of the keyboard fails at once.
 _LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}
 _PRE = {"qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "llama": "llama-bpe"}
-# The recipe of FACTS 4.1; what no rule names is Q8_0.
+# Experts in 4 bits, the head in 6, all else in Q8_0.
 _DEFAULT_RULES: Rules = (
     (r"ffn_(gate|up|down)_exps", quant_type("IQ4_NL")),
     (r"^output\.weight", quant_type("Q6_K")),

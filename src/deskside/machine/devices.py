@@ -150,17 +150,17 @@ def assumed_cpu(cores: int, memory: int) -> Device:
 
 def assumed_gpu(name: str, memory: int) -> Device:
     """Rates of an RTX PRO 6000 on PCIe 5 x16; an emulated device is taken for one."""
-    source = "assumed: RTX PRO 6000 (FACTS 4.2)"
+    source = "assumed: RTX PRO 6000 (docs/MODEL.md)"
     if name.startswith("emu"):
-        source = "assumed: as if it were an RTX PRO 6000 (FACTS 4.2)"
+        source = "assumed: as if it were an RTX PRO 6000 (docs/MODEL.md)"
     return Device(
         name,
         memory,
         Figure(1792e9, source),
-        Figure(100e12, "assumed: 200 TFLOPS in effect (FACTS 4.4)"),
+        Figure(100e12, "assumed: 200 TFLOPS in effect"),
         Figure(30e12, "assumed: half of 120 TFLOPS float32"),
-        Figure(4e-6, "assumed: 2 to 5 us (FACTS 4.3)"),
-        Figure(55e9, "assumed: PCIe 5 x16 (FACTS 4.2)"),
+        Figure(4e-6, "assumed: 2 to 5 us"),
+        Figure(55e9, "assumed: PCIe 5 x16"),
         sustained=0.85,
         margin=0 if name.startswith("emu") else GPU_MARGIN,
     )

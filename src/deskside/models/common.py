@@ -108,7 +108,7 @@ def dense_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str, suffix: str, widt
 
 
 def moe_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
-    """Routed experts and, where the file has one, the gated shared expert (FACTS 1.5)."""
+    """Routed experts and, if the file has one, the gated shared expert (docs/MODEL.md)."""
     n_expert = m.positive("expert_count")
     top_k = m.positive("expert_used_count")
     width = m.positive("expert_feed_forward_length")

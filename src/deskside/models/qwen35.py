@@ -1,8 +1,8 @@
 """Qwen3.5, dense (`qwen35`) and mixture of experts (`qwen35moe`).
 
-Three of four layers mix tokens with a gated delta net, every fourth with gated full attention
-(FACTS 1.2 to 1.5). GGUF stores the norms with their +1 applied and value heads tiled over key
-heads, so no layout is changed here.
+Three of four layers mix tokens with a gated delta net, every fourth with gated full attention.
+docs/MODEL.md has the equations. GGUF stores the norms with their +1 applied, and tiles value heads
+over key heads, so this file changes no layout.
 """
 
 from __future__ import annotations

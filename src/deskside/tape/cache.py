@@ -6,8 +6,8 @@ Layouts, one array a state (`slot` = sequence):
     ConvState          float32 (slots, kernel - 1, width), oldest input first, before SiLU
     DeltaState         float32 (slots, v_heads, head_dim keys, head_dim values)
 
-Keys and values keep their positions apart per head, so that attention reads one contiguous stream
-per KV head. The recurrent states stay float32: half precision breaks the model (FACTS 6).
+Each KV head has its positions in one run, so attention reads one contiguous stream per KV head. The
+recurrent states stay float32: others report that half precision breaks the model (docs/MODEL.md).
 """
 
 from __future__ import annotations

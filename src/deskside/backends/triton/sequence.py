@@ -29,7 +29,7 @@ def delta_step(
 ):
     """One token of each sequence. Grid: (DIM / COLUMNS, v_heads, n).
 
-    FACTS 1.4 in one pass over the state: with p = S^T k and r = S^T q of the old state,
+    The gated delta rule in one pass (docs/MODEL.md): with p = S^T k and r = S^T q of the old S,
     delta = beta (v - e^g p), o = e^g r + delta (k q), S <- e^g S + k delta^T.
     """
     head = tl.program_id(1)
