@@ -77,6 +77,14 @@ class _Search:
         self.atom_states = [
             [op.state for op in a.ops if op.state is not None] for a in self.grouping.atoms
         ]
+        # of each unit: bytes on the CPU, on a GPU
+        self.unit_sizes = [
+            [
+                sum(memory.of(n, cpu=cpu, resident=options.resident) for n in unit.tensors)
+                for cpu in (True, False)
+            ]
+            for unit in self.grouping.units
+        ]
         self.shape = BatchShape(1, options.ctx // 2)
         self.order = self._order()
         self.room = False
@@ -156,11 +164,7 @@ class _Search:
         total = np.zeros((len(units), len(self.names)), np.int64)
         rows = np.arange(len(units))
         resident = self.options.resident
-        for i, unit in enumerate(self.grouping.units):
-            sizes = [
-                sum(self.memory.of(n, cpu=d == 0, resident=resident) for n in unit.tensors)
-                for d in (0, 1)
-            ]
+        for i, (unit, sizes) in enumerate(zip(self.grouping.units, self.unit_sizes, strict=True)):
             where = units[:, i]
             total[rows, where] += np.where(where == 0, sizes[0], sizes[1])
             for name in unit.pinned:

@@ -106,6 +106,7 @@ class SpeedModel:
         self.efficiency = {**EFFICIENCY, **machine.efficiency}
         self._pairs = _overlapping(cut.atoms)
         self._works: dict[BatchShape, list[BySort]] = {}  # a plan asks for each shape many times
+        self._tables: dict[BatchShape, Floats] = {}  # seconds (atoms, devices)
 
     def works(self, shape: BatchShape) -> list[BySort]:
         """Of every atom."""
@@ -116,9 +117,12 @@ class SpeedModel:
     def seconds(self, shape: BatchShape, places: NDArray[np.intp]) -> Floats:
         """Of one step by placement. places: (placements, atoms), numbers of devices."""
         devices = self.machine.devices
-        works = self.works(shape)
-        table = np.array([[self._seconds(w, d) for d in devices] for w in works])
-        chosen = table[np.arange(len(works)), places]
+        if shape not in self._tables:
+            self._tables[shape] = np.array(
+                [[self._seconds(w, d) for d in devices] for w in self.works(shape)]
+            )
+        table = self._tables[shape]
+        chosen = table[np.arange(len(table)), places]
         total = chosen.sum(axis=1)
         hop = np.array([[self._hop(a, b, shape.tokens) for b in devices] for a in devices])
         total += hop[places[:, :-1], places[:, 1:]].sum(axis=1)
