@@ -17,14 +17,19 @@ from outside and which are taken out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deskside import _native
 from deskside.gguf import TensorInfo
+from deskside.gguf.quants import FLOAT_TYPES
 from deskside.tape import Op, Tape, Value
 
-FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
+# Ops that treat every row on its own. What is in neither this nor `tasks` has no native op.
+ROWS = frozenset({
+    "embed", "rms_norm", "split_gate", "rope", "gated_norm", "sigmoid_gate", "swiglu", "add",
+    "route", "take_rows",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,13 @@ class _Rewriter:
         self.shared = self.value(0)
         self.fused: set[int] = set()  # by id() of ops that became part of another
         self.here: set[int] = set()  # by id(), the ops of this stretch
+        self.tasks: dict[str, Callable[[Op], Iterator[NativeOp]]] = {
+            "linear": self.linear,
+            "conv_silu": self.conv_silu,
+            "attention": self.attention,
+            "gated_delta": self.gated_delta,
+            "experts": self.experts,
+        }
 
     def value(self, width: int, per_output: bool = False) -> Value:
         self.next_id += 1
@@ -106,7 +118,7 @@ class _Rewriter:
         self.here = {id(op) for op in ops}
         for op in ops:
             if id(op) not in self.fused:
-                yield from getattr(self, op.kind, self.rows)(op)
+                yield from (self.rows if op.kind in ROWS else self.tasks[op.kind])(op)
 
     def rows(self, op: Op) -> Iterator[NativeOp]:
         yield NativeOp(op.kind, rows_of(op.outputs[0]), op.inputs, op.outputs, op)

@@ -12,8 +12,9 @@ from deskside import _native
 from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.gguf.quants import FLOAT_TYPES
 from deskside.lowering.buffers import plan_buffers, stride
-from deskside.lowering.steps import FLOAT_TYPES, NativeOp, Stretch, plan_steps
+from deskside.lowering.steps import NativeOp, Stretch, plan_steps
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
@@ -103,8 +104,7 @@ class CpuBackend:
             self.program.begin(step.where)
             n += 1
             for op in step.ops:
-                method: Callable[[NativeOp], None] = getattr(lowering, op.kind)
-                method(op)
+                LOWERINGS[op.kind](lowering, op)
         self._ranges = list(zip(hops[::2], hops[1::2], strict=True))
 
     @property
@@ -313,3 +313,31 @@ class _Lowering:
 LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
 KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))
+
+
+# By kind of native op; another kind is an error.
+LOWERINGS: dict[str, Callable[[_Lowering, NativeOp], None]] = {
+    f.__name__: f
+    for f in (
+        _Lowering.embed,
+        _Lowering.rms_norm,
+        _Lowering.gated_norm,
+        _Lowering.quantize,
+        _Lowering.linear,
+        _Lowering.split_gate,
+        _Lowering.rope,
+        _Lowering.store_kv,
+        _Lowering.attention,
+        _Lowering.merge_attention,
+        _Lowering.delta_gates,
+        _Lowering.gated_delta,
+        _Lowering.swiglu,
+        _Lowering.sigmoid_gate,
+        _Lowering.add,
+        _Lowering.route,
+        _Lowering.sort_experts,
+        _Lowering.experts_up,
+        _Lowering.experts_down,
+        _Lowering.take_rows,
+    )
+}

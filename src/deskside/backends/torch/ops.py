@@ -24,9 +24,8 @@ from torch import Tensor
 from deskside.backends.torch.kernels import NONE, Kernels
 from deskside.backends.torch.quants import decode_cached, dequantize, encode_cached, round_to_8_bits
 from deskside.gguf import TensorInfo
-from deskside.gguf.quants import QuantType
+from deskside.gguf.quants import FLOAT_TYPES, QuantType
 from deskside.lowering.scratch import FEW_PAIRS, PIECE
-from deskside.lowering.steps import FLOAT_TYPES
 from deskside.tape import Op
 from deskside.tape.cache import Batch
 
