@@ -22,8 +22,8 @@ ARCHITECTURES: dict[str, Callable[[Model], Tape]] = {
 def build_tape(file: GGUF) -> Tape:
     """The forward pass of the model in `file`.
 
-    Raises DesksideError for an unknown architecture, a missing or misshapen tensor, and for tensors
-    that the tape would not read: leaving weights out silently would make fluent nonsense.
+    DesksideError for an unknown architecture, and for a tensor that is missing, has the wrong shape
+    or would not be read. A model that ignores some weights writes fluent nonsense.
     """
     arch = file.require("general.architecture", str)
     build = ARCHITECTURES.get(arch)
@@ -54,6 +54,6 @@ def _refuse_scaled_rope(file: GGUF, arch: str) -> None:
 
 
 def _is_mtp(name: str, n_layers: int) -> bool:
-    """Multi-token-prediction tensors live in the blocks behind the main layers."""
+    """Tensors for multi-token prediction are in the blocks after the main layers."""
     block = re.match(r"blk\.(\d+)\.", name)
     return block is not None and int(block[1]) >= n_layers

@@ -8,7 +8,7 @@ from deskside.tape import TapeBuilder, Value
 
 
 class Model:
-    """A GGUF file seen by a model file: hyper-parameters and tensors, each checked when read."""
+    """A GGUF file as a model file reads it: hyper-parameters and tensors, all checked."""
 
     def __init__(self, file: GGUF, arch: str) -> None:
         self.file = file
@@ -22,7 +22,7 @@ class Model:
             raise self.bad("block_count", f"leaves {self.n_layers} layers to run")
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number >= 0 from the metadata; `key` without the architecture's prefix."""
+        """A whole number >= 0 from the metadata. key: without the architecture's prefix."""
         value = self.file.get(f"{self.arch}.{key}", default)
         if value is None:
             raise self.bad(key, "is missing")

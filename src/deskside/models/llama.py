@@ -28,7 +28,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
     n_rot = m.n_rot(head_dim, head_dim)
     base = m.real("rope.freq_base", 1e4)
-    # Llama 3 stretches its wave lengths by per-frequency factors.
+    # Llama 3 scales the wave length of each frequency by a factor.
     factors = m.tensor("rope_freqs.weight", n_rot // 2) if m.has("rope_freqs.weight") else None
 
     def rope(x: Value, n_heads: int) -> Value:

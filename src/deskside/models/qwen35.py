@@ -12,8 +12,8 @@ import numpy as np
 from deskside.models.common import Model, dense_ffn, moe_ffn
 from deskside.tape import Tape, TapeBuilder, Value
 
-# Added to the squared length when q and k are normalised; a constant of the published model code,
-# not the norms' epsilon.
+# Added to the squared length of q and k. A constant of the published model code, not the epsilon of
+# the norms.
 L2_EPS = 1e-6
 
 
@@ -58,7 +58,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
     q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
     k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
-    # Text gives all three streams of the interleaved mrope one position: plain rope.
+    # Text has the same position in all three streams of mrope, so plain rope is equal to it.
     q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     o = t.attention(q, k, v, heads=heads, kv_heads=kv_heads, head_dim=head_dim)

@@ -1,6 +1,6 @@
-"""What a sequence carries from token to token: keys and values, convolution inputs, delta states.
+"""The state of sequences between tokens: keys and values, convolution inputs, delta states.
 
-Layouts, one array a state (`slot` = sequence):
+Layouts, one array per state (a slot holds one sequence):
 
     KVState     k, v   uint8   (slots, kv_heads, n_ctx, bytes of one head's row)
     ConvState          float32 (slots, kernel - 1, width), oldest input first, before SiLU
@@ -29,7 +29,7 @@ KV_TYPES = ("f16", "q8_0", "f32")
 
 
 def kv_type(name: str, flag: str) -> QuantType:
-    """The quant type of a KV cache from its flag's value."""
+    """The quant type that `flag` gives the KV cache. DesksideError for an unknown name."""
     if name.lower() not in KV_TYPES:
         raise DesksideError(f"{flag} {name}: a KV cache is one of {', '.join(KV_TYPES)}")
     return quant_type(name)
@@ -58,7 +58,7 @@ HUGE = 2 << 20  # bytes of a huge page
 
 
 def zeros(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
-    """Zeroed memory on page borders, in huge pages where the system has them and it is large."""
+    """Zeroed memory, aligned to pages. Large memory is in huge pages if the system has them."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -77,7 +77,7 @@ Arrays = tuple[NDArray[np.uint8] | NDArray[np.float32], ...]
 
 
 class DeviceState(Protocol):
-    """A state that lies in the memory of a device. Positions count for keys and values only."""
+    """A state in the memory of a device. Only keys and values use the positions."""
 
     @property
     def nbytes(self) -> int: ...
@@ -85,15 +85,15 @@ class DeviceState(Protocol):
     def clear(self, slot: int) -> None: ...
 
     def read(self, slot: int, start: int, end: int) -> Arrays:
-        """A copy in the system's memory, of keys and values from `start` up to `end`."""
+        """A copy in the system's memory; of keys and values only positions `start` to end - 1."""
         ...
 
     def write(self, slot: int, start: int, end: int, parts: Arrays) -> None:
-        """What `read` gave for the same positions."""
+        """Put back what `read` returned for the same positions."""
         ...
 
     def copy(self, source: int, slot: int, end: int) -> None:
-        """From slot `source` to another, keys and values up to `end`."""
+        """Copy one slot to another; of keys and values the positions before `end`."""
         ...
 
 
@@ -101,8 +101,8 @@ class DeviceState(Protocol):
 class Checkpoint:
     """A sequence after its first `n` tokens, kept outside the cache.
 
-    parts, by state: arrays of `state_shapes`; keys and values are those of the positions from
-    `start` up to n.
+    parts: per state, the arrays of `state_shapes`. Keys and values are those of positions `start`
+    to n - 1.
     """
 
     n: int
@@ -117,10 +117,10 @@ class Checkpoint:
 class Cache:
     """State of `n_slots` sequences of at most `n_ctx` tokens.
 
-    Memory is taken from the system zeroed and untouched: pages are paid for when first written.
-    held: states, by index, that a backend keeps on its devices; their `arrays` are empty here.
-    lengths: how many tokens of each slot's sequence are computed. Not safe for threads: whoever
-    shares a cache takes turns (`engine.load.Loaded`).
+    The system gives zeroed memory; a page takes memory only once it is written.
+    held: states, by index, that a backend keeps on its devices. Their `arrays` are empty here.
+    lengths: how many tokens of each slot's sequence are computed.
+    Not thread-safe: threads that share a cache must take turns (`engine.load.Loaded`).
     """
 
     def __init__(
@@ -163,22 +163,22 @@ class Cache:
 
     @property
     def recurrent(self) -> bool:
-        """Whether a sequence has state besides keys and values, which cannot be cut back."""
+        """Whether sequences have recurrent state, which cannot be cut back."""
         return any(not isinstance(state, KVState) for state in self.states)
 
     @property
     def recurrent_bytes(self) -> int:
-        """Of one sequence."""
+        """Bytes of recurrent state per sequence."""
         return cache_bytes(self.states, 1, self.k_type, self.v_type)[1]
 
     def advance(self, batch: Batch) -> None:
-        """The batch is computed. Backends call this."""
+        """Count the batch's tokens as computed. Backends call this after a step."""
         for s in batch.segments:
             self.lengths[s.slot] = s.pos + s.n
 
     def truncate(self, slot: int, n: int) -> bool:
-        """Cut a sequence back to its first `n` tokens. False, and nothing done, where it has no
-        state of that length: it is shorter, or its recurrent state is past it."""
+        """Cut a sequence back to its first `n` tokens. Returns False and changes nothing if that
+        is impossible: the sequence is shorter, or its recurrent state is already past n."""
         length = self.lengths[slot]
         if n == 0:
             self.clear(slot)
@@ -188,10 +188,10 @@ class Cache:
         return True
 
     def snapshot(self, slot: int, n: int, start: int = 0) -> Checkpoint:
-        """The sequence in `slot` after its first `n` tokens, in memory of its own.
+        """A copy of the sequence in `slot` after its first `n` tokens.
 
-        start: keys and values before this position are left out; start=n keeps recurrent state
-        only. ValueError where the slot has no state of that length (see `truncate`).
+        start: leave out keys and values before this position; start=n keeps recurrent state only.
+        ValueError if the slot has no state of that length (see `truncate`).
         """
         length = self.lengths[slot]
         if not 0 <= start <= n <= length or (n < length and self.recurrent):
@@ -200,11 +200,13 @@ class Cache:
 
     def restore(self, slot: int, checkpoint: Checkpoint) -> None:
         """Put a sequence back as it was. Keys and values before `checkpoint.start` must still be
-        those of its first tokens; `clear` and shorter sequences leave them in place."""
+        in the slot; `clear` and shorter sequences do not overwrite them."""
         n, start = checkpoint.n, checkpoint.start
         if n > self.n_ctx:
             raise ValueError(f"a checkpoint of {n} tokens in a context of {self.n_ctx}")
-        self.lengths[slot] = 0  # an interruption must not leave half of it as if it were whole
+        self.lengths[slot] = (
+            0  # an interruption must not leave a half-restored slot that counts as whole
+        )
         for i, parts in zip(self._indices, checkpoint.parts, strict=True):
             if i in self.held:
                 self.held[i].write(slot, start, n, parts)
@@ -237,11 +239,11 @@ class Cache:
         return tuple(self._part(i, array[slot], start, end).copy() for array in self.arrays[i])
 
     def _part(self, i: int, array: Any, start: int, end: int) -> Any:
-        """The part of one sequence's array that positions `start` up to `end` fill."""
+        """The part of one sequence's array that holds positions `start` to end - 1."""
         return array[:, start:end] if isinstance(self.states[i], KVState) else array
 
     def clear(self, slot: int) -> None:
-        """Forget a sequence. Keys and values need no clearing: positions bound what is read."""
+        """Forget a sequence. Keys and values stay in place: only computed positions are read."""
         self.lengths[slot] = 0
         for state, arrays in zip(self.states, self.arrays, strict=True):
             if arrays and not isinstance(state, KVState):
@@ -253,7 +255,7 @@ class Cache:
 def state_shapes(
     state: State, n_ctx: int, k_type: QuantType, v_type: QuantType
 ) -> tuple[tuple[int, ...], ...]:
-    """Array shapes of one sequence's part of a state; bytes for keys and values, else float32."""
+    """Array shapes of one sequence's part of a state: uint8 for keys and values, else float32."""
     match state:
         case KVState(kv_heads=heads, head_dim=head_dim):
             return (

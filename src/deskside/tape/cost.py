@@ -1,10 +1,11 @@
 """What a model must read and multiply, and the speed that a machine's limits allow it.
 
-`work` has the cost of one op; planner, benchmarks and profile all sum it. Bytes are those of
-weights, of keys and values and of recurrent state, each once a step. Which experts several tokens
-share depends on the model: every token counts as if it chose at random, which is true of random
-weights. `Work` has a model's totals and leaves out the products of attention, of the delta rule
-and of row-wise ops, so `limit` is a bound from above.
+`work` gives the cost of one op. Planner, benchmarks and profile all sum it. Bytes are those of
+weights, keys and values, and recurrent state, each counted once per step. Every token is assumed to
+choose its experts at random. That holds for random weights; a trained model may differ.
+
+`Work` has a model's totals. It leaves out the products of attention, the delta rule and row-wise
+ops, so `limit` is an upper bound.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from deskside.tape.cache import cache_bytes
 from deskside.tape.tape import KVState, Op, State, Tape
 
 F16 = quant_type("f16")
-# Sorts of ops that multiply by weight matrices. The others: attention, delta, rows.
+# Sorts of ops that multiply by weight matrices. The other sorts are attention, delta and rows.
 MATRICES = frozenset({"dense", "experts", "head", "router"})
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """`n` tokens for each of `n_seq` sequences behind `depth` cached ones, logits of each last."""
+    """`n` tokens for each of `n_seq` sequences, after `depth` cached ones; logits of each last."""
 
     n: int
     depth: float = 0
@@ -55,8 +56,8 @@ class Experts:
 
 
 class OpWork(NamedTuple):
-    """Bytes and multiply-adds of one op in one step. `weights`: bytes of weights read. `state`:
-    bytes of keys and values read, of recurrent state read and written."""
+    """Bytes and multiply-adds of one op in one step. weights: bytes of weights read. state: bytes
+    of keys and values read, and of recurrent state read and written."""
 
     sort: str
     weights: float
@@ -77,10 +78,12 @@ def work(
 ) -> OpWork:
     """Cost of an op of the tape with `states` in a step of `shape`. k_type, v_type: of the cache.
 
-    Products: a linear has n_in * n_out a row. Attention has two products, with keys and with
-    values, a position and element of its output. The gated delta rule
-    (S <- g S; d = b (v - S^T k); S <- S + k d^T; o = S^T q; Yang et al. 2024, arXiv:2412.06464)
-    has three with the state S (S^T k, k d^T, S^T q) a token. A convolution has `kernel` an element.
+    Multiply-adds:
+    linear       n_in * n_out per row
+    attention    two per position and element of its output: with keys and with values
+    gated delta  three per token and element of the state S (S^T k, k d^T, S^T q) in the rule
+                 S <- g S; d = b (v - S^T k); S <- S + k d^T; o = S^T q (arXiv:2412.06464)
+    convolution  `kernel` per element
     """
     rows = shape.n_seq if op.outputs[0].per_output else shape.tokens
     width = op.outputs[0].width
@@ -113,7 +116,7 @@ def state_bytes(
 ) -> float:
     """Bytes that one sequence's states move in a step of `shape`.
 
-    Keys and values of all positions before the last token are read, once for all tokens; recurrent
+    Keys and values of all positions before the last token are read once for all tokens. Recurrent
     state is read and written.
     """
     kv, recurrent = cache_bytes(states, 1, k_type, v_type)
@@ -122,11 +125,11 @@ def state_bytes(
 
 @dataclass(frozen=True)
 class Work:
-    """One model: the sum of `work` over its tape. `macs` are those of a token with the weight
-    matrices, `head_macs` those of a token whose logits are asked.
+    """One model: the sum of `work` over its tape.
 
-    The embedding table counts one row a token, unless it is the head too. Layers for multi-token
-    prediction are not on the tape and not counted.
+    macs: of a token with the weight matrices. head_macs: further ones of a token whose logits are
+    wanted. The embedding table counts one row per token, unless it is the head too. Layers for
+    multi-token prediction are not on the tape and do not count.
     """
 
     dense_bytes: int
@@ -155,7 +158,7 @@ class Work:
         return cls(dense, row, tuple(experts), macs, head, tape.states)
 
     def state_bytes(self, depth: int, kv: str) -> float:
-        """Of a sequence's next token: keys and values of `depth` positions, recurrent state."""
+        """Bytes of state for a sequence's next token, after `depth` positions."""
         return state_bytes(self.states, BatchShape(1, depth), quant_type(kv), quant_type(kv))
 
     def weight_bytes(self, n_tokens: int) -> float:
@@ -167,13 +170,13 @@ class Work:
         )
 
     def decode(self, depth: int, kv: str, n_seq: int = 1) -> dict[str, float]:
-        """Bytes and MACs a token, in steps of one token for each of n_seq sequences."""
+        """Bytes and MACs per token, in steps of one token for each of n_seq sequences."""
         total = self.weight_bytes(n_seq) + n_seq * self.state_bytes(depth, kv)
         return {"bytes": total / n_seq, "macs": self.macs + self.head_macs}
 
     def prefill(self, n_tokens: int, batch: int | None = None) -> dict[str, float]:
-        """Bytes and MACs a token, for n tokens in steps of `batch` (in one step without) and the
-        logits of the last."""
+        """Bytes and MACs per token for a prompt of n tokens in steps of `batch` (None: one step).
+        Only the last token's logits are computed."""
         full, rest = divmod(n_tokens, batch or n_tokens)
         nbytes = full * self.weight_bytes(batch or n_tokens)
         nbytes += self.weight_bytes(rest) if rest else 0
@@ -183,10 +186,10 @@ class Work:
 def limit(
     work: dict[str, float], bandwidth: float | None, compute: float | None, *, prefill: bool
 ) -> float | None:
-    """Tokens per second that the machine allows; None where the limit that binds is not known.
+    """Tokens per second that the machine allows; None if the binding limit is unknown.
 
-    bandwidth in bytes per second, compute in int8 multiply-adds per second. Decode is bound by
-    bandwidth where compute is not known, prefill without it is not bounded usefully.
+    bandwidth: bytes per second. compute: int8 multiply-adds per second. Without compute, decode is
+    bound by bandwidth and prefill has no useful bound.
     """
     if bandwidth is None or (compute is None and prefill):
         return None

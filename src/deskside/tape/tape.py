@@ -1,9 +1,9 @@
 """The tape: a model's forward pass as a list of ops, recorded once and read by every other part.
 
-A model file calls the methods of `TapeBuilder`; each call appends one `Op` and returns the `Value`
-that the op makes. A value is a float32 matrix of shape (rows, width); its row count is not part of
-the tape, so that one tape serves decode, batched decode and prefill. Values before `take_rows` have
-one row per token of the batch, values after it one row per requested output.
+A model file calls the methods of `TapeBuilder`. Each call appends one `Op` and returns the `Value`
+that the op makes. A value is a float32 matrix (rows, width). The number of rows is not on the tape,
+so one tape serves decode, batched decode and prefill. Values before `take_rows` have one row per
+token of the batch. Values after it have one row per requested output.
 
 Ops and the order of their `weights` (shapes in ggml order, fastest dimension first):
 
@@ -25,7 +25,7 @@ Ops and the order of their `weights` (shapes in ggml order, fastest dimension fi
 | experts      | x, ids, w     | gate, up, down (.., .., E)   |                                    |
 | take_rows    | x             |                              |                                    |
 
-`backends/reference.py` states what each op means. An executor may overwrite the inputs of
+`backends/reference.py` defines what each op computes. A backend may overwrite the inputs of
 `gated_delta`: nothing else reads them.
 """
 
@@ -81,7 +81,7 @@ State = KVState | ConvState | DeltaState
 
 @dataclass(frozen=True)
 class Op:
-    """One step of the tape. `state` indexes `Tape.states` where the op carries state."""
+    """One step of the tape. state: its index in `Tape.states`; None for an op without state."""
 
     kind: str
     layer: int
@@ -108,7 +108,7 @@ class Tape:
 
 
 class TapeBuilder:
-    """Records ops. One method an op; each returns the value that the op makes."""
+    """Records ops: one method per op. Each returns the value that the op makes."""
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
