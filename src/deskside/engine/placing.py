@@ -1,7 +1,7 @@
 """From an engine's options to a plan: which machine, which rules, and what the user is told.
 
 A GPU is used where `devices` names it, or where another option asks for one. Without either the CPU
-does everything, for no GPU has run this code yet (README).
+does everything: alone it is often faster still (docs/GPU.md).
 """
 
 from __future__ import annotations
