@@ -19,6 +19,7 @@ from deskside.engine.scheduler import accept, schedule
 from deskside.engine.sequence import Sequence as Answer
 from deskside.engine.slots import Slot
 from deskside.errors import DamagedLogits, DesksideError
+from deskside.gguf import GGUF
 from deskside.progress import Progress, silent
 from deskside.text.chat import ChatTemplate
 from deskside.text.prompt import Prompt, chat_prompt
@@ -40,7 +41,9 @@ class LLM:
     share an LLM, each with its own streams: steps take turns. A stream belongs to one thread.
     """
 
-    def __init__(self, path: str | Path, *, progress: Progress = silent, **options: Any) -> None:
+    def __init__(
+        self, path: str | Path | GGUF, *, progress: Progress = silent, **options: Any
+    ) -> None:
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
             raise DesksideError(f"unknown option {', '.join(unknown)}")

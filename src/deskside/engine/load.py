@@ -132,19 +132,20 @@ def _batch(parts: Sequence[Part]) -> Batch:
     )
 
 
-def load(path: str | Path, config: EngineConfig, progress: Progress = silent) -> Loaded:
-    """The model of a GGUF file. DesksideError for a bad file, options that cannot be met, or what
-    does not fit the free memory. A load that fails, Ctrl-C included, keeps no memory."""
+def load(source: str | Path | GGUF, config: EngineConfig, progress: Progress = silent) -> Loaded:
+    """The model of a GGUF file, named or opened. DesksideError for a bad file, options that cannot
+    be met, or what does not fit the free memory. A load that fails, Ctrl-C included, keeps no
+    memory."""
     try:
-        return _load(path, config, progress)
+        file = source if isinstance(source, GGUF) else GGUF.open(source)
+        return _load(file, config, progress)
     except BaseException as failure:
         drop_frames(failure)
         raise
 
 
-def _load(path: str | Path, config: EngineConfig, progress: Progress) -> Loaded:
-    file = GGUF.open(path)
-    tokenizer = Tokenizer.from_metadata(file.metadata, str(path))
+def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
+    tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
     tape = build_tape(file)
     ctx = context(tape, config)
     launch = place(tape, config, ctx, min(config.ubatch, ctx))

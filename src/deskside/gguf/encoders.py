@@ -1,11 +1,12 @@
 """NumPy encoders: float32 rows to quantised rows, without an importance matrix.
 
-Every search works on a closed form. For one block, codes q from a candidate scale and weights
-w = x^2, the best scale is d = sum(w q x) / sum(w q^2) and leaves an error of
-sum(w x^2) - sum(w q x)^2 / sum(w q^2), so a candidate is judged by two sums. Blocks are first
-divided by their signed value of largest magnitude: then x lies in [-1, 1], a candidate scale is
-one scalar for all blocks, and its codes are a table over a fine grid of x. The last rounding is
-always done anew, exactly, with the scale as it is stored.
+Every search uses a closed form. Take one block x, its codes q from a candidate scale, and weights
+w = x^2. The best scale is d = sum(w q x) / sum(w q^2). It leaves an error of
+sum(w x^2) - sum(w q x)^2 / sum(w q^2), so two sums judge a candidate.
+
+Blocks are first divided by their signed value of largest magnitude, so x lies in [-1, 1]. A
+candidate scale is then one scalar for all blocks, and its codes are a table over a fine grid of x.
+The last rounding is exact, with the scale as stored.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from deskside.errors import DesksideError
 from deskside.gguf.quants import CODEBOOKS, Bytes, Floats, QuantType
 
-# Rows are encoded in chunks of about this many weights, so that the working set stays in cache.
+# Rows are encoded in chunks of about this many weights: the working set stays in the CPU's cache.
 _CHUNK = 1 << 17
-# Blocks (rows, for types with a row scale) with no larger magnitude are encoded as zeros: far
-# below what an fp16 scale can express, and safe to take the reciprocal of.
+# Blocks (for types with a row scale: rows) with no larger magnitude become zeros. It is far below
+# what an fp16 scale can express, and its reciprocal is finite.
 _TINY = np.float32(1e-30)
 # Grid over [-1, 1] of the search tables: a grid step is 1/32 of the finest code step (Q6_K).
 _GRID = 2048
@@ -31,7 +32,7 @@ _GRID = 2048
 def quantize(x: Floats, t: QuantType) -> Bytes:
     """Encode rows of weights: float32 (rows, n) -> uint8 (rows, t.row_bytes(n)).
 
-    A pure function of its rows. DesksideError if `n` does not fit the type, the type has no
+    Each row depends on itself only. DesksideError if `n` does not fit the type, the type has no
     encoder, or a weight is NaN, Inf or too large for the type.
     """
     encode = _ENCODERS.get(t.name)
@@ -106,8 +107,8 @@ def _q8_0(x: Floats) -> Bytes:
 
 
 def _snap_table(codes: Floats) -> NDArray[np.uint8]:
-    """Index of the code nearest to v, by cell floor(2 v) + 256: codes are whole numbers within
-    -128..127, so the border between two is a multiple of 1/2 and no cell straddles one."""
+    """Index of the code nearest to v, by cell floor(2 v) + 256. Codes are whole numbers in
+    -128..127, so the border between two is a multiple of 1/2 and lies between two cells."""
     v = np.arange(-256, 256, dtype=np.float32)[:, None] / 2 + np.float32(0.25)
     nearest: NDArray[np.intp] = np.abs(v - codes).argmin(axis=1)
     return nearest.astype(np.uint8)
@@ -127,9 +128,9 @@ def _search_tables(codes: Floats, factors: Sequence[float]) -> Floats:
 
 
 def _best_scale(b: Floats, tables: Floats) -> tuple[Floats, Floats]:
-    """The scale per block (N, k) that fits best, and the share of sum(w x^2) it explains.
+    """The best scale per block (N, k), and the share of sum(w x^2) that it explains.
 
-    A scale may be negative: the value of largest magnitude meets either end of the codes.
+    A scale may be negative: the value of largest magnitude maps to either end of the codes.
     """
     peak = b[np.arange(len(b)), np.abs(b).argmax(axis=1)]
     x = b * _reciprocal(peak)[:, None]
@@ -153,7 +154,7 @@ def _best_scale(b: Floats, tables: Floats) -> tuple[Floats, Floats]:
 
 
 def _ends(codes: Floats) -> list[float]:
-    """Candidate scales: the largest value meets the first or the last code, give or take 7."""
+    """Candidate scales: the largest value maps to the first or the last code, give or take 7."""
     return [end + t for end in (float(codes[0]), float(codes[-1])) for t in range(-7, 8)]
 
 
@@ -212,7 +213,7 @@ def _q6_k(x: Floats) -> Bytes:
     return np.hstack([ql.reshape(-1, 128), qh.reshape(-1, 64), sc8, half])
 
 
-# Codes 0..15 of x scaled to [0, 1]: the largest value meets 14, 14.1 .. 16.
+# Codes 0..15 of x scaled to [0, 1]: the largest value maps to 14, 14.1 .. 16.
 _Q4_TABLES = _search_tables(np.arange(16, dtype=np.float32), [14 + 0.1 * t for t in range(21)])[
     :, _GRID:
 ]
@@ -274,8 +275,8 @@ def _q4_k(x: Floats) -> Bytes:
     return np.hstack([*halves, first, second, third, qs])
 
 
-# By code index: 1 if its four bits hold an odd number of ones. For each codebook and parity, the
-# nearest code of that parity (borders of codes of equal parity are multiples of 1/2 too).
+# By code index: 1 if its four bits have an odd number of ones. By codebook and parity: the nearest
+# code of that parity. Borders between codes of equal parity are multiples of 1/2 too.
 _ODD = np.array([bin(i).count("1") & 1 for i in range(16)], np.uint8)
 
 
@@ -290,9 +291,9 @@ _PARITY_SNAP = [[_parity_snap(book, odd) for odd in (0, 1)] for book in CODEBOOK
 def _even_snap(v: Floats, book: int) -> Bytes:
     """Nearest codes of v (N, 32) such that each IQ4_KSS word has an even number of set bits.
 
-    Word k holds elements 2k, 2k+1, 2k+16, 2k+17. In a word with odd parity the one element
-    moves to a code of the other parity that raises sum(w (v - code)^2) least. Here w is v^2 plus
-    its mean: with v^2 alone the small weights of a block would bear all the moves.
+    Word k holds elements 2k, 2k+1, 2k+16, 2k+17. In a word with odd parity one element moves to a
+    code of the other parity: the one that raises sum(w (v - code)^2) least. Here w is v^2 plus its
+    mean. With v^2 alone, only the small weights of a block would move.
     """
     index = _snap(v, _SNAP[book])
     odd = _ODD[index]
@@ -320,9 +321,9 @@ def _plain_snap(v: Floats, book: int) -> Bytes:
 def _row_scaled(x: Floats, snap: Callable[[Floats, int], Bytes]) -> tuple[Bytes, Bytes, Bytes]:
     """Row scale bytes (rows, 4), scale bytes (rows, n/32), code indices (rows, n/32, 32).
 
-    A block's scale is an odd multiple, -127..127, of the row scale; its lowest bit chooses the
-    codebook. Both codebooks are tried with the scale as stored; last, the row scale is fitted
-    anew to the codes.
+    A block's scale is an odd multiple, -127..127, of the row scale. Its lowest bit selects the
+    codebook. Both codebooks are tried with the scale as stored. At the end the row scale is fitted
+    again to the codes.
     """
     rows, n = x.shape
     peak = np.abs(x).max(axis=1, keepdims=True)

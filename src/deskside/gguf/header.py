@@ -1,10 +1,14 @@
-"""The header of one GGUF file, version 2 or 3: keys and tensors, nothing trusted.
+"""Reads the header of one GGUF file, version 2 or 3: keys and tensors, nothing trusted.
 
-Layout, little endian: "GGUF", u32 version, u64 tensor count, u64 key count; per key its name
-(u64 length + bytes), u32 type, value; per tensor its name, u32 number of dimensions, u64 ne[]
-(ne[0], the row length, varies fastest), u32 type, u64 offset into the data section, which starts
-at the next multiple of `general.alignment`. Every count and length is checked against the bytes
-that are left before anything is allocated.
+Layout, little endian:
+
+    file    "GGUF", u32 version, u64 tensor count, u64 key count, keys, tensors
+    key     name (u64 length + bytes), u32 type, value
+    tensor  name, u32 number of dimensions, u64 ne[] (ne[0], the row length, varies fastest),
+            u32 type, u64 offset into the data section
+
+The data section starts at the next multiple of `general.alignment`. Every count and length is
+checked against the bytes left before anything is allocated.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is in ggml order, `offset` is absolute in the file `path`."""
+    """Where a tensor lies. shape: in ggml order. offset: absolute, in the file `path`."""
 
     name: str
     type: QuantType
@@ -113,7 +117,7 @@ class Cursor:
             raise self.fail(f"{what} is not valid UTF-8: {bytes(raw[:40])!r}") from None
 
     def strings(self, n: int, what: str) -> list[str]:
-        """`string` n times, with the loop kept tight: vocabularies have 250,000 entries."""
+        """`string` n times, in a fast loop: vocabularies have 250,000 entries."""
         view, end, pos = self.view, len(self.view), self.pos
         unpack = struct.Struct("<Q").unpack_from
         out: list[str] = []
@@ -174,7 +178,7 @@ class Header:
 
     @classmethod
     def read(cls, path: Path, *, complete: bool = True) -> Header:
-        """complete: whether the data must be there as well; without, the header will do."""
+        """complete: the file must hold the tensors' data too; False needs the header only."""
         mapped = _map(path)
         at = Cursor(mapped, path)
         if at.left < 24 or at.take(4, "the magic") != MAGIC:
@@ -258,7 +262,7 @@ def _tensor_info(at: Cursor, i: int) -> TensorInfo:
 def _placed(
     at: Cursor, info: TensorInfo, data_start: int, alignment: int, complete: bool
 ) -> TensorInfo:
-    """Turn the offset absolute and check that the tensor lies within a `complete` file."""
+    """Make the offset absolute. A tensor of a `complete` file must lie within it."""
     if info.offset % alignment:
         raise at.fail(
             f"tensor {show(info.name)} has offset {info.offset}, "

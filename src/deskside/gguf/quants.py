@@ -1,8 +1,8 @@
 """The quant types: one table row and one NumPy decoder each. The decoders are the specification.
 
-A row of `n` weights is stored as an optional row header followed by `n / block` blocks of
-`block_bytes` bytes; rows follow each other without padding. Layouts are those of ggml (mainline
-types) and of ik_llama.cpp (IQ4_KS, IQ4_KSS); all integers and floats are little endian.
+A row of `n` weights is an optional row header, then `n / block` blocks of `block_bytes` bytes. Rows
+follow each other without padding. Layouts are those of ggml and, for IQ4_KS and IQ4_KSS, of
+ik_llama.cpp. All integers and floats are little endian.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QuantType:
-    """How a row of weights is stored. `id` is the type id in GGUF, sizes are in bytes.
+    """How a row of weights is stored. id: the type id in GGUF. Sizes are in bytes.
 
-    `scales` are the offsets of the fp16 scales (d, dmin or m) within a block.
+    block: weights per block. scales: offsets of the fp16 scales (d, dmin or m) within a block.
     """
 
     id: int
@@ -43,7 +43,7 @@ class QuantType:
         return self.row_header + n // self.block * self.block_bytes
 
 
-# Weights of these types meet activations in float32, all others in 8 bits.
+# Weights of these types are multiplied with float32 activations, all others with 8-bit ones.
 FLOAT_TYPES = frozenset({"F32", "F16", "BF16"})
 TYPES: dict[int, QuantType] = {
     t.id: t
@@ -72,7 +72,7 @@ TYPES: dict[int, QuantType] = {
 }
 BY_NAME: dict[str, QuantType] = {t.name: t for t in TYPES.values()}
 
-# Types that files may hold and deskside does not read, so that the refusal can name them.
+# Types that files may hold but deskside does not read: for the error message.
 UNSUPPORTED: dict[int, str] = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
@@ -90,7 +90,7 @@ CODEBOOKS: Floats = np.array([K0, [k + 4 for k in K0]], np.float32)
 
 
 def quant_type(name: str) -> QuantType:
-    """The type called `name`, in any case; DesksideError lists the known names."""
+    """The type called `name`, upper or lower case. DesksideError lists the known names."""
     found = BY_NAME.get(name.strip().upper())
     if found is None:
         raise DesksideError(f"unknown quant type {name!r}; known types: {', '.join(BY_NAME)}")
@@ -110,7 +110,7 @@ def dequantize(data: Bytes, t: QuantType, n: int) -> Floats:
         )
     rows = data.shape[0]
     blocks = np.ascontiguousarray(data[:, t.row_header :]).reshape(-1, t.block_bytes)
-    # A corrupt file may hold infinite scales; `GGUF.check_values` reports those, not a warning.
+    # A damaged file may hold infinite scales. `GGUF.check_values` reports them; no warning here.
     with np.errstate(invalid="ignore", over="ignore"):
         if t.row_header:
             d = np.ascontiguousarray(data[:, : t.row_header]).view("<f4")
@@ -138,7 +138,7 @@ def non_finite_rows(data: Bytes, t: QuantType) -> NDArray[np.intp]:
     return np.flatnonzero(bad)
 
 
-# Storage integer and exponent field of the float types: an exponent of all ones is NaN or Inf.
+# Storage integer and exponent mask of the float types. An exponent of all ones is NaN or Inf.
 _EXPONENT: dict[str, tuple[str, int]] = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
@@ -240,9 +240,10 @@ def _q5_k(b: Bytes) -> Floats:
 def _q6_k(b: Bytes) -> Floats:
     """ql[128], qh[64], int8 sc[16] (one per 16 weights), fp16 d. y = d sc (q - 32).
 
-    Each half of 128 weights has 64 bytes of ql and 32 of qh. Of the half's weights, the four
-    groups of 32 take: ql[0:32] low, ql[32:64] low, ql[0:32] high, ql[32:64] high nibbles, and
-    bits 0-1, 2-3, 4-5, 6-7 of qh.
+    Each half of 128 weights has 64 bytes of ql and 32 of qh. Its four groups of 32 weights use:
+
+    low 4 bits   ql[0:32] low, ql[32:64] low, ql[0:32] high, ql[32:64] high nibbles
+    high 2 bits  bits 0-1, 2-3, 4-5, 6-7 of qh
     """
     low = _nibbles(b[:, :128].reshape(-1, 64)).reshape(-1, 4, 32)
     high = _bits(b[:, 128:192].reshape(-1, 32), 4, 2)
@@ -288,9 +289,9 @@ def _iq4_ks(b: Bytes, d: Floats) -> Floats:
 def unpack_kss(words: NDArray[np.uint16]) -> tuple[Bytes, Bytes]:
     """(..., 8) words of a 32-block -> scale bytes (...), packed indices (..., 16).
 
-    Bit 0 of word k is bit k of the scale byte. The 15 bits v above it are the prefix XOR (from
-    the top) of a 16-bit w with an even number of set bits, so w = v ^ v >> 1 with bit 0 of v
-    taken as 0; the bytes of w are the index bytes of an IQ4_NL block.
+    Bit 0 of word k is bit k of the scale byte. v is the word with bit 0 cleared, and
+    w = v ^ v >> 1. The bytes of w are the index bytes of an IQ4_NL block. (v is the prefix XOR of w
+    from the top; w has an even number of set bits, so v's bit 0 is always 0.)
     """
     s = np.packbits((words & 1).astype(np.uint8), axis=-1, bitorder="little")[..., 0]
     v = words & 0xFFFE

@@ -1,4 +1,4 @@
-"""Reader of GGUF models: one file or a split, memory-mapped. `gguf_header` has the layout."""
+"""Reader of GGUF models: one file or a split, memory-mapped. `header.py` has the layout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ _SHARD = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.
 
 @dataclass
 class GGUF:
-    """Metadata and tensors of a model: `metadata` holds Python scalars, NumPy arrays of numbers
-    or booleans, and lists of strings; `types` holds the GGUF type id of every key's value."""
+    """Metadata and tensors of a model.
+
+    metadata: Python scalars, NumPy arrays of numbers or booleans, and lists of strings.
+    types: the GGUF type id of every key's value.
+    """
 
     path: Path
     paths: list[Path] = field(default_factory=list)
@@ -40,9 +43,9 @@ class GGUF:
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = True) -> GGUF:
-        """Open a file, or a whole split of which any shard is named; DesksideError if it is bad.
+        """Open a file, or a whole split by the name of any shard. DesksideError for a bad file.
 
-        complete=False: headers are enough, as of a file that is still being fetched.
+        complete=False needs the headers only, for a file that is still downloading.
         """
         path = Path(path)
         named = Header.read(path, complete=complete)
@@ -72,7 +75,7 @@ class GGUF:
         return model
 
     def _add(self, header: Header) -> None:
-        """Take a file in; of keys that several shards have, the first shard's value counts."""
+        """Add a shard. If several shards have a key, the first shard's value counts."""
         self.paths.append(header.path)
         self._maps[header.path] = header.map
         self.metadata = header.metadata | self.metadata
@@ -83,15 +86,15 @@ class GGUF:
             self.tensors[t.name] = t
 
     def tensor(self, name: str) -> TensorInfo:
-        """The tensor called `name`, or a DesksideError that says it is missing."""
+        """The tensor called `name`. DesksideError if it is missing."""
         info = self.tensors.get(name)
         if info is None:
             raise DesksideError(f"{self.path}: tensor {show(name)} is missing")
         return info
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The stored bytes as a read-only view of the file, or of memory if the tensor was read in:
-        uint8 (n_rows, row_bytes)."""
+        """The stored bytes: uint8 (n_rows, row_bytes), read-only. A view of the mapped file, or of
+        memory after `read_in`."""
         if name in self._read:
             return self._read[name]
         t = self.tensor(name)
@@ -99,7 +102,7 @@ class GGUF:
         return flat.reshape(t.n_rows, t.row_bytes)
 
     def read_in(self, names: Iterable[str]) -> None:
-        """Have these tensors in memory from now on, not in the mapped file."""
+        """Read these tensors into memory. `raw` returns that memory from now on."""
         for name in names:
             held = self.raw(name).copy()
             held.flags.writeable = False
@@ -117,8 +120,8 @@ class GGUF:
     def require(self, key: str, kind: type[T]) -> T:
         """The value of `key` as `kind` (int, float, bool, str, list or numpy.ndarray).
 
-        A whole number is accepted where a float is asked for. DesksideError names file and key if
-        the key is missing or holds something else.
+        A float may be stored as a whole number. DesksideError names file and key if the key is
+        missing or has another type.
         """
         if key not in self.metadata:
             raise DesksideError(f"{self.path}: key {show(key)} is missing")
@@ -133,17 +136,17 @@ class GGUF:
         return value
 
     def typed_metadata(self) -> dict[str, Any]:
-        """`metadata` for `GGUFWriter`: scalars are NumPy scalars of the file's types."""
+        """`metadata` for `GGUFWriter`, with NumPy scalars of the file's types."""
         return {
             key: SCALARS[self.types[key]].type(value) if self.types[key] in SCALARS else value
             for key, value in self.metadata.items()
         }
 
     def check_values(self, names: Iterable[str] | None = None) -> None:
-        """Look for NaN and Inf in float tensors and in the scales of quantised ones.
+        """Search float tensors and the scales of quantised ones for NaN and Inf.
 
-        Reads all tensors, or those in `names`, in chunks of bounded size; DesksideError names
-        file, tensor and row of the first one found.
+        Reads all tensors, or those in `names`, in chunks of bounded size. DesksideError names file,
+        tensor and row of the first one found.
         """
         for name in self.tensors if names is None else names:
             t, data = self.tensor(name), self.raw(name)

@@ -1,4 +1,4 @@
-"""What a tensor is for, read from its name: the one place that knows the names.
+"""The role of a tensor, from its name. No other file reads roles from names.
 
 The names are those of GGUF (`MODEL_TENSOR` in llama.cpp's gguf-py/gguf/constants.py).
 """
@@ -11,7 +11,7 @@ from functools import cache
 
 
 class Role(StrEnum):
-    """The values are the words that users read."""
+    """What a tensor is for. The values are shown to users."""
 
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -26,7 +26,7 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-# By a name without its layer: the first that matches.
+# The first pattern that matches a name without its layer decides.
 _NAMES = (
     (r"token_embd\b", Role.EMBEDDING),
     (r"output\b", Role.HEAD),
@@ -43,6 +43,6 @@ _NAMES = (
 
 @cache
 def role(name: str) -> Role:
-    """Of a tensor, with or without its layer in front; OTHER for a name that no model here has."""
+    """The role of a tensor, named with or without its layer. OTHER for an unknown name."""
     bare = re.sub(r"^blk\.\d+\.", "", name)
     return next((found for pattern, found in _NAMES if re.match(pattern, bare)), Role.OTHER)

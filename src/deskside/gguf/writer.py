@@ -1,4 +1,4 @@
-"""Writer of GGUF v3 files: the header first, then tensor data as a stream in declared order."""
+"""Writer of GGUF v3 files: first the header, then the tensors' data, in declared order."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MAX_NAME_BYTES = 63
 class GGUFWriter:
     """Context manager that writes a GGUF file under a temporary name and renames it at the end.
 
-    `tensors` are (name, type, shape in ggml order). Metadata values are typed thus: bool -> bool;
+    tensors: (name, type, shape in ggml order). Metadata values get these types: bool -> bool;
     int -> u32, or u64, i32, i64 if it does not fit; float -> f32; str -> string; list of str ->
     string array; NumPy array or scalar -> its own type; list of arrays or lists -> nested array.
-    A block left without an error checks that every byte came; with an error nothing remains.
+    At the end of the block every byte must have been written. After an error no file remains.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GGUFWriter:
             self._file.discard()
 
     def write(self, name: str, chunk: bytes | bytearray | memoryview | NDArray[Any]) -> None:
-        """Append bytes to tensor `name`: the first unfinished one, in declared order."""
+        """Append bytes to tensor `name`, which must be the first unfinished one."""
         if isinstance(chunk, np.ndarray):
             chunk = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         size = memoryview(chunk).nbytes

@@ -1,26 +1,26 @@
-"""Machines in files: measured here (machine.json), described by a user, or shipped.
+"""Machines in files: measured here, described by a user, or shipped with deskside.
 
-A machine is described by a TOML file (`--machine`), by `machine.json` in deskside's cache folder,
-which holds what was measured here, or assumed from what the system tells. The keys are the same:
+A TOML file (`--machine`) describes a machine. `machine.json` in deskside's cache folder holds what
+was measured here. The rest is assumed from what the system reports. The keys are the same:
 
     name = "…"
-    [cpu]                         # every key may be left out: then this machine's, or assumed
+    [cpu]                         # every key is optional: else this machine's, or assumed
     cores = 16
     memory = "768GB"              # GB = 1e9 bytes, GiB = 2^30
     bandwidth_gb = 614.4          # GB/s of reads
     sustained = 0.85              # share of it that long reads reach
     compute_gmac = 8600           # 8-bit multiply-adds, G/s
     float_gmac = 1200             # float32 multiply-adds, G/s
-    barrier_us = 1.0              # that all threads wait for each other
-    sources = {bandwidth = "12 x DDR5-6400"}    # where a figure is from; "measured …" or anything
+    barrier_us = 1.0              # until all threads have met
+    sources = {bandwidth = "12 x DDR5-6400"}    # where it is from: "measured …" or any text
     [[gpu]]
     name = "cuda0"
     memory = "96GB"
     bandwidth_gb = 1792
     transfer_gb = 55              # from the host's memory
-    handshake_us = 4              # to hand over to or from another device
+    handshake_us = 4              # a hand-over to or from another device
     …
-    [efficiency.experts]          # of the CPU by sort of step, see plan_speed
+    [efficiency.experts]          # of the CPU by sort of step, see plan/speed.py
     bytes = 0.85
     macs = 0.38
     [[published]]                 # what others measured there
@@ -60,16 +60,16 @@ from deskside.machine.system import available_memory, cpu_name, nvidia_gpus
 
 
 def machine_file() -> Path:
-    """Where measurements of this machine are kept."""
+    """The file with the measurements of this machine."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "deskside" / "machine.json"
 
 
 def this_machine(threads: int, path: Path | None = None) -> Machine:
-    """This machine as measured (`machine_file`), with what was not measured assumed.
+    """This machine as measured (`machine_file`). What was not measured is assumed.
 
-    Measurements taken with another CPU are not used; GPUs that were not measured are those that
-    the driver tells of. DesksideError for a damaged file.
+    Measurements of another CPU are not used. Without measured GPUs, those that the
+    driver reports. DesksideError for a damaged file.
     """
     path = path or machine_file()
     found = _read(path) if path.exists() else _Description()
@@ -84,7 +84,7 @@ def this_machine(threads: int, path: Path | None = None) -> Machine:
 
 
 def store(machine: Machine, path: Path | None = None) -> Path:
-    """Write a machine's measured figures for the plans to come; the file that was written."""
+    """Write a machine's measured figures, for later plans. Returns the file."""
     path = path or machine_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(to_dict(machine, measured_only=True), indent=1))
@@ -135,7 +135,7 @@ class _Description(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_machine(name: str) -> Machine:
-    """A machine from a TOML or JSON file, or one of those that come with deskside by its name."""
+    """A machine from a TOML or JSON file, or a shipped one by its name."""
     path = Path(name)
     if not path.exists():
         shipped = {p.stem: p for p in _shipped()}
@@ -158,7 +158,7 @@ def _read(path: Path) -> _Description:
 
 
 def _machine(found: _Description, path: Path) -> Machine:
-    """DesksideError names file and field of what makes no sense."""
+    """DesksideError names the file and the field that is wrong."""
     cores = found.cpu.cores or 1
     devices = [_device(found.cpu, assumed_cpu(cores, available_memory()), path)]
     for i, gpu in enumerate(found.gpu):

@@ -1,4 +1,4 @@
-"""What tensors are placed on: devices with memory and rates, and how each figure is known."""
+"""Devices that hold tensors: memory, rates, and the source of each figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deskside.schema import Positive
 CPU = "cpu"
 MEASURED = "measured"
 MiB, GiB = 1 << 20, 1 << 30
-# Python, tokenizer and templates; a CUDA context and what torch keeps.
+# CPU: Python, tokenizer and templates. GPU: a CUDA context and what torch keeps.
 CPU_MARGIN, GPU_MARGIN = 256 * MiB, GiB
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": MiB, "gib": GiB, "tib": 1 << 40}
@@ -22,7 +22,7 @@ GPU_NAME = re.compile(r"(cuda|emu)\d+")
 
 @dataclass(frozen=True)
 class Figure:
-    """A rate or a time, and how it is known: its source starts with "measured" if it was."""
+    """A rate or a time, and its source. That begins with "measured" if it was measured."""
 
     value: float
     source: str
@@ -34,10 +34,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Device:
-    """Rates per second: bandwidth and transfer (from the host's memory) in bytes, compute (8-bit)
-    and float_compute in multiply-adds. handshake: seconds to hand over to another device, on the
-    CPU of a barrier. sustained: share of the bandwidth that long reads reach. margin: bytes of
-    `memory` that a plan leaves free."""
+    """Memory in bytes; rates per second.
+
+    bandwidth      of its memory, bytes
+    transfer       from the host's memory, bytes
+    compute, float_compute   8-bit and float32 multiply-adds
+    handshake      seconds to hand over to another device; on the CPU, of a barrier
+    sustained      share of the bandwidth that long reads reach
+    margin         bytes of `memory` that a plan leaves free
+    """
 
     name: str
     memory: int
@@ -61,7 +66,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Published:
-    """Decode speed that somebody else measured on a machine, tokens per second."""
+    """Decode speed that others measured on a machine, tokens per second."""
 
     preset: str
     engine: str
@@ -71,7 +76,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the sustained bandwidth and of the arithmetic that a sort of step reaches."""
+    """Shares of sustained bandwidth and arithmetic that one sort of step reaches."""
 
     bytes: Positive
     macs: Positive
@@ -79,7 +84,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Machine:
-    """`devices` begins with the CPU. efficiency: of its steps where measured, by sort."""
+    """devices: the CPU first. efficiency: of the CPU's steps, by sort, if measured."""
 
     name: str
     cores: int
@@ -112,13 +117,13 @@ def parse_size(text: str, what: str) -> int:
 
 
 def canonical(name: str) -> str:
-    """Our name of a device, also from llama.cpp's: CUDA0, CPU, CUDA_Host (system memory)."""
+    """Our name of a device. Also takes llama.cpp's: CUDA0, CPU, CUDA_Host (system memory)."""
     low = name.lower()
     return CPU if low in ("cpu", "cuda_host", "cpu_mapped") else low
 
 
 def show_size(n: float) -> str:
-    """Bytes for people: GB = 1e9."""
+    """Bytes as text: GB = 1e9."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(n) >= size:
             return f"{n / size:.2f} {unit}"
@@ -133,7 +138,7 @@ _CORE_FLOAT = {"avx512_vnni": 75e9, "avx2": 60e9, "": 20e9}
 
 
 def assumed_cpu(cores: int, memory: int) -> Device:
-    """A CPU with this machine's instruction set and so many cores of docs/LOG.md's."""
+    """A CPU with this machine's instruction set, and cores as fast as docs/LOG.md's."""
     flags = cpu_flags()
     isa = next(name for name in _CORE_COMPUTE if not name or name in flags)
     return Device(
@@ -149,7 +154,7 @@ def assumed_cpu(cores: int, memory: int) -> Device:
 
 
 def assumed_gpu(name: str, memory: int) -> Device:
-    """Rates of an RTX PRO 6000 on PCIe 5 x16; an emulated device is taken for one."""
+    """A GPU with the rates of an RTX PRO 6000 on PCIe 5 x16, also for an emulated device."""
     source = "assumed: RTX PRO 6000 (docs/MODEL.md)"
     if name.startswith("emu"):
         source = "assumed: as if it were an RTX PRO 6000 (docs/MODEL.md)"
@@ -169,8 +174,8 @@ def assumed_gpu(name: str, memory: int) -> Device:
 def choose_devices(machine: Machine, asked: Sequence[str], margin: int | None) -> Machine:
     """The machine with the devices of `--device`: NAME or NAME:SIZE each, "none" for the CPU alone.
 
-    Without any, all that the machine has. DesksideError for names that it does not have and no size
-    is given for.
+    Without any, all devices of the machine. DesksideError for a device that the machine does not
+    have, unless its size is given.
     """
     if not asked:
         gpus = list(machine.gpus)

@@ -1,8 +1,8 @@
-"""What limits speed on this machine's CPU, measured: bandwidth by threads, pages and NUMA node,
-arithmetic, and how long threads wait for each other.
+"""Measures what limits this machine's CPU: bandwidth, arithmetic, barriers.
 
-`as_measured` puts the figures that the planner takes into a machine's description. The float32
-limit is not among them: the planner's shares of float arithmetic rest on the rate that it assumes.
+Bandwidth is measured by threads, pages and NUMA node. `as_measured` puts the planner's figures into
+a machine's description. The float32 limit is not one of them: the planner's shares of float
+arithmetic are relative to an assumed rate.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from deskside.machine.devices import MEASURED, Device, Figure, Machine
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 
-# What memory may be read in, in the order of the table, and how people call it.
+# Pages to read memory in, in the order of the table, with their titles.
 KINDS = {"off": "4 KiB", "auto": "transparent", "2MiB": "2 MiB", "1GiB": "1 GiB"}
-TAKEN = "auto"  # how weights lie in memory unless somebody asks otherwise
+TAKEN = "auto"  # pages of the weights by default
 ENOUGH = 0.97  # of the best bandwidth: more threads are not worth it
 BARRIER_SECONDS = 0.2
-BUSY = 0.1  # cores of other programs that spoil a measurement
+BUSY = 0.1  # cores that other programs keep busy: more spoils a measurement
 NODE_PASSES = 2
-SPARE = 256 << 20  # bytes that a node keeps free
+SPARE = 256 << 20  # bytes that stay free on a node
 
 
 @dataclass(frozen=True)
 class CpuLimits:
     """Rates per second; times in seconds.
 
-    bandwidth  by pages (KINDS), then by number of threads: bytes
+    bandwidth  bytes, by pages (KINDS), then by number of threads
     skipped    pages that were not measured, and why
-    nodes      (node of the threads, node of the memory) -> bytes; empty on one node
-    n_threads  of compute, float_compute (multiply-adds, 8-bit and float32) and barrier
+    nodes      (node of the threads, node of the memory) -> bytes; empty with one node
+    n_threads  for compute, float_compute (multiply-adds, 8-bit and float32) and barrier
     isa        instruction set of the multiply-adds
-    nbytes     that were read
-    huge_share of what the kernel was asked for in transparent huge pages it gave so; None: not told
-    other_cpu  cores that other programs kept busy meanwhile; None if not known
+    nbytes     bytes read
+    huge_share share of the transparent huge pages asked for that the kernel gave; None: unknown
+    other_cpu  cores that other programs kept busy meanwhile; None: unknown
     """
 
     n_threads: int
@@ -66,11 +66,11 @@ class CpuLimits:
 
     @property
     def taken(self) -> float:
-        """The planner's bandwidth: of all threads, in pages as weights have them."""
+        """The planner's bandwidth: of all threads, in pages as for weights."""
         return self.bandwidth[TAKEN][self.n_threads]
 
     def fewest_threads(self) -> int:
-        """That reach 97 % of the best bandwidth of such pages."""
+        """The fewest threads that reach 97 % of the best bandwidth of such pages."""
         rates = self.bandwidth[TAKEN]
         return min(n for n, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
 
@@ -83,9 +83,10 @@ def thread_counts(n_threads: int) -> list[int]:
 def measure_cpu(
     n_threads: int, *, quick: bool = False, nbytes: int = 0, progress: Progress = silent
 ) -> CpuLimits:
-    """Measure with at most `n_threads`. quick: one and all threads, transparent pages alone.
+    """Measure with at most `n_threads`. quick: one and all threads, transparent pages only.
 
-    nbytes: to read, 0 for more than the caches hold. DesksideError or MemoryError for no memory.
+    nbytes: how much to read; 0 for more than the caches hold. DesksideError or MemoryError if there
+    is not enough memory.
     """
     nbytes = nbytes or rates.bandwidth_bytes(available_memory())
     counts = sorted({1, n_threads}) if quick else thread_counts(n_threads)
@@ -123,7 +124,7 @@ def measure_cpu(
         for n in counts:
             step(f"read bandwidth, {KINDS[kind]} pages, {n} thread{'s' if n > 1 else ''}")
             bandwidth[kind][n] = reader.read(n, rates.PASSES)
-        del reader  # before memory for the next kind is taken
+        del reader  # before memory for the next kind is allocated
     between = _between_nodes(nodes, nbytes, step) if len(nodes) > 1 else {}
     step("8-bit arithmetic")
     compute = rates.compute(n_threads)
@@ -147,14 +148,14 @@ def measure_cpu(
 
 
 def _readable(kind: str, nbytes: int) -> tuple[int, str]:
-    """Bytes to read in pages of that kind, and why that cannot be measured, if so."""
+    """Bytes to read in pages of that kind, and the reason if they cannot be measured."""
     if kind not in pages.RESERVED:
         return nbytes, ""
     pool = pages.reserved(kind)
     if pool is None:
         return 0, "none on this system"
     size = min(nbytes, pool.free * pool.size)
-    # fewer bytes than this would be read from the caches
+    # fewer bytes would come from the caches
     min_bytes = min(nbytes, max(1 << 27, 2 * rates.last_level_cache()))
     if size < min_bytes:
         few = f"{pool.free} free, {-(-min_bytes // pool.size)} are needed"
@@ -165,10 +166,10 @@ def _readable(kind: str, nbytes: int) -> tuple[int, str]:
 def _between_nodes(
     nodes: Sequence[pages.Node], nbytes: int, step: Callable[[str], None]
 ) -> dict[tuple[int, int], float]:
-    """Bandwidth of each node's threads, one a CPU of it that this process may use, on each node's
-    memory; pairs that have no threads or too little memory are left out."""
+    """Bandwidth of each node's threads on each node's memory, with one thread per usable CPU of the
+    node. Pairs without threads or with too little memory are left out."""
     usable = os.sched_getaffinity(0)
-    nbytes = max(min(nbytes, 1 << 27), nbytes // len(nodes))  # as a node has its share of caches
+    nbytes = max(min(nbytes, 1 << 27), nbytes // len(nodes))  # a node has its share of the caches
     found: dict[tuple[int, int], float] = {}
     cpus = {node.number: [c for c in node.cpus if c in usable] for node in nodes}
     for memory in nodes:
@@ -187,7 +188,7 @@ def _between_nodes(
 
 
 def as_measured(base: Machine, limits: CpuLimits, gpus: Sequence[Device] = ()) -> Machine:
-    """`base` with what was measured in place of what was assumed; its other figures stay.
+    """`base` with the measured figures. Its other figures stay.
 
     gpus: measured ones, which replace those of the same name.
     """

@@ -1,6 +1,6 @@
-"""How memory is taken: in pages of which size, on which NUMA nodes, and what the kernel offers.
+"""How memory is allocated: page sizes, NUMA nodes, and what the kernel offers.
 
-Linux tells under /sys and /proc; elsewhere there are no nodes and no reserved pages.
+Linux reports it under /sys and /proc. On other systems there are no nodes and no reserved pages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from deskside.errors import DesksideError
 from deskside.machine.system import lines
 
-# auto: transparent huge pages; off: 4 KiB; the others are pages that were reserved before.
+# auto: transparent huge pages. off: 4 KiB. The others are reserved pages.
 HUGE_PAGES = ("auto", "off", "2MiB", "1GiB")
 RESERVED = {"2MiB": 2 << 20, "1GiB": 1 << 30}
 NUMA = ("none", "interleave")
@@ -26,7 +26,7 @@ SYS, PROC = Path("/sys"), Path("/proc")
 
 @dataclass(frozen=True)
 class Reserved:
-    """Huge pages of one size, in bytes, that an administrator has reserved; `folder` is theirs."""
+    """Huge pages of one size, in bytes, that an administrator reserved. folder: theirs in /sys."""
 
     size: int
     total: int
@@ -36,7 +36,7 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Node:
-    """A NUMA node that this process may take memory from; cpus may be none."""
+    """A NUMA node whose memory this process may use. It may have no CPUs."""
 
     number: int
     cpus: tuple[int, ...]
@@ -44,7 +44,7 @@ class Node:
 
 
 def reserved(name: str) -> Reserved | None:
-    """What there is of "2MiB" or "1GiB" pages; None for a kernel without pages of that size."""
+    """The reserved "2MiB" or "1GiB" pages. None if the kernel has no pages of that size."""
     size = RESERVED[name]
     folder = SYS / f"kernel/mm/hugepages/hugepages-{size >> 10}kB"
     counts = [lines(folder / f"{which}_hugepages") for which in ("nr", "free", "resv")]
@@ -55,7 +55,7 @@ def reserved(name: str) -> Reserved | None:
 
 
 def need_reserved(name: str, nbytes: int) -> None:
-    """DesksideError, with what to do, where `nbytes` do not fit the free pages of that size."""
+    """DesksideError, with what to do, if `nbytes` do not fit the free pages of that size."""
     pool = reserved(name)
     if pool is None:
         raise DesksideError(f"--huge-pages {name}: this system has no pages of that size")
@@ -70,7 +70,7 @@ def need_reserved(name: str, nbytes: int) -> None:
 
 
 def check_options(huge_pages: str, numa: str) -> None:
-    """DesksideError for what is none of HUGE_PAGES and NUMA."""
+    """DesksideError for values that are not in HUGE_PAGES and NUMA."""
     if huge_pages not in HUGE_PAGES:
         raise DesksideError(f"--huge-pages {huge_pages}: there is {', '.join(HUGE_PAGES)}")
     if numa not in NUMA:
@@ -78,7 +78,7 @@ def check_options(huge_pages: str, numa: str) -> None:
 
 
 def nodes() -> list[Node]:
-    """NUMA nodes with memory that this process may use, by number; none where it is not told."""
+    """NUMA nodes whose memory this process may use, by number. Empty if unknown."""
     folder = SYS / "devices/system/node"
     allowed = None
     for line in lines(PROC / "self/status"):
@@ -98,8 +98,8 @@ def nodes() -> list[Node]:
 
 
 def spread(numa: str) -> tuple[list[int], str]:
-    """Nodes to spread memory over (none: leave it to the kernel), and a note if that is not what
-    `numa` asks for."""
+    """Nodes to spread memory over (none: leave it to the kernel). The note says why it differs from
+    what `numa` asks for, if it does."""
     if numa == "none":
         return [], ""
     numbers = [node.number for node in nodes()]
@@ -120,14 +120,14 @@ def not_spread(error: int) -> str:
 
 
 def transparent() -> str:
-    """Which memory gets transparent huge pages: always, madvise or never; "" if not told."""
+    """Which memory gets transparent huge pages: always, madvise or never; "" if unknown."""
     text = " ".join(lines(SYS / "kernel/mm/transparent_hugepage/enabled"))
     chosen = text.partition("[")[2].partition("]")[0]
     return chosen if chosen in ("always", "madvise", "never") else ""
 
 
 def transparent_bytes() -> int | None:
-    """What this process has in transparent huge pages; None if not told."""
+    """Bytes of this process in transparent huge pages; None if unknown."""
     for line in lines(PROC / "self/smaps_rollup"):
         if line.startswith("AnonHugePages:"):
             return int(line.split()[1]) * 1024
@@ -135,13 +135,13 @@ def transparent_bytes() -> int | None:
 
 
 def numa_balancing() -> bool | None:
-    """Whether the kernel moves pages between nodes by itself; None if not told."""
+    """Whether the kernel moves pages between nodes by itself; None if unknown."""
     text = lines(PROC / "sys/kernel/numa_balancing")
     return text[0].strip() != "0" if text else None
 
 
 def memlock_limit() -> int | None:
-    """Bytes that this process may keep from being swapped; None for no limit."""
+    """Bytes that this process may lock in memory; None for no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -157,8 +157,8 @@ def need_lockable(nbytes: int) -> None:
 
 
 def lock() -> None:
-    """Keep all that this process has in memory from being swapped, and what it touches later of
-    what it has mapped by now; DesksideError where the system refuses."""
+    """Lock this process's memory against swapping, and later the pages that it has mapped but not
+    yet touched. DesksideError if the system refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT):
         why = os.strerror(ctypes.get_errno())
@@ -166,7 +166,7 @@ def lock() -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    """Of a list as the kernel writes it: 0-3,8."""
+    """The numbers of a list as the kernel writes it: 0-3,8."""
     found: list[int] = []
     for part in text.strip().split(","):
         first, _, last = part.strip().partition("-")

@@ -11,7 +11,7 @@ PASSES = 3  # over the memory that is read; the fastest counts
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest caches of all cores together; 0 where Linux does not tell."""
+    """Bytes of the last-level caches of all cores together; 0 if unknown."""
     found: dict[int, dict[str, int]] = {}  # level -> cores that share a cache -> its bytes
     for folder in CPUS.glob("cpu[0-9]*/cache/index*"):
         level, size, shared = (contents(folder / n) for n in ("level", "size", "shared_cpu_list"))
@@ -22,7 +22,7 @@ def last_level_cache() -> int:
 
 
 def bandwidth_bytes(available: int) -> int:
-    """How much to read to measure memory: beyond three times the last cache, if it fits."""
+    """Bytes to read to measure memory: more than three times the last cache, if that fits."""
     return max(1 << 27, min(max(1 << 30, 3 * last_level_cache()), available // 4))
 
 
@@ -35,8 +35,8 @@ def reader(
 ) -> _native.Reader:
     """Memory to measure read bandwidth with, filled by `threads` (on `cpus`, if given).
 
-    pages: as `--huge-pages`; nbytes: 0 for `bandwidth_bytes`; node: the only NUMA node to take it
-    from. MemoryError where there are too few pages of that sort.
+    pages: as `--huge-pages`. nbytes: 0 for `bandwidth_bytes`. node: the only NUMA node to use.
+    MemoryError if there are too few such pages.
     """
     nbytes = nbytes or bandwidth_bytes(available_memory())
     nodes = [] if node is None else [node]
@@ -44,7 +44,7 @@ def reader(
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` read from memory now, in pages as weights have them."""
+    """Bytes per second that `threads` read from memory now, in pages as for weights."""
     return float(reader(threads).read(threads, PASSES))
 
 

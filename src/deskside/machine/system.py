@@ -1,4 +1,4 @@
-"""What this machine has: CPU, memory. psutil tells memory; Linux tells flags and limits itself."""
+"""What this machine has: CPU and memory. psutil reports memory, Linux flags and limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import psutil
 
-# What the kernels could use, as the Linux kernel spells it.
+# Flags that our kernels can use, as Linux spells them.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
 
 CPUS = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Logical CPUs that this process may keep busy: its affinity, within a container's quota."""
+    """Logical CPUs that this process may use: its affinity, within a container's quota."""
     cores = len(os.sched_getaffinity(0))
     # cgroup v2: microseconds of CPU per period of microseconds, or "max".
     for line in lines("/sys/fs/cgroup/cpu.max"):
@@ -34,7 +34,7 @@ def cpu_name() -> str:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction-set flags as the kernel names them; empty where it does not tell."""
+    """Instruction-set flags as the kernel names them; empty if unknown."""
     for line in lines("/proc/cpuinfo"):
         if line.startswith("flags"):
             return frozenset(line.split(":", 1)[1].split())
@@ -47,8 +47,8 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, within a container's limit; page cache counts as
-    free."""
+    """Bytes that can be allocated without swapping, within a container's limit. The page cache
+    counts as free."""
     free = int(psutil.virtual_memory().available)
     # cgroup v2: a limit in bytes, or "max".
     limit, used = (lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
@@ -59,8 +59,8 @@ def available_memory() -> int:
 
 
 def nvidia_gpus() -> list[int]:
-    """Free bytes of every GPU that NVIDIA's driver tells of, in its order; none where
-    CUDA_VISIBLE_DEVICES is set and empty."""
+    """Free bytes of every GPU, in the order of NVIDIA's driver; none where CUDA_VISIBLE_DEVICES is
+    set and empty."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return []
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
@@ -73,7 +73,7 @@ def nvidia_gpus() -> list[int]:
 
 
 def lines(path: str | Path) -> list[str]:
-    """Lines of a text file; none where it cannot be read."""
+    """Lines of a text file; none if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

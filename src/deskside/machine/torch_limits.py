@@ -1,6 +1,6 @@
-"""What limits speed on a device of torch, measured: its memory and the way from the host and back.
+"""Measures what limits a device of torch: its memory, and transfers from the host and back.
 
-Exercised on torch's own CPU device in the tests; not yet run on a GPU.
+The tests run it on torch's CPU device. It has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ REPEATS, HAND_OVERS = 5, 200
 class DeviceLimits:
     """Bytes per second and seconds.
 
-    name       ours, such as cuda0; `title` the maker's
-    memory     bytes, of all
-    bandwidth  of the device's memory: the faster of reading it, and copying it (both ways counted)
-    pinned, pageable  from the host's memory; back: to it, pinned where it can be
-    hand_over  there or back: half of 16 KiB there, a kernel, and back, with the wait
+    name       ours, such as cuda0; title: the maker's
+    memory     all bytes of the device
+    bandwidth  of the device's memory: the faster of reading it and copying it (counted both ways)
+    pinned, pageable  transfer from the host's memory; back: to it, pinned if possible
+    hand_over  one way: half of 16 KiB there, a kernel, back, and the wait
     """
 
     name: str
@@ -41,14 +41,14 @@ class DeviceLimits:
 
 
 def cuda_devices() -> list[tuple[str, torch.device]]:
-    """Our name and torch's of every CUDA device that torch sees."""
+    """Our name and torch's name of every CUDA device that torch sees."""
     if not torch.cuda.is_available():
         return []
     return [(f"cuda{i}", torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
 
 
 def measure_device(name: str, device: torch.device, nbytes: int = NBYTES) -> DeviceLimits:
-    """Measure a device of torch. RuntimeError where it lacks three times `nbytes`."""
+    """Measure a device of torch. RuntimeError if it has less than three times `nbytes`."""
     cuda = device.type == "cuda"
     title, memory = name, 3 * nbytes
     if cuda:
@@ -82,7 +82,7 @@ def measure_device(name: str, device: torch.device, nbytes: int = NBYTES) -> Dev
 
 
 def _best(work: Callable[[], object], wait: Callable[[], None]) -> float:
-    """Seconds of the fastest of some runs, after one that only warms up."""
+    """Seconds of the fastest of some runs, after a warm-up run."""
     found = []
     for _ in range(REPEATS + 1):
         wait()
@@ -106,12 +106,12 @@ def _hand_over(host: torch.Tensor, there: torch.Tensor, wait: Callable[[], None]
 
 
 def as_device(limits: DeviceLimits) -> Device:
-    """For the planner, with what was not measured (arithmetic) assumed."""
+    """For the planner. Arithmetic was not measured, so it is assumed."""
     when = f"{MEASURED} {datetime.date.today()}, {limits.title}, with torch {torch.__version__}"
     return replace(
         assumed_gpu(limits.name, limits.memory),
         bandwidth=Figure(limits.bandwidth, when),
         transfer=Figure(limits.pinned, f"{when}, pinned memory"),
         handshake=Figure(limits.hand_over, when),
-        sustained=1.0,  # long reads are what was measured
+        sustained=1.0,  # the measurement was of long reads
     )

@@ -1,4 +1,4 @@
-"""What this machine is, and what else it did during a run. Linux tells; elsewhere less is known."""
+"""What this machine is, and what else it did during a run. Full on Linux, less elsewhere."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from deskside.machine.system import (
     usable_cores,
 )
 
-# Activations, logits, states and code of one engine, beside weights and cache.
+# Activations, logits, states and code of one engine, without weights and cache.
 WORK_BYTES = 500_000_000
 
-# Seconds between two samples: each takes the interpreter from a decoding thread for a moment.
+# Seconds between two samples. Each one stops a decoding thread's interpreter for a moment.
 INTERVAL = 1.0
 # /proc/stat counts steps of 10 ms; over less than this a share of a core would be noise.
 SHORTEST = 0.25
@@ -82,14 +82,14 @@ def describe() -> Host:
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes have used since the start, and that a hypervisor withheld."""
+    """CPU time of all processes since the start, and time that a hypervisor withheld."""
     times = psutil.cpu_times()
     kinds = ("user", "nice", "system", "irq", "softirq", "steal")  # guests' time is in user
     return float(sum(getattr(times, kind, 0.0) for kind in kinds))
 
 
 def megahertz() -> list[float]:
-    """Clock of each core that this process may use, now; empty where it is not told."""
+    """Current clock of each core that this process may use; empty if unknown."""
     usable = os.sched_getaffinity(0)
     # The kernel's own figure per core first: /proc/cpuinfo asks all cores of the machine.
     scaled = [contents(CPUS / f"cpu{i}/cpufreq/scaling_cur_freq") for i in usable]
@@ -110,18 +110,18 @@ def _cpuinfo() -> Iterator[tuple[int, float]]:
 
 
 def throttle_events() -> int | None:
-    """Times that any core was slowed for its heat since the start; None where not counted."""
+    """Thermal throttle events of all cores since the start; None if not counted."""
     counts = [contents(p) for p in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
     known = [int(c) for c in counts if c and c.isdigit()]
     return sum(known) if known else None
 
 
 class Watch:
-    """Samples the machine while a block runs; `load` is right after the block.
+    """Samples the machine while a block runs. `load` has the result after the block.
 
-    own: whether what is measured is this process, so that the rest of the CPU time is others'. An
-    endpoint's own cannot be told from others' and `other_cpu` stays None. local: whether it runs on
-    this machine at all; nothing is sampled of another one.
+    own: whether this process is what is measured; then all other CPU time is that of others. For an
+    endpoint the two cannot be told apart, and `other_cpu` stays None. local: whether it runs on
+    this machine; nothing is sampled for another machine.
     """
 
     def __init__(self, *, own: bool, local: bool = True) -> None:

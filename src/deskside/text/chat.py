@@ -18,8 +18,8 @@ from deskside.errors import DesksideError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 
-# To start Python and compile the template, on a machine that may be busy: a tenth of a second when
-# it is not. A template that is slow to compile runs into the process's own limit of CPU first.
+# Seconds to start Python and compile the template. It takes a tenth of a second, but the machine
+# may be busy. A template that compiles slowly hits the process's own CPU limit first.
 _START_SECONDS = 30.0
 
 CHATML = (
@@ -33,10 +33,10 @@ CHATML = (
 class ChatTemplate:
     """A chat template, compiled once and rendered in a process with limits (template_worker.py).
 
-    source: the jinja2 text; bos_token, eos_token: their spellings, as the template's variables;
-    name: the file's name, for error messages; seconds: how long a render may take.
+    source: the jinja2 text. bos_token, eos_token: spellings of the tokens, for the template.
+    name: the file's name, for error messages. seconds: the time limit of a render.
 
-    Threads may share one; their renders take turns. A failed render leaves it usable.
+    Thread-safe: renders take turns. It stays usable after a failed render.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ChatTemplate:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], source: str) -> ChatTemplate:
-        """The file's template, or ChatML where the file has none but has ChatML's tokens."""
+        """The file's template; or ChatML, if the file has only ChatML's tokens."""
         tokens = metadata.get("tokenizer.ggml.tokens")
         pieces = tokens if isinstance(tokens, list) else []
 
@@ -89,9 +89,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, to be encoded with special=True, add_bos=False.
 
-        messages: {"role": …, "content": …, …} as the OpenAI API has them, but a tool call's
-        arguments as an object. enable_thinking: None leaves it to the template.
-        extra: further variables. Everything must be JSON.
+        messages: {"role": …, "content": …, …} as in the OpenAI API, except that the arguments of a
+        tool call are an object. enable_thinking: None leaves it to the template. extra: further
+        variables. Everything must be JSON.
         """
         variables = {
             **self._tokens,
@@ -115,13 +115,13 @@ class ChatTemplate:
     def _start(self) -> subprocess.Popen[str]:
         try:
             process = subprocess.Popen(
-                # -P: the package's modules must not shadow the standard library's.
+                # -P: modules of this package must not shadow those of the standard library.
                 [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # the terminal's Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C in the terminal must not reach it
                 encoding="ascii",
             )
         except OSError as error:
@@ -133,7 +133,7 @@ class ChatTemplate:
         return process
 
     def _ask(self, process: subprocess.Popen[str], request: str, seconds: float) -> str:
-        """One request, one reply; whatever goes wrong, the process is stopped or in step."""
+        """One request, one reply. After an error the process is stopped, or ready for the next."""
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.start()
@@ -168,6 +168,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.kill()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # closing flushes what nobody will read
+            with contextlib.suppress(OSError):  # closing would flush into a closed pipe
                 pipe.close()
     process.wait()

@@ -1,4 +1,4 @@
-"""A chat as token ids, and where a later turn may part from it."""
+"""A chat as token ids, and where a later turn may diverge from it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from deskside.text.tokenizer import CONTROL, Tokenizer
 
 THINK = "<think>"
-TAIL = 40  # characters behind which an opener no longer begins
+TAIL = 40  # an opener begins within this many characters of the end
 
 
 @dataclass(frozen=True)
 class Prompt:
     """Token ids to continue.
 
-    marks: lengths at which a later prompt may part from this one, so that a checkpoint is worth
-    its memory there. thinks: the answer begins inside <think>.
+    marks: lengths at which a later prompt may diverge, so a checkpoint is worth its memory there.
+    thinks: whether the answer begins inside <think>.
     """
 
     tokens: Sequence[int]
@@ -27,21 +27,22 @@ class Prompt:
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(np.not_equal(a[:n], b[:n]))
     return int(differing[0]) if len(differing) else n
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str, held: Sequence[int] = ()) -> Prompt:
-    """The prompt of a chat that a template has rendered, up to the assistant's opener.
+    """The prompt of a rendered chat, up to the assistant's opener.
 
-    held: tokens that were computed for the chat so far. An answer's tokens need not be those that
-    its text is read as; where the text is the same, the prompt keeps the computed ones.
+    held: tokens computed for the chat so far. Tokenizing an answer's text may give other tokens
+    than those generated. If the text is the same, the prompt keeps the computed tokens.
 
-    Marks: behind the opener but before <think>, since a template drops the thinking of earlier
-    answers (without <think>: at the end of the last message, for the same prompt again); and at
-    the end of the message before the last one, which may be asked anew.
+    Marks are set at two places. One is after the opener and before <think>, because a template
+    drops the thinking of earlier answers; without <think>, at the end of the last message, for the
+    same prompt again. The other is the end of the message before the last one, which the user may
+    ask in another way.
     """
     canonical = tokenizer.encode(text, special=True, add_bos=False)
     tokens = _as_computed(tokenizer, canonical, held)
@@ -50,14 +51,14 @@ def chat_prompt(tokenizer: Tokenizer, text: str, held: Sequence[int] = ()) -> Pr
         before = tokenizer.encode(text[:think], special=True, add_bos=False)
         opener -= len(canonical) - common(canonical, before)
     ends = [i + 1 for i, token in enumerate(tokens) if token in tokenizer.stop_ids]
-    if opener == len(tokens) and ends:  # nothing behind it: the same prompt may come again
+    if opener == len(tokens) and ends:  # nothing follows it: the same prompt may come again
         opener = ends[-1]
     return Prompt(tokens, (*ends[-2:-1], opener), text.rstrip("\n").endswith(THINK))
 
 
 def _as_computed(tokenizer: Tokenizer, tokens: list[int], held: Sequence[int]) -> list[int]:
-    """`tokens` with the held ones as far as both spell the same text; that ends before a control
-    token, across which no merge goes."""
+    """`tokens`, with the held ones for as long as both spell the same text. The held part ends
+    before a control token, because no merge crosses one."""
     same = common(tokens, held)
     if same == len(held) or same == len(tokens):
         return tokens

@@ -1,4 +1,4 @@
-"""Text while it is generated: bytes that are no character yet, stop strings that may follow."""
+"""Text while it is generated: holds back unfinished characters and possible stop strings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from deskside.text.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Text of tokens as they come; never half a character.
+    """Text of tokens as they come, in whole characters.
 
-    Bytes of an unfinished character are held until the next token completes it. A byte sequence
-    that cannot become a character turns into U+FFFD as soon as that is certain, so the pieces
-    joined equal `Tokenizer.decode` of all the tokens.
+    Bytes of an unfinished character are held until the next token completes it. Bytes that cannot
+    become a character turn into U+FFFD as soon as that is certain. So the pieces, joined, equal
+    `Tokenizer.decode` of all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_control: bool = True) -> None:
@@ -29,16 +29,16 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """The end of the stream: U+FFFD if it stopped inside a character, else nothing."""
+        """End the stream. Returns U+FFFD if it stopped inside a character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopStrings:
     """Cuts a stream of text before the first stop string to be completed.
 
-    However the stream is chunked, the emitted text is the same: the stop string that ends first
-    counts (the longest of those ending together), and text that may be the beginning of one is
-    held back until it is settled.
+    The emitted text does not depend on how the stream is chunked. The stop string that ends first
+    counts; of several that end together, the longest. Text that may begin a stop string is held
+    back until that is certain.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -49,7 +49,7 @@ class StopStrings:
         self.hit = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text safe to show, whether a stop string was reached). After a hit: ("", True)."""
+        """(text to show, whether a stop string was reached). After a hit: ("", True)."""
         if self.hit:
             return "", True
         text = self._held + text
@@ -62,12 +62,12 @@ class StopStrings:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """The end of the stream: what was held back after all."""
+        """End the stream. Returns the text held back."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning, not the whole, of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,16 +1,16 @@
-"""The process that renders a chat template: jinja2's sandbox inside limits the kernel enforces.
+"""The process that renders a chat template: jinja2's sandbox, within limits of the kernel.
 
 A model file's template is a stranger's program. Jinja2's sandbox keeps it from Python's internals,
-but not from `'a' * 10**10` or a loop without end, and no check inside the interpreter can stop a
-single C call that takes all memory. So it is compiled and rendered here, in a process that may use
-MEMORY bytes and SECONDS of CPU per request, and `chat.py` talks to it over pipes.
+but not from `'a' * 10**10` or an endless loop. No check inside the interpreter can stop a single C
+call that takes all memory. So this process compiles and renders the template. It may use MEMORY
+bytes, and SECONDS of CPU per request. `chat.py` talks to it over pipes.
 
-Requests and replies are JSON lines. The first request is the template's source, a string; every
-further one is an object, the variables to render with. A reply is {"text": …}, or {"error": kind,
-"message": …, "line": number or null} with kind "syntax", "refused" (the template called
-raise_exception) or "failed".
+Requests and replies are JSON lines. The first request is the template's source, a string. Every
+further request is an object: the variables to render with. A reply is {"text": …}, or
+{"error": kind, "message": …, "line": number or null}. The kind is "syntax", "refused" (the template
+called raise_exception) or "failed".
 
-Run as a script; imports nothing of deskside, so that it starts in a tenth of a second.
+It runs as a script and imports nothing of deskside, so it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def to_json(
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Touching an unsafe attribute fails at once; jinja2's own waits until the value is used."""
+    """Reading an unsafe attribute fails at once; jinja2's own sandbox waits until it is used."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         kind = type(obj).__name__
@@ -99,14 +99,14 @@ def render(template: Any, variables: Mapping[str, Any]) -> str:
 
 
 def template_line(error: BaseException) -> int | None:
-    """The template's line that failed: jinja2 rewrites its frames to the source's numbers."""
+    """The template's line that failed. Jinja2 gives its frames the source's line numbers."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename in ("<template>", "<unknown>")]
     return lines[-1] if lines else None
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """The reply that tells of `error`."""
+    """The reply that reports `error`."""
     kind, line = "failed", template_line(error)
     message = str(error) or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
@@ -141,7 +141,7 @@ def main() -> None:
     limit(resource.RLIMIT_AS, MEMORY)
     state: dict[str, Any] = {}
     for line in sys.stdin:
-        # Counted over the life of the process, in whole seconds; past it the kernel ends us.
+        # The kernel counts whole seconds over the life of the process, and kills it past the limit.
         limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS + 1)
         print(json.dumps(answer(json.loads(line), state)), flush=True)
 

@@ -1,10 +1,11 @@
 """Text to token ids and back: byte-level BPE from GGUF metadata.
 
-The vocabulary is GPT-2's scheme: every byte has a printable stand-in character, a token is a
-string of stand-ins, and merges are pairs of tokens in order of rank. What differs between models
-is how text is cut into words before merging (`tokenizer.ggml.pre`); the cuts below are those that
-llama.cpp makes for the same name. As in llama.cpp, text is not normalised (HF's Qwen tokenizers
-apply NFC first), so decoding returns exactly the text that was encoded.
+The vocabulary follows GPT-2. Every byte has a printable stand-in character, a token is a string of
+stand-ins, and merges are pairs of tokens in order of rank. Models differ in how they cut text into
+words before merging (`tokenizer.ggml.pre`). The cuts below are llama.cpp's for the same name.
+
+As in llama.cpp, text is not normalised, so decoding returns exactly the text that was encoded.
+(HF's Qwen tokenizers apply NFC first.)
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ _BYTE_OF_CHAR = _byte_of_char()
 class Tokenizer:
     """A byte-level BPE vocabulary.
 
-    pieces: the tokens as the file spells them; types: int array, GGUF token types;
-    bos_id, eos_id: int or None; add_bos: whether `encode` puts bos first by default;
-    stop_ids: ids that end an answer; pre: the pre-tokenizer's name.
+    pieces: the tokens as the file spells them. types: int array, GGUF token types.
+    bos_id, eos_id: int or None. add_bos: whether `encode` puts bos first by default.
+    stop_ids: ids that end an answer. pre: the pre-tokenizer's name.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class InProcess:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | GGUF,
         *,
         limit: str = "",
         sha: bool = True,
@@ -100,12 +100,13 @@ class InProcess:
     ) -> None:
         """Loads the model. limit: why its context is no larger; sha: hash its files; options: of
         `EngineConfig`."""
-        self._files = hashed(GGUF.open(path).paths, sha, progress)
+        file = path if isinstance(path, GGUF) else GGUF.open(path)
+        self._files = hashed(file.paths, sha, progress)
         began = time.perf_counter()
-        self.llm = LLM(path, progress=progress, **options)
+        self.llm = LLM(file, progress=progress, **options)
         self._load_seconds = time.perf_counter() - began
         self._resident = watch.rss(os.getpid()).get("anonymous")
-        self._path = str(path)
+        self._path = str(file.path)
         self._cold = True
         self.n_ctx: int | None = self.llm.ctx
         self.limit = limit or f"its context is {self.llm.ctx}"
@@ -238,12 +239,13 @@ def load(
     that names the item, as the workload says. beside: another model that must fit, too.
     """
     config = EngineConfig(**options)
-    tape = build_tape(GGUF.open(path))
+    file = GGUF.open(path)
+    tape = build_tape(file)
     room, limit = context_room(tape, config, None if beside is None else _tape(beside))
     kept, _ = fit_context(workload, room, limit)
     if config.ctx is None:
         options["ctx"] = max(depth for _, depth in kept.depths())
-    return InProcess(path, limit=limit, sha=sha, progress=progress, **options)
+    return InProcess(file, limit=limit, sha=sha, progress=progress, **options)
 
 
 def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -> tuple[int, str]:
