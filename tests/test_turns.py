@@ -180,6 +180,20 @@ def test_a_fourth_answer_takes_the_place_of_the_oldest() -> None:
     assert len(list(second)) and len(list(third))
 
 
+def test_a_step_never_takes_a_slot_from_itself() -> None:
+    llm = LLM(demo_model(), ctx=256, threads=1, parallel=2)
+    first, second, third = (llm.begin(llm.tokenize(q), GREEDY) for q in QUESTIONS[:3])
+    llm.step([first, second])
+    llm.step([first, third])
+    assert first.slot is not third.slot
+    while not (first.done and third.done):
+        llm.step([first, third])
+    with pytest.raises(DesksideError, match="another generation"):
+        llm.step([second])
+    with pytest.raises(DesksideError, match="3 sequences at once"):
+        llm.step([llm.begin([50], GREEDY) for _ in range(3)])
+
+
 def test_threads_share_a_model() -> None:
     """Each with its own answers; steps take turns."""
     llm = LLM(demo_model(), ctx=256, threads=1, parallel=2)

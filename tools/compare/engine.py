@@ -115,8 +115,8 @@ class Deskside:
         """Seconds of the prompt, and of the steps behind its first token; the tokens are given."""
         params = SamplingParams(max_tokens=len(given), temperature=0, ignore_eos=True)
         stream = self.llm.stream(ids, params)
-        answer = stream._answer
-        answer._sampler = _Given(answer._sampler, iter(given))  # type: ignore[assignment]
+        sequence = stream._sequence
+        sequence._sampler = _Given(sequence._sampler, iter(given))  # type: ignore[assignment]
         for _ in stream:
             pass
         t = stream.timings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from deskside.engine.load import Part, load
 from deskside.engine.results import Chunk, Completion, Timings
 from deskside.engine.sampler import SamplingParams
 from deskside.engine.scheduler import accept, schedule
-from deskside.engine.sequence import Sequence as Answer
+from deskside.engine.sequence import Sequence
 from deskside.engine.slots import Slot
 from deskside.errors import DamagedLogits, DesksideError
 from deskside.gguf import GGUF
@@ -37,7 +38,7 @@ class LLM:
     not fit the free memory. `plan` tells where tensors are, None where all are on the CPU.
     `progress` is told of loading.
 
-    Up to `parallel` answers live at once, each in a slot; one more ends the oldest. Threads may
+    Up to `parallel` sequences live at once, each in a slot; one more ends the oldest. Threads may
     share an LLM, each with its own streams: steps take turns. A stream belongs to one thread.
     """
 
@@ -52,18 +53,25 @@ class LLM:
         self.tape, self.backend, self.cache = loaded.tape, loaded.backend, loaded.cache
         self.ctx, self.ubatch, self.max_outputs = loaded.ctx, loaded.ubatch, loaded.max_outputs
         self.plan, self.notes = loaded.plan, loaded.notes
-        self._owners: dict[int, Answer | _Raw] = {}  # by slot, the longest there first
+        self._owners: dict[int, Sequence | _Raw] = {}  # by slot, the longest there first
 
-    def step(self, answers: Sequence[Answer]) -> list[tuple[Answer, Chunk]]:
-        """One pass of the model for those answers that are not done; what it made certain.
+    def step(self, sequences: abc.Sequence[Sequence]) -> list[tuple[Sequence, Chunk]]:
+        """One pass of the model for those sequences that are not done; what it made certain.
 
-        Prompts are computed in pieces of `ubatch` tokens, beside the others' next tokens. An answer
-        may be ended between two steps (`Sequence.end`).
+        Prompts are computed in pieces of `ubatch` tokens, beside the others' next tokens. Between
+        two steps a sequence may be ended (`Sequence.end`). DesksideError for more than `parallel`
+        of them, or for one whose slot another has taken.
         """
         with self.loaded.turn:
-            for answer in answers:
-                self._seat(answer)
-            parts = schedule(answers, self.ubatch, self.max_outputs)
+            living = [s for s in sequences if not s.done]
+            if len(living) > len(self.loaded.slots):
+                raise DesksideError(
+                    f"{len(living)} sequences at once: the model has {len(self.loaded.slots)} "
+                    "slots; raise parallel"
+                )
+            for sequence in living:
+                self._seat(sequence, living)
+            parts = schedule(living, self.ubatch, self.max_outputs)
             if not parts:
                 return []
             logits = self.loaded.compute([part for _, part in parts])
@@ -72,15 +80,15 @@ class LLM:
             except DamagedLogits:
                 self.loaded.damaged()
 
-    def begin(self, prompt: str | Sequence[int] | Prompt, params: SamplingParams) -> Answer:
-        """An answer for `step`, which gives it a slot when its turn comes."""
+    def begin(self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams) -> Sequence:
+        """A sequence for `step`, which gives it a slot when its turn comes."""
         began = time.perf_counter()
         if isinstance(prompt, str):
             prompt = self.tokenize(prompt)
         if not isinstance(prompt, Prompt):
             prompt = Prompt(prompt)
         loaded = self.loaded
-        return Answer(
+        return Sequence(
             loaded.checked(prompt.tokens),
             params,
             loaded.tokenizer,
@@ -90,32 +98,31 @@ class LLM:
             began=began,
         )
 
-    def _seat(self, answer: Answer) -> None:
-        """Give it a slot: a free one, that which holds most of its prompt; else the oldest's."""
-        if answer.slot is not None:
-            if not answer.done:
-                self._check(answer, answer.slot)
-            return
-        if answer.done:
+    def _seat(self, sequence: Sequence, beside: abc.Sequence[Sequence]) -> None:
+        """Give it a slot: a free one, that which holds most of its prompt; else the oldest's that
+        is not beside it in this step."""
+        if sequence.slot is not None:
+            self._check(sequence, sequence.slot)
             return
         taken = {i for i, owner in self._owners.items() if not owner.done}
         free = [slot for slot in self.loaded.slots if slot.index not in taken]
-        prompt = answer.prompt.tolist()
-        oldest = next(iter(self._owners), 0)
-        slot = max(free, key=lambda s: s.shared(prompt), default=self.loaded.slots[oldest])
-        self._own(slot, answer)
-        answer.start(slot)
+        prompt = sequence.prompt.tolist()
+        others = (i for i, o in self._owners.items() if not any(o is s for s in beside))
+        slot = max(free, key=lambda s: s.shared(prompt), default=None)
+        slot = slot or self.loaded.slots[next(others)]
+        self._own(slot, sequence)
+        sequence.start(slot)
 
-    def _own(self, slot: Slot, owner: Answer | _Raw) -> None:
+    def _own(self, slot: Slot, owner: Sequence | _Raw) -> None:
         self._owners.pop(slot.index, None)
         self._owners[slot.index] = owner
 
-    def _check(self, owner: Answer | _Raw, slot: Slot) -> None:
+    def _check(self, owner: Sequence | _Raw, slot: Slot) -> None:
         if self._owners.get(slot.index) is not owner:
             raise DesksideError("another generation has begun on this model; this one is over")
 
     def generate(
-        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams | None = None
     ) -> Completion:
         """Complete a prompt, given as text or token ids."""
         stream = self.stream(prompt, params)
@@ -123,13 +130,13 @@ class LLM:
         return stream.completion(text)
 
     def stream(
-        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None
+        self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams | None = None
     ) -> Stream:
         """As `generate`, chunk by chunk."""
         return Stream(self, self.begin(prompt, params or SamplingParams()))
 
     def logits(
-        self, ids: Sequence[int], chunks: Sequence[int] | None = None
+        self, ids: abc.Sequence[int], chunks: abc.Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Logits (len(ids), n_vocab) of a fresh sequence, at every position.
 
@@ -155,7 +162,7 @@ class LLM:
         return out
 
     def logits_from(
-        self, ids: Sequence[int], first: int, rows: int
+        self, ids: abc.Sequence[int], first: int, rows: int
     ) -> Iterator[NDArray[np.float32]]:
         """Logits of a fresh sequence at the positions from `first` on, in pieces.
 
@@ -176,7 +183,7 @@ class LLM:
         raw.done = True
 
     def _raw(self) -> _Raw:
-        """The first slot, emptied; an answer in it is over."""
+        """The first slot, emptied; an sequence in it is over."""
         with self.loaded.turn:
             slot = self.loaded.slots[0]
             raw = _Raw(self, slot)
@@ -185,7 +192,7 @@ class LLM:
             return raw
 
     def reset(self) -> None:
-        """Forget all sequences; answers on their way are over."""
+        """Forget all sequences; sequences on their way are over."""
         with self.loaded.turn:
             self._owners.clear()
             for slot in self.loaded.slots:
@@ -207,17 +214,17 @@ class LLM:
         """Token ids of `text`; spelled-out control tokens count as such unless special=False."""
         return self.tokenizer.encode(text, special=special, add_bos=add_bos)
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def detokenize(self, ids: abc.Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+    def chat(self, messages: abc.Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
         options: enable_thinking, tools and whatever else the template reads.
         """
         return list(self.prompt(messages, **options).tokens)
 
-    def prompt(self, messages: Sequence[dict[str, Any]], **options: Any) -> Prompt:
+    def prompt(self, messages: abc.Sequence[dict[str, Any]], **options: Any) -> Prompt:
         """As `chat`, for `stream`: with marks, so that the next turn computes only what is new."""
         text = self.template.render(messages, **options)
         prompt = chat_prompt(self.tokenizer, text)
@@ -228,7 +235,7 @@ class LLM:
 
 
 class _Raw:
-    """A slot whose logits are asked for, without an answer."""
+    """A slot whose logits are asked for, without an sequence."""
 
     def __init__(self, llm: LLM, slot: Slot) -> None:
         self.done = False
@@ -251,29 +258,29 @@ class Stream(Iterator[Chunk]):
     ends with a DesksideError.
     """
 
-    def __init__(self, llm: LLM, answer: Answer) -> None:
+    def __init__(self, llm: LLM, sequence: Sequence) -> None:
         self.llm = llm
-        self._answer = answer
+        self._sequence = sequence
         self._ready: list[Chunk] = []
 
     def __next__(self) -> Chunk:
         while not self._ready:
-            if self._answer.done:
+            if self._sequence.done:
                 raise StopIteration
-            self._ready = [chunk for _, chunk in self.llm.step([self._answer])]
+            self._ready = [chunk for _, chunk in self.llm.step([self._sequence])]
         return self._ready.pop(0)
 
     @property
     def tokens(self) -> list[int]:
-        return self._answer.tokens
+        return self._sequence.tokens
 
     @property
     def timings(self) -> Timings:
-        return self._answer.timings
+        return self._sequence.timings
 
     @property
     def stop_reason(self) -> str:
-        return self._answer.stop_reason
+        return self._sequence.stop_reason
 
     def completion(self, text: str) -> Completion:
-        return self._answer.completion(text)
+        return self._sequence.completion(text)

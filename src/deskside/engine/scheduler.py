@@ -7,15 +7,15 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from deskside.engine import sequence
 from deskside.engine.load import Part
 from deskside.engine.results import Chunk
+from deskside.engine.sequence import Sequence
 
-Scheduled = list[tuple[sequence.Sequence, Part]]
+Scheduled = list[tuple[Sequence, Part]]
 
 
 def schedule(
-    sequences: Iterable[sequence.Sequence],
+    sequences: Iterable[Sequence],
     max_tokens: int,
     max_outputs: int,
     max_prefill: int | None = None,
@@ -41,7 +41,7 @@ def schedule(
     return parts
 
 
-def accept(parts: Scheduled, logits: NDArray[np.float32]) -> list[tuple[sequence.Sequence, Chunk]]:
+def accept(parts: Scheduled, logits: NDArray[np.float32]) -> list[tuple[Sequence, Chunk]]:
     """Hand each sequence its row of the logits (wanted rows, n_vocab), if it wanted one; the text
     that became certain."""
     chunks, rows = [], iter(logits)
