@@ -103,7 +103,7 @@ items:
         ('name = "w"', 'name = "w"\nscale = 2', "scale is 2; expected more than 0 and at most 1"),
         ('name = "w"', "", "field 'name' is missing"),
         ("[[items]]", "[[items]", "not TOML"),
-        ("[[items]]", "[[things]]", "unknown field 'things'; there is name, items"),
+        ("[[items]]", "[[things]]", "unknown field 'things'; the fields are name, items"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, old: str, new: str, part: str) -> None:
@@ -117,7 +117,7 @@ def test_bad_yaml_and_names_are_refused(tmp_path: Path) -> None:
     for text in ("a: [", "- 1", "", "name: w\nitems: 3", "!!python/object:os.system {}"):
         with pytest.raises(DesksideError, match=r"w\.yaml"):
             read(tmp_path, text, ".yaml")
-    with pytest.raises(DesksideError, match="there is agent, article"):
+    with pytest.raises(DesksideError, match="choose one of agent, article"):
         Workload.read("articel")
     with pytest.raises(FileNotFoundError):
         Workload.read(str(tmp_path / "none.toml"))

@@ -90,9 +90,9 @@ def test_missing_pages_say_what_to_write_where(system: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"huge_pages": "2mib"}, "--huge-pages 2mib: there is auto, off, 2MiB, 1GiB"),
+        ({"huge_pages": "2mib"}, "--huge-pages 2mib: choose one of auto, off, 2MiB, 1GiB"),
         ({"huge_pages": None}, "huge_pages is None; expected text"),
-        ({"numa": "distribute"}, "--numa distribute: there is none, interleave"),
+        ({"numa": "distribute"}, "--numa distribute: choose one of none, interleave"),
         ({"numa": 1}, "numa is 1; expected text"),
     ],
 )

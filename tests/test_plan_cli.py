@@ -87,7 +87,7 @@ def test_the_picture_is_xml_with_all_devices(
         (("-c", "999999999"), "more than the model's context"),
         (("-ctk", "q3"), "one of"),
         (("--parallel", "0"), "at least 1"),
-        (("-ot", "exps=CUDA0"), "no device cuda0; there is cpu"),
+        (("-ot", "exps=CUDA0"), "no device cuda0; the devices are cpu"),
         (("-ot", "nix=CPU"), "matches no tensor"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_measured_machine_is_stored_and_read(
         ("[cpu]\ncores = 0", "cpu.cores is 0"),
         ("[cpu]\nbandwidth_gb = -1", "bandwidth_gb is -1"),
         ("[cpu]\nspeed = 1", "cpu: unknown field 'speed'"),
-        ("cores = 1", "unknown field 'cores'; there is name, cpu"),
+        ("cores = 1", "unknown field 'cores'; the fields are name, cpu"),
         ("[[gpu]]\nname = 'cuda0'", "cuda0.memory is missing"),
         ("[[gpu]]\nname = 'x'\nmemory = '1GB'", "not cudaN"),
         ("[[gpu]]\nmemory = 'much'", "no size"),

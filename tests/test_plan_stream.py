@@ -104,7 +104,7 @@ def test_nothing_streams_without_experts_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"device": "cuda7"}, "no device cuda7; there are cuda0"),
+        ({"device": "cuda7"}, "no device cuda7; the devices are cuda0"),
         ({"prompt": 0}, "at least 1 token"),
         ({"max_chunk": 0}, "at least 1 token"),
         ({"resident": 1.5}, "share of 0 to 1"),

@@ -136,7 +136,9 @@ def _explain(message: str, data: Any, kind: Any, root: str = "") -> str:
     value, info, description = _follow(path, data, msgspec.inspect.type_info(kind))
     if named := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
         known = ", ".join(f.encode_name for f in info.fields)
-        return f"{field + ': ' if field else ''}unknown field {named[1]!r:.60}; there is {known}"
+        return (
+            f"{field + ': ' if field else ''}unknown field {named[1]!r:.60}; the fields are {known}"
+        )
     if named := re.fullmatch(r"Object missing required field `(.*)`", what):
         return f"{field + ': ' if field else ''}field {named[1]!r} is missing"
     if isinstance(info, msgspec.inspect.LiteralType):

@@ -176,7 +176,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
             if name not in SAMPLING:
                 raise DesksideError(
                     f"{source}: sampling: unknown field {name!r:.60}; "
-                    f"there is {', '.join(SAMPLING)}"
+                    f"the fields are {', '.join(SAMPLING)}"
                 )
         return schema.build(data, cls, source)
 
@@ -189,7 +189,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
         elif path.suffix not in (".toml", ".yaml", ".yml"):
             known = ", ".join(shipped())
             raise DesksideError(
-                f"--workload {name}: there is {known}, or name a .toml or .yaml file"
+                f"--workload {name}: choose one of {known}, or name a .toml or .yaml file"
             )
         data = schema.parse(path)
         if not isinstance(data, dict):

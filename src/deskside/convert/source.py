@@ -114,7 +114,7 @@ class Outputs:
         if view.shape != shape:
             raise DesksideError(
                 f"{folder}: tensor {source} has shape {list(view.shape)}; "
-                f"config.json asks for {list(shape)}"
+                f"config.json says {list(shape)}"
             )
         self._unread.discard(source)
         return view

@@ -114,7 +114,7 @@ class EngineConfig:
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):
-            raise DesksideError(f"--backend {self.backend}: there is cpu and reference")
+            raise DesksideError(f"--backend {self.backend}: choose cpu or reference")
 
     def placing(self) -> dict[str, Any]:
         """The options that say where tensors go, as far as they were given, fit for JSON."""

@@ -1,1 +1,1 @@
-"""A tape made ready to run: sections, steps, buffers, panels, bytes. Pure: runs nothing."""
+"""Prepares a tape to run: sections, steps, buffers, panels, bytes. Nothing here runs it."""

@@ -1,4 +1,4 @@
-"""Plans where the values of a tape live in one arena, from the span in which each is needed."""
+"""Places the values of a tape in one arena. Values needed at different times share memory."""
 
 from __future__ import annotations
 

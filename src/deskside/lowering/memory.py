@@ -1,11 +1,17 @@
-"""Bytes that a model takes on a device, as the engine takes them.
+"""Bytes that a model takes on each device, as the engine allocates them.
 
-CPU (panels.py, buffers.py, native/program/program.cpp): matrices in panels of 16 rows, each group
-on pages of its own; vectors in float32; the embedding stays in the mapped file and counts only
-where it may not (`--no-mmap`, `--mlock`); an arena of activations and work memory for each
-thread. GPU: the file's bytes, in blocks of 512 as torch hands them out, and what its sections need
-while they run (lowering/scratch.py), which depends on the placement: `Memory` has bounds for any
-placement, `buffers` the figures of one.
+CPU (panels.py, buffers.py, native/program/program.cpp):
+- matrices in panels of 16 rows, each group on pages of its own
+- vectors in float32
+- the embedding only with `--no-mmap` or `--mlock`; else it stays in the mapped file
+- an arena of activations, and work memory per thread
+
+GPU:
+- the file's bytes, in blocks of 512 as torch allocates them
+- what its sections need while they run (scratch.py)
+
+The last depends on the placement. `Memory` has bounds for any placement, `buffers` the figures of
+one.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ GPU_BLOCK = 512
 
 
 class Memory:
-    """Bytes of a tape's tensors and buffers. `mapped`: names that stay in the mapped file."""
+    """Bytes of a tape's tensors and buffers. mapped: bytes, by name, that stay in the mapped file."""
 
     def __init__(self, tape: Tape, *, threads: int, ubatch: int) -> None:
         self.infos = tape.weights()
@@ -65,7 +71,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Steps of at most `rows` tokens, with a device that computes experts of the host, if any."""
+    """Steps of at most `rows` tokens, and the offload of experts in them, if any."""
 
     rows: int
     offload: Offload | None = None

@@ -14,7 +14,7 @@ PAGE_BYTES = 4096  # a matrix starts on a page of its own
 
 @dataclass(frozen=True)
 class PanelRange:
-    """Where a tensor goes: `groups` matrices (one an expert), panels `stride` bytes apart."""
+    """A tensor's place: `groups` matrices (one per expert), panels `stride` bytes apart."""
 
     info: TensorInfo
     at: int

@@ -1,4 +1,4 @@
-"""Memory that sections take on a device of torch while they run. Without torch: a plan needs it."""
+"""Memory that sections take on a device of torch while they run. Does not import torch."""
 
 from __future__ import annotations
 

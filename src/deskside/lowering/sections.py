@@ -1,15 +1,16 @@
 """A tape cut into sections of one device each, and the values that pass between them.
 
-An op runs on the device of its first weight, one without weights where its first input was made (a
-rotation, too: all layers share its few factors); its state lives with it. An `add` of values from
-two devices runs on the one that needs the sum: were it always the first, the residual stream would
-visit the embedding's device in every layer, and the routed experts' device would wait for the
-shared expert's.
+An op runs on the device of its first weight. An op without weights, or a rope, whose few factors all
+layers share, runs where its first input was made. Its state lives on the same device.
 
-A section holds all ops of a device that can run before another device must be waited for. What
-other devices wait for goes into a section of its own, before the rest: with the routed experts on
-the CPU, for instance, a GPU runs attention and the router, hands over, and computes the shared
-expert while the CPU works.
+An `add` of values from two devices runs on the device that needs the sum. If it always ran with its
+first input, every layer would go back to the embedding's device, and the device of the routed
+experts would wait for that of the shared expert.
+
+A section holds all ops that a device can run before it must wait for another one. Ops that other
+devices wait for form a section of their own, before the rest. With the routed experts on the CPU,
+for example, a GPU runs attention and the router, hands over, and then computes the shared expert
+while the CPU works.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ OFFLOADED = frozenset({"expert_offload", "expert_offload_pairs"})
 
 @dataclass(frozen=True)
 class Offload:
-    """A device that computes experts which the placement has on the host.
+    """A device that computes experts whose weights the placement has on the host.
 
-    all: every expert that is chosen; else those that the device picks as it runs, and the host
+    all: whether it computes every chosen expert. If not, it selects some in each step, and the host
     computes the rest.
     """
 
@@ -42,8 +43,11 @@ class Offload:
 
 @dataclass(frozen=True)
 class Section:
-    """Ops of one device. `imports` come from elsewhere, and for the first time on this device;
-    `exports` are needed elsewhere. `waits`: the sections, by index, that make the imports."""
+    """Ops of one device.
+
+    imports: values from other devices that no earlier section here imported. exports: values that
+    other devices need. waits: indices of the sections that make the imports.
+    """
 
     device: str
     ops: tuple[Op, ...]

@@ -1,17 +1,22 @@
-"""From a tape to the steps of a native program: what is fused, and what runs between two barriers.
+"""Turns a tape into steps of a native program: fuses ops, and groups them between barriers.
 
-A step is *rows* (ops that treat every row on its own, run one after another on a row), *outputs*
-(the same over the wanted logits), *once* (run by one thread) or *tasks* (independent ops whose work
-is shared out among the threads). At decode only tasks steps cost a barrier, so steps are scheduled
-as early as their inputs allow, and what can run together does.
+There are four kinds of steps:
 
-Fused on the way: linears that read the same value; a swiglu or a causal convolution into the
-linears that feed it. Quantised weights read their input in 8 bits: `quantize` makes such a record
-once for all of its readers.
+    rows     ops that treat every row on its own; all ops run on one row, one after another
+    outputs  the same for the rows of wanted logits
+    once     ops that one thread runs
+    tasks    independent ops, whose work the threads share
 
-A program may carry out a part of a tape, in stretches between which other devices work. A *hop*
-stands at either end of a stretch; it is no native step, and tells `plan_buffers` which values come
-from outside and which are taken out.
+At decode only tasks steps cost a barrier. So every op is scheduled as early as its inputs allow, and
+ops that can run together share a step.
+
+Fused are linears that read the same value, and a swiglu or a causal convolution into the linears
+that feed it. Quantised weights read their input in 8 bits: `quantize` makes that record once for all
+its readers.
+
+A program may run a part of a tape, in stretches. Other devices work between two stretches. A *hop*
+marks either end of a stretch. It is not a native step: it tells `plan_buffers` which values come in
+and which go out.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ ROWS = frozenset({
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of a `linear`: alone, with a swiglu's `up`, or with the convolution behind it."""
+    """A matrix of a `linear`: alone, with a swiglu's `up`, or with the convolution that follows."""
 
     op: Op
     out: Value
@@ -44,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class NativeOp:
-    """One op of the native program: `kind` names its method, `where` the sort of step it needs."""
+    """One op of the native program. kind: names its method. where: the kind of step it needs."""
 
     kind: str
     where: str
@@ -62,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Ops that run together, with what they need from elsewhere and make for elsewhere."""
+    """Ops that run together, with the values that other devices give (imports) or need (exports)."""
 
     ops: tuple[Op, ...]
     imports: tuple[Value, ...] = ()

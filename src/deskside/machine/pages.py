@@ -72,9 +72,9 @@ def need_reserved(name: str, nbytes: int) -> None:
 def check_options(huge_pages: str, numa: str) -> None:
     """DesksideError for values that are not in HUGE_PAGES and NUMA."""
     if huge_pages not in HUGE_PAGES:
-        raise DesksideError(f"--huge-pages {huge_pages}: there is {', '.join(HUGE_PAGES)}")
+        raise DesksideError(f"--huge-pages {huge_pages}: choose one of {', '.join(HUGE_PAGES)}")
     if numa not in NUMA:
-        raise DesksideError(f"--numa {numa}: there is {', '.join(NUMA)}")
+        raise DesksideError(f"--numa {numa}: choose one of {', '.join(NUMA)}")
 
 
 def nodes() -> list[Node]:

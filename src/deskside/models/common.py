@@ -73,7 +73,7 @@ class Model:
         if info.shape != shape:
             raise DesksideError(
                 f"{self.file.path}: tensor {name} has shape {list(info.shape)}; "
-                f"its metadata ask for {list(shape)}"
+                f"the metadata says {list(shape)}"
             )
         self.used.add(name)
         return info

@@ -163,7 +163,7 @@ def _digits(values: Collection[int]) -> str:
 def emit(plan: Plan, kind: str, model: str) -> dict[str, str]:
     """Files by name: a command line has the name "". DesksideError for what cannot be said."""
     if kind not in KINDS:
-        raise DesksideError(f"--emit {kind}: there is {', '.join(KINDS)}")
+        raise DesksideError(f"--emit {kind}: choose one of {', '.join(KINDS)}")
     for name, value in (("file name", model),):
         if not model.isprintable():
             raise DesksideError(f"--emit: the {name} {value!r} has control characters")

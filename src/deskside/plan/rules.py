@@ -130,8 +130,8 @@ def apply(rules: Rules, names: Sequence[str], n_layers: int, gpus: Sequence[str]
             raise DesksideError(f"{rule}: matches no tensor of this model, such as {names[-1]}")
         if not free and any(devices[n] != rule.device for n in matching):
             raise DesksideError(
-                f"{rule}: contradicts {reasons[matching[0]]}, which stands before it and takes all "
-                "that it matches (the first match wins)"
+                f"{rule}: contradicts {reasons[matching[0]]}, which comes first and takes all that "
+                "it matches"
             )
         for name in free:
             pin(name, rule.device, str(rule))
@@ -147,7 +147,7 @@ def _check_devices(rules: Rules, gpus: Sequence[str]) -> None:
     have = ", ".join((CPU, *gpus))
     for rule in rules.overrides:
         if rule.device not in (CPU, *gpus):
-            raise DesksideError(f"{rule}: there is no device {rule.device}; there is {have}")
+            raise DesksideError(f"{rule}: there is no device {rule.device}; the devices are {have}")
     if rules.cpu_moe and rules.n_cpu_moe is not None:
         raise DesksideError("--cpu-moe and --n-cpu-moe say two different things: give one of them")
     if rules.n_cpu_moe is not None and rules.n_cpu_moe < 0:

@@ -99,7 +99,9 @@ def plan_stream(
         )
     if device not in {d.name for d in machine.gpus}:
         known = ", ".join(d.name for d in machine.gpus) or "none"
-        raise DesksideError(f"streaming experts: there is no device {device}; there are {known}")
+        raise DesksideError(
+            f"streaming experts: there is no device {device}; the devices are {known}"
+        )
     ops = [
         op
         for op in tape.ops

@@ -1,8 +1,9 @@
 """Text to token ids and back: byte-level BPE from GGUF metadata.
 
-The vocabulary follows GPT-2. Every byte has a printable stand-in character, a token is a string of
-stand-ins, and merges are pairs of tokens in order of rank. Models differ in how they cut text into
-words before merging (`tokenizer.ggml.pre`). The cuts below are llama.cpp's for the same name.
+The vocabulary follows GPT-2. Every byte has a printable stand-in character, a token is a string
+of stand-ins, and merges are pairs of tokens in order of rank. Models differ in how they cut text
+into words before merging (`tokenizer.ggml.pre`). The cuts below are those of llama.cpp for the same
+name.
 
 As in llama.cpp, text is not normalised, so decoding returns exactly the text that was encoded.
 (HF's Qwen tokenizers apply NFC first.)
