@@ -31,7 +31,7 @@ GPU_BLOCK = 512
 
 
 class Memory:
-    """Bytes of a tape's tensors and buffers. mapped: bytes, by name, that stay in the mapped file."""
+    """Bytes of a tape's tensors and buffers. mapped: bytes, by name, left in the mapped file."""
 
     def __init__(self, tape: Tape, *, threads: int, ubatch: int) -> None:
         self.infos = tape.weights()

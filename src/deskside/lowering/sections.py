@@ -1,7 +1,7 @@
 """A tape cut into sections of one device each, and the values that pass between them.
 
-An op runs on the device of its first weight. An op without weights, or a rope, whose few factors all
-layers share, runs where its first input was made. Its state lives on the same device.
+An op runs on the device of its first weight. An op without weights runs where its first input was
+made; so does a rope, whose few factors all layers share. Its state lives on the same device.
 
 An `add` of values from two devices runs on the device that needs the sum. If it always ran with its
 first input, every layer would go back to the embedding's device, and the device of the routed

@@ -7,12 +7,12 @@ There are four kinds of steps:
     once     ops that one thread runs
     tasks    independent ops, whose work the threads share
 
-At decode only tasks steps cost a barrier. So every op is scheduled as early as its inputs allow, and
-ops that can run together share a step.
+At decode only tasks steps cost a barrier. So every op is scheduled as early as its inputs allow,
+and ops that can run together share a step.
 
 Fused are linears that read the same value, and a swiglu or a causal convolution into the linears
-that feed it. Quantised weights read their input in 8 bits: `quantize` makes that record once for all
-its readers.
+that feed it. Quantised weights read their input in 8 bits: `quantize` makes that record once for
+all its readers.
 
 A program may run a part of a tape, in stretches. Other devices work between two stretches. A *hop*
 marks either end of a stretch. It is not a native step: it tells `plan_buffers` which values come in
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Ops that run together, with the values that other devices give (imports) or need (exports)."""
+    """Ops that run together, with the values that other devices give (imports), need (exports)."""
 
     ops: tuple[Op, ...]
     imports: tuple[Value, ...] = ()
