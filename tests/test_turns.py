@@ -180,6 +180,30 @@ def test_a_fourth_answer_takes_the_place_of_the_oldest() -> None:
     assert len(list(second)) and len(list(third))
 
 
+def test_a_step_that_fails_ends_its_sequence_and_spares_the_model(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.reset()
+    prompt = llm.prompt([{"role": "user", "content": QUESTIONS[1]}])
+    expected = llm.generate(prompt, GREEDY).tokens
+    llm.reset()
+    stream = llm.stream(prompt, GREEDY)
+    for _ in range(5):
+        next(stream)
+
+    def breaks(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.loaded.backend, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert list(stream) == [] and stream.stop_reason == "failed"
+    again = llm.generate(prompt, GREEDY)
+    assert again.tokens == expected
+    assert again.timings.cached_tokens == prompt.marks[-1]  # the checkpoint was spared
+
+
 def test_a_step_never_takes_a_slot_from_itself() -> None:
     llm = LLM(demo_model(), ctx=256, threads=1, parallel=2)
     first, second, third = (llm.begin(llm.tokenize(q), GREEDY) for q in QUESTIONS[:3])

@@ -74,7 +74,12 @@ class LLM:
             parts = schedule(living, self.ubatch, self.max_outputs)
             if not parts:
                 return []
-            logits = self.loaded.compute([part for _, part in parts])
+            try:
+                logits = self.loaded.compute([part for _, part in parts])
+            except BaseException:
+                for sequence, _ in parts:  # what their slots held is gone, but for checkpoints
+                    sequence.end("failed")
+                raise
             try:
                 return accept(parts, logits)
             except DamagedLogits:
