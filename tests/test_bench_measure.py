@@ -459,7 +459,13 @@ def test_failed_runs_are_an_exit_code(
         return generate(self, *args, **options)
 
     monkeypatch.setattr(InProcess, "run", breaks_once)
-    asked = Request(model=tiny(), threads=1, workload=str(workload), no_hash=True, no_report=True)
+    asked = Request(
+        model=tiny(),
+        workload=str(workload),
+        options={"threads": 1},
+        no_hash=True,
+        no_report=True,
+    )
     assert command.main(dataclasses.replace(asked, out=out)) == 1
     said = capsys.readouterr()
     assert "i2 failed: it broke" in said.out and "1 of 6 runs failed; --resume" in said.err

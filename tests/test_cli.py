@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from deskside.cli import app as cli
+from deskside.cli.flags import OPTIONS
+from deskside.engine.config import EngineConfig
+from deskside.engine.sampler import SamplingParams
 from models import rewrite, tiny
 
 COMMAND = [sys.executable, "-c", "from deskside.cli import main; main()"]
@@ -176,6 +180,14 @@ def test_help_and_version() -> None:
     for arguments in (["--help"], ["run", "--help"], ["--version"]):
         done = deskside(*arguments)
         assert done.returncode == 0 and b"deskside" in done.stdout
+
+
+def test_every_setting_has_one_flag() -> None:
+    settings = [*fields(EngineConfig), *fields(SamplingParams)]
+    assert set(OPTIONS) == {setting.name for setting in settings}
+    for command in ("run", "perplexity", "bench"):  # one sequence at a time
+        assert b"--parallel" not in inside(command, "--help").stdout
+    assert b"--parallel" in inside("plan", "--help").stdout
 
 
 def test_a_reader_that_goes_away_is_no_traceback(model: Path) -> None:

@@ -19,14 +19,6 @@ from deskside.errors import DesksideError
 
 DEFAULT_WORKLOAD = "article"
 # Of the request, by what they decide; the rest is how to go about it.
-ENGINE = ("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages")
-SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repeat_penalty",
-}
 SHAPE = ("workload", "runs", "warmup", "scale", "max_prompt", "max_tokens", "text", "ignore_eos")
 WHERE = ("model", "endpoint", "endpoint_model")
 
@@ -49,19 +41,8 @@ class Request:
     max_prompt: int | None = None
     max_tokens: int | None = None
     text: Path | None = None
-    ctx: int | None = None
-    threads: int | None = None
-    ubatch: int | None = None
-    ctk: str | None = None
-    ctv: str | None = None
-    isa: str | None = None
-    numa: str | None = None
-    huge_pages: str | None = None
-    temp: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # of EngineConfig
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of SamplingParams
     seed: int | None = None
     ignore_eos: bool | None = None
     out: Path | None = None
@@ -71,7 +52,6 @@ class Request:
     no_hash: bool = False
     profile: bool = False
     no_report: bool = False
-    placing: Mapping[str, Any] = field(default_factory=dict)  # options of EngineConfig
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
         """Those of the flags that the command line had."""
@@ -115,8 +95,8 @@ def task_of(request: Request, resumed: Record | None) -> Task:
 
 
 def _task(request: Request, resumed: Record | None) -> Task:
-    described = request.given((*WHERE, "vs", "seed", *ENGINE, *SAMPLING, *SHAPE))
-    described |= request.placing
+    described = request.given((*WHERE, "vs", "seed", *SHAPE))
+    described |= {**request.options, **request.sampling}
     if resumed is not None and not described:
         return _of_record(resumed, str(request.resume))
     if request.replay is not None:
@@ -131,7 +111,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
             return task
         place = _first(request, dict(task.sides["A"].options))
         return dataclasses.replace(task, sides={**task.sides, "A": place})
-    options = {**request.given(ENGINE), **request.placing}
+    options = dict(request.options)
     sides = {"A": _first(request, options)}
     if request.vs is not None:
         other_side = Side(request.vs)
@@ -148,7 +128,12 @@ def _task(request: Request, resumed: Record | None) -> Task:
 def _flag(name: str) -> str:
     """How the command line spells a field of the request."""
     short = {"ctx": "-c", "ubatch": "-ub", "ctk": "-ctk", "ctv": "-ctv"}
-    short |= {"devices": "--device", "override_tensor": "-ot", "gpu_layers": "-ngl"}
+    short |= {
+        "temperature": "--temp",
+        "devices": "--device",
+        "override_tensor": "-ot",
+        "gpu_layers": "-ngl",
+    }
     return short.get(name) or f"--{name.replace('_', '-')}"
 
 
@@ -180,9 +165,8 @@ def _workload(request: Request) -> Workload:
         changes["text"] = str(request.text)
     if request.ignore_eos is not None:
         changes["ignore_eos"] = request.ignore_eos
-    sampling = {SAMPLING[name]: value for name, value in request.given(list(SAMPLING)).items()}
-    if sampling:
-        changes["sampling"] = dataclasses.replace(workload.sampling, **sampling)
+    if request.sampling:
+        changes["sampling"] = dataclasses.replace(workload.sampling, **request.sampling)
     return structs.replace(workload, **changes)
 
 

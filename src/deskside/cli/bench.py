@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import Model, placeable
+from deskside.cli.flags import ENGINE, SAMPLING, Given, Model, flags, takes
 from deskside.cli.predict import predict
+from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
 TIMEOUT = 600.0
+# Flags whose long form is not the field's name.
+LONG = {"ctx": "ctx-size", "devices": "device", "temperature": "temp"}
 
 
-@placeable
+# None has a default: a workload and a record have values of their own.
+@takes(
+    engine=flags(
+        ENGINE,
+        *("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages"),
+        unset=True,
+        ctx={"help": None, "show_default": "what the workload needs"},
+    ),
+    sampling=flags(
+        SAMPLING,
+        *("temperature", "top_k", "top_p", "min_p", "repeat_penalty"),
+        unset=True,
+        temperature={"help": "instead of the workload's"},
+    ),
+    placing=flags(ENGINE, *PLACING, unset=True),
+)
 def bench(
+    *,
     model: Model = None,
     endpoint: Annotated[
         str | None, Option("--endpoint", metavar="URL", help="measure a server instead")
@@ -72,28 +90,8 @@ def bench(
     text: Annotated[
         Path | None, Option("--text", help="folder to cut prompts from", show_default="stdlib")
     ] = None,
-    ctx: Annotated[
-        int | None,
-        Option("-c", "--ctx-size", show_default="what the workload needs"),
-    ] = None,
-    threads: Annotated[
-        int | None, Option("-t", "--threads", help="threads; 0 = one per usable core")
-    ] = None,
-    ubatch: Annotated[
-        int | None, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
-    ] = None,
-    ctk: Annotated[str | None, Option("-ctk", "--cache-type-k", help="f16, q8_0 or f32")] = None,
-    ctv: Annotated[str | None, Option("-ctv", "--cache-type-v", help="f16, q8_0 or f32")] = None,
-    isa: Annotated[str | None, Option("--isa", help="force an instruction set")] = None,
-    numa: Annotated[str | None, Option("--numa", help="none or interleave")] = None,
-    huge_pages: Annotated[
-        str | None, Option("--huge-pages", help="auto, off, 2MiB or 1GiB")
-    ] = None,
-    temp: Annotated[float | None, Option("--temp", help="instead of the workload's")] = None,
-    top_k: Annotated[int | None, Option("--top-k")] = None,
-    top_p: Annotated[float | None, Option("--top-p")] = None,
-    min_p: Annotated[float | None, Option("--min-p")] = None,
-    repeat_penalty: Annotated[float | None, Option("--repeat-penalty")] = None,
+    engine: Given,
+    sampling: Given,
     seed: Annotated[
         int | None, Option("-s", "--seed", help="of prompts and sampling", show_default="0")
     ] = None,
@@ -120,13 +118,14 @@ def bench(
         bool, Option("--profile", help="also time every sort of step of the model")
     ] = False,
     no_report: Annotated[bool, Option("--no-report", help="write the JSON alone")] = False,
-    placing: Mapping[str, Any] = {},
+    placing: Given,
 ) -> int:
     """Measure a model or a server on a workload, and write a report.
 
     Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C; what was measured is kept.
     """
     given = {name.rstrip("_"): value for name, value in locals().items()}
+    given["options"] = given.pop("engine") | given.pop("placing")
     if given.pop("preset") is not None or layers is not None:
         return _predict(preset, given)
     del given["layers"]
@@ -140,14 +139,14 @@ def _predict(preset: str | None, given: dict[str, Any]) -> int:
     """`bench --preset`: a workload needs a whole model, so only some flags have a meaning."""
     if preset is None:
         raise DesksideError("--layers belongs to --preset NAME, such as qwen3.5-397b-a17b")
-    given |= given.pop("placing")
-    taken = {name: given.pop(name) for name in ("layers", "threads", "ubatch", "isa", "out")}
-    repeats, kv, v = given.pop("runs"), given.pop("ctk"), given.pop("ctv")
+    given |= given.pop("options") | given.pop("sampling")
+    taken = {name: given.pop(name, None) for name in ("layers", "threads", "ubatch", "isa", "out")}
+    repeats, kv, v = given.pop("runs"), given.pop("ctk", None), given.pop("ctv", None)
     if kv != v and None not in (kv, v):
         raise DesksideError(f"--preset takes one type for keys and values, not {kv} and {v}")
     for name, value in given.items():
         if value not in (None, False) and (name, value) != ("timeout", TIMEOUT):
-            flag = "device" if name == "devices" else name.replace("_", "-")
+            flag = LONG.get(name, name).replace("_", "-")
             raise DesksideError(f"--{flag} has no meaning with --preset, which runs no workload")
     taken |= {"repeats": repeats, "kv": kv or v}
     predict(preset, **{k: value for k, value in taken.items() if value is not None})

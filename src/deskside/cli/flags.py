@@ -2,129 +2,173 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
 
+from deskside.engine.config import EngineConfig
+from deskside.engine.sampler import SamplingParams
+
+# By the fields of EngineConfig and SamplingParams that they set, which give type and default.
+OPTIONS: dict[str, Any] = {
+    "ctx": Option(
+        "-c",
+        "--ctx-size",
+        help="context in tokens; 0 = the model's own",
+        show_default="4096, or the model's own if less",
+    ),
+    "threads": Option("-t", "--threads", help="threads; 0 = one per usable core"),
+    "ubatch": Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill"),
+    "parallel": Option("-np", "--parallel", help="sequences at the same time"),
+    "ctk": Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32"),
+    "ctv": Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32"),
+    "isa": Option("--isa", help="force an instruction set"),
+    "numa": Option("--numa", help="memory of the weights: none, or interleave over all NUMA nodes"),
+    "huge_pages": Option(
+        "--huge-pages", help="for the weights: auto (transparent), off, or reserved 2MiB or 1GiB"
+    ),
+    "backend": Option("--backend", help="cpu, or reference (NumPy, slow)"),
+    "devices": Option(
+        "-dev",
+        "--device",
+        metavar="NAME[:SIZE],…",
+        help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
+    ),
+    "override_tensor": Option(
+        "-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"
+    ),
+    "cpu_moe": Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU"),
+    "n_cpu_moe": Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers"),
+    "gpu_layers": Option(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N|all|auto",
+        help="the last N layers on GPUs, the head counting as one",
+    ),
+    "tensor_split": Option(
+        "-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs"
+    ),
+    "main_gpu": Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0"),
+    "margin": Option(
+        "--margin",
+        help="memory to leave free on every device",
+        show_default="256MiB on the CPU, 1GiB on a GPU",
+    ),
+    "stream_experts": Option(
+        "--stream-experts",
+        metavar="N|auto|off",
+        help="prompts of N tokens or more have the CPU's experts pass through a GPU",
+        show_default="off",
+    ),
+    "expert_cache": Option(
+        "--expert-cache", metavar="SIZE", help="of a GPU, for often chosen CPU experts"
+    ),
+    "no_mmap": Option("--no-mmap", help="read the embedding, too, instead of mapping it"),
+    "mlock": Option("--mlock", help="keep everything in physical memory"),
+    "max_tokens": Option(
+        "-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit"
+    ),
+    "temperature": Option("--temp", help="temperature; 0 = greedy"),
+    "top_k": Option("--top-k", help="0 = off"),
+    "top_p": Option("--top-p", help="1 = off"),
+    "min_p": Option("--min-p", help="0 = off"),
+    "repeat_penalty": Option("--repeat-penalty", help="1 = off"),
+    "repeat_last_n": Option("--repeat-last-n", help="tokens that penalties look back on; -1 = all"),
+    "presence_penalty": Option("--presence-penalty", help="0 = off"),
+    "frequency_penalty": Option("--frequency-penalty", help="0 = off"),
+    "seed": Option("-s", "--seed", help="-1 = random"),
+    "logit_bias": Option(
+        "-l", "--logit-bias", metavar="ID(+/-)BIAS", help="e.g. 15043+1 or 29905-inf"
+    ),
+    "ignore_eos": Option("--ignore-eos", help="never end of itself"),
+    "stop": Option("-r", "--stop", "--reverse-prompt", help="end at this text"),
+}
+ENGINE = EngineConfig()
+SAMPLING = SamplingParams(seed=-1)
+
+# Flags that commands give themselves.
 Model = Annotated[
     Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
 ]
-Threads = Annotated[int, Option("-t", "--threads", help="threads; 0 = one per usable core")]
-Ubatch = Annotated[
-    int, Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill")
-]
-CacheK = Annotated[
-    str, Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32")
-]
-CacheV = Annotated[
-    str, Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32")
-]
-Isa = Annotated[str | None, Option("--isa", help="force an instruction set")]
-Numa = Annotated[
-    str, Option("--numa", help="memory of the weights: none, or interleave over all NUMA nodes")
-]
-HugePages = Annotated[
-    str,
-    Option(
-        "--huge-pages", help="for the weights: auto (transparent), off, or reserved 2MiB or 1GiB"
-    ),
-]
+Threads = Annotated[int, OPTIONS["threads"]]
+Ubatch = Annotated[int, OPTIONS["ubatch"]]
+Isa = Annotated[str | None, OPTIONS["isa"]]
 TensorTypes = Annotated[
     list[str] | None, Option("--tensor-type", metavar="REGEX=TYPE", help="may be repeated")
 ]
 
-# Where tensors go, by their names in EngineConfig; commands have them by `placeable`.
-PLACING: dict[str, Any] = {
-    "devices": Annotated[
-        list[str] | None,
-        Option(
-            "-dev",
-            "--device",
-            metavar="NAME[:SIZE],…",
-            help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
-        ),
-    ],
-    "override_tensor": Annotated[
-        list[str] | None,
-        Option("-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"),
-    ],
-    "cpu_moe": Annotated[bool, Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU")],
-    "n_cpu_moe": Annotated[
-        int | None, Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers")
-    ],
-    "gpu_layers": Annotated[
-        str | None,
-        Option(
-            "-ngl",
-            "--gpu-layers",
-            "--n-gpu-layers",
-            metavar="N|all|auto",
-            help="the last N layers on GPUs, the head counting as one",
-        ),
-    ],
-    "tensor_split": Annotated[
-        str | None,
-        Option("-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs"),
-    ],
-    "main_gpu": Annotated[
-        int | None, Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0")
-    ],
-    "margin": Annotated[
-        str | None,
-        Option(
-            "--margin",
-            help="memory to leave free on every device",
-            show_default="256MiB on the CPU, 1GiB on a GPU",
-        ),
-    ],
-    "stream_experts": Annotated[
-        str | None,
-        Option(
-            "--stream-experts",
-            metavar="N|auto|off",
-            help="prompts of N tokens or more have the CPU's experts pass through a GPU",
-            show_default="off",
-        ),
-    ],
-    "expert_cache": Annotated[
-        str | None,
-        Option("--expert-cache", metavar="SIZE", help="of a GPU, for often chosen CPU experts"),
-    ],
-    "no_mmap": Annotated[
-        bool, Option("--no-mmap", help="read the embedding, too, instead of mapping it")
-    ],
-    "mlock": Annotated[bool, Option("--mlock", help="keep everything in physical memory")],
-}
+Given = dict[str, Any]  # the fields that a group of flags sets
+Group = list[inspect.Parameter]
 
 
-def placeable(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the flags of PLACING; its parameter `placing` gets those that were given."""
-    own = inspect.signature(command, eval_str=True)
-    kept = [p for p in own.parameters.values() if p.name != "placing"]
-    more = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False if get_args(annotation)[0] is bool else None,
-            annotation=annotation,
+def flags(
+    source: EngineConfig | SamplingParams,
+    *names: str,
+    unset: bool = False,
+    **changes: Mapping[str, Any],
+) -> Group:
+    """Flags for fields of `source`, whose values are the defaults; with `unset` none has one.
+
+    changes: what a command says differently of a field's flag, such as {"help": "…"}.
+    """
+    hints = get_type_hints(type(source))
+    group = []
+    for name in names:
+        kind, default = _kind(hints[name]), getattr(source, name)
+        if unset or get_origin(kind) is list:
+            default = False if kind is bool else None
+        option = copy.copy(OPTIONS[name])
+        vars(option).update(changes.get(name, {}))
+        shown: Any = Annotated[kind if default is not None else kind | None, option]
+        group.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shown
+            )
         )
-        for name, annotation in PLACING.items()
-    ]
+    return group
 
-    @functools.wraps(command)
-    def run(**given: Any) -> Any:
-        flags = {name: given.pop(name) for name in PLACING}
-        given["placing"] = {n: v for n, v in flags.items() if v is not None and v is not False}
-        return command(**given)
 
-    shown = own.replace(parameters=[*kept, *more])
-    run.__signature__ = shown  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in shown.parameters.values()}
-    return run
+def _kind(hint: Any) -> Any:
+    """The type of a field on the command line: text that may be repeated, text, or its own."""
+    kinds = get_args(hint | None)
+    if any(get_origin(kind) for kind in kinds):
+        return list[str]
+    return str if str in kinds else kinds[0]
+
+
+def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: a command's parameters of these names become the flags of the groups.
+
+    Each such parameter gets a dict: the fields whose flags have a value other than None and False.
+    The command takes keywords alone.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(command, eval_str=True)
+        shown = [
+            flag
+            for parameter in own.parameters.values()
+            for flag in groups.get(parameter.name, [parameter])
+        ]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> Any:
+            for name, group in groups.items():
+                values = {flag.name: given.pop(flag.name) for flag in group}
+                given[name] = {n: v for n, v in values.items() if v is not None and v is not False}
+            return command(**given)
+
+        run.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
+        run.__annotations__ = {flag.name: flag.annotation for flag in shown}
+        return run
+
+    return decorate
 
 
 # llama.cpp's flags that have no meaning here: accepted, so that a command line for llama-cli starts

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import CacheK, CacheV, Ubatch, placeable
-from deskside.engine.config import DEFAULT_CTX, EngineConfig
+from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
-
-DEFAULTS = EngineConfig()
 
 Text = str | None
 
 
-@placeable
+@takes(
+    engine=flags(
+        ENGINE,
+        *("ctx", "parallel", "ubatch", "threads", "ctk", "ctv"),
+        ctx={"help": "context of one sequence; 0 = the model's own"},
+        threads={"help": "0 = one per core of the machine"},
+    ),
+    placing=flags(ENGINE, *PLACING),
+)
 def plan(
+    *,
     model: Annotated[
         Path | None,
         Option("-m", "--model", help="GGUF file; its header is enough, as of one being fetched"),
@@ -32,22 +38,7 @@ def plan(
         list[str] | None,
         Option("--tensor-type", metavar="REGEX=TYPE", help="types of a preset's tensors"),
     ] = None,
-    ctx: Annotated[
-        int | None,
-        Option(
-            "-c",
-            "--ctx-size",
-            help="context of one sequence; 0 = the model's own",
-            show_default="4096, or the model's own if less",
-        ),
-    ] = None,
-    parallel: Annotated[int, Option("-np", "--parallel", help="sequences at the same time")] = 1,
-    ubatch: Ubatch = DEFAULTS.ubatch,
-    threads: Annotated[
-        int, Option("-t", "--threads", help="0 = one per core of the machine")
-    ] = DEFAULTS.threads,
-    ctk: CacheK = DEFAULTS.ctk,
-    ctv: CacheV = DEFAULTS.ctv,
+    engine: Given,
     machine: Annotated[
         Text, Option("--machine", metavar="FILE.toml", help="plan for another machine")
     ] = None,
@@ -64,7 +55,7 @@ def plan(
     ] = None,
     svg: Annotated[Path | None, Option("--svg", help="write a picture of the plan")] = None,
     as_json: Annotated[bool, Option("--json", help="print the plan as JSON")] = False,
-    placing: Mapping[str, Any] = {},
+    placing: Given,
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
     from deskside import console
@@ -82,16 +73,17 @@ def plan(
         raise DesksideError("--out says where --emit writes: give --emit as well")
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    config = EngineConfig(threads=threads, ubatch=ubatch, ctk=ctk, ctv=ctv, **placing)
+    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
+    config = EngineConfig(**engine, **placing)
     ours = load_machine(machine) if machine else this_machine(config.n_threads)
     ours = machine_of(config, ours)
     options = Options(
         ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
-        ubatch=ubatch,
+        ubatch=config.ubatch,
         parallel=parallel,
-        ctk=ctk.lower(),
-        ctv=ctv.lower(),
-        threads=min(threads or ours.cores, ours.cores),
+        ctk=config.ctk.lower(),
+        ctv=config.ctv.lower(),
+        threads=min(config.threads or ours.cores, ours.cores),
         mmap=not config.no_mmap,
         mlock=config.mlock,
     )

@@ -7,11 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from deskside.cli.flags import Isa, Threads, Ubatch
-from deskside.engine.config import EngineConfig
+from deskside.cli.flags import ENGINE, Isa, Threads, Ubatch
 from deskside.errors import DesksideError
-
-DEFAULTS = EngineConfig()
 
 
 def predict(
@@ -34,10 +31,10 @@ def predict(
     keep: Annotated[
         bool, Option("--keep/--no-keep", help="leave the slices in the cache folder")
     ] = True,
-    threads: Threads = DEFAULTS.threads,
-    ubatch: Ubatch = DEFAULTS.ubatch,
-    kv: Annotated[str, Option("--kv", help="type of the cache: f16, q8_0, f32")] = DEFAULTS.ctk,
-    isa: Isa = DEFAULTS.isa,
+    threads: Threads = ENGINE.threads,
+    ubatch: Ubatch = ENGINE.ubatch,
+    kv: Annotated[str, Option("--kv", help="type of the cache: f16, q8_0, f32")] = ENGINE.ctk,
+    isa: Isa = ENGINE.isa,
     out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
 ) -> None:
     """The speed of a large model on this machine, before its download: from slices of it."""

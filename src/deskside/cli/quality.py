@@ -6,36 +6,34 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from deskside.cli.flags import CacheK, CacheV, Isa, Model, Threads, Ubatch, placeable
-from deskside.engine.config import EngineConfig
+from deskside.cli.flags import ENGINE, Given, Model, flags, takes
+from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
     from deskside.bench.quality.perplexity import Divergence, Perplexity
 
-DEFAULTS = EngineConfig()
 
-
-@placeable
+@takes(
+    window=flags(
+        ENGINE,
+        "ctx",
+        ctx={"help": "tokens of a window; 0 = the model's context", "show_default": "512"},
+    ),
+    engine=flags(ENGINE, "threads", "ubatch", "ctk", "ctv", "isa"),
+    placing=flags(ENGINE, *PLACING),
+)
 def perplexity(
+    *,
     file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
     model: Model = None,
-    ctx: Annotated[
-        int | None,
-        Option(
-            "-c",
-            "--ctx-size",
-            show_default="512",
-            help="tokens of a window; 0 = the model's context",
-        ),
-    ] = None,
+    window: Given,
     chunks: Annotated[int | None, Option("--chunks", help="score only so many windows")] = None,
     save: Annotated[
         Path | None,
@@ -45,13 +43,9 @@ def perplexity(
         Path | None,
         Option("--kl", metavar="REF", help="compare with a reference that --save-logits wrote"),
     ] = None,
-    threads: Threads = DEFAULTS.threads,
-    ubatch: Ubatch = DEFAULTS.ubatch,
-    ctk: CacheK = DEFAULTS.ctk,
-    ctv: CacheV = DEFAULTS.ctv,
-    isa: Isa = DEFAULTS.isa,
+    engine: Given,
     as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
-    placing: Mapping[str, Any] = {},
+    placing: Given,
 ) -> None:
     """How well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__
@@ -72,13 +66,7 @@ def perplexity(
         llm = LLM(
             model or demo_model(),
             progress=progress,
-            ctx=quality.WINDOW if ctx is None else ctx,
-            threads=threads,
-            ubatch=ubatch,
-            ctk=ctk,
-            ctv=ctv,
-            isa=isa,
-            **placing,
+            **{"ctx": quality.WINDOW, **window, **engine, **placing},
         )
         for line in llm.notes:
             note(line)

@@ -5,36 +5,32 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import (
-    CacheK,
-    CacheV,
-    HugePages,
-    Isa,
-    Model,
-    Numa,
-    Threads,
-    Ubatch,
-    placeable,
-)
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
-from deskside.engine.config import EngineConfig, demo_model
+from deskside.engine.config import PLACING, demo_model
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-DEFAULTS = EngineConfig()
-SAMPLING = SamplingParams()
 
 
-@placeable
+@takes(
+    engine=flags(ENGINE, "ctx", "threads", "ubatch", "ctk", "ctv"),
+    sampling=flags(
+        SAMPLING,
+        *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
+        *("presence_penalty", "frequency_penalty", "seed", "logit_bias", "ignore_eos", "stop"),
+    ),
+    placing=flags(ENGINE, "isa", "numa", "huge_pages", "backend", *PLACING),
+)
 def run(
+    *,
     model: Model = None,
     prompt: Annotated[
         str | None, Option("-p", "--prompt", help="answer this and exit; without it: chat")
@@ -49,84 +45,15 @@ def run(
     think: Annotated[
         bool | None, Option("--think/--no-think", help="enable_thinking of the chat template")
     ] = None,
-    n_predict: Annotated[
-        int, Option("-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit")
-    ] = -1,
-    ctx: Annotated[
-        int | None,
-        Option(
-            "-c",
-            "--ctx-size",
-            help="context in tokens; 0 = the model's own",
-            show_default="4096, or the model's own if less",
-        ),
-    ] = DEFAULTS.ctx,
-    threads: Threads = DEFAULTS.threads,
-    ubatch: Ubatch = DEFAULTS.ubatch,
-    ctk: CacheK = DEFAULTS.ctk,
-    ctv: CacheV = DEFAULTS.ctv,
-    temp: Annotated[float, Option("--temp", help="temperature; 0 = greedy")] = SAMPLING.temperature,
-    top_k: Annotated[int, Option("--top-k", help="0 = off")] = SAMPLING.top_k,
-    top_p: Annotated[float, Option("--top-p", help="1 = off")] = SAMPLING.top_p,
-    min_p: Annotated[float, Option("--min-p", help="0 = off")] = SAMPLING.min_p,
-    repeat_penalty: Annotated[
-        float, Option("--repeat-penalty", help="1 = off")
-    ] = SAMPLING.repeat_penalty,
-    repeat_last_n: Annotated[
-        int, Option("--repeat-last-n", help="tokens that penalties look back on; -1 = all")
-    ] = SAMPLING.repeat_last_n,
-    presence_penalty: Annotated[
-        float, Option("--presence-penalty", help="0 = off")
-    ] = SAMPLING.presence_penalty,
-    frequency_penalty: Annotated[
-        float, Option("--frequency-penalty", help="0 = off")
-    ] = SAMPLING.frequency_penalty,
-    seed: Annotated[int, Option("-s", "--seed", help="-1 = random")] = -1,
-    logit_bias: Annotated[
-        list[str] | None,
-        Option("-l", "--logit-bias", metavar="ID(+/-)BIAS", help="e.g. 15043+1 or 29905-inf"),
-    ] = None,
-    ignore_eos: Annotated[bool, Option("--ignore-eos", help="never end of itself")] = False,
-    stop: Annotated[
-        list[str] | None, Option("-r", "--stop", "--reverse-prompt", help="end at this text")
-    ] = None,
-    isa: Isa = DEFAULTS.isa,
-    numa: Numa = DEFAULTS.numa,
-    huge_pages: HugePages = DEFAULTS.huge_pages,
-    backend: Annotated[
-        str, Option("--backend", help="cpu, or reference (NumPy, slow)")
-    ] = DEFAULTS.backend,
-    placing: Mapping[str, Any] = {},
+    n_predict: Annotated[int, OPTIONS["max_tokens"]] = -1,
+    engine: Given,
+    sampling: Given,
+    placing: Given,
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
-    params = SamplingParams(
-        max_tokens=n_predict,
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        logit_bias=dict(_logit_bias(entry) for entry in logit_bias or ()),
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-    )
-    options: dict[str, Any] = {
-        "ctx": ctx,
-        "threads": threads,
-        "ubatch": ubatch,
-        "ctk": ctk,
-        "ctv": ctv,
-        "isa": isa,
-        "numa": numa,
-        "huge_pages": huge_pages,
-        "backend": backend,
-        **placing,
-    }
-    _main(model, prompt, file, system, not no_chat, think, params, options)
+    bias = dict(map(_logit_bias, sampling.get("logit_bias", ())))
+    params = SamplingParams(**{**sampling, "max_tokens": n_predict, "logit_bias": bias})
+    _main(model, prompt, file, system, not no_chat, think, params, {**engine, **placing})
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
