@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from deskside.gguf import GGUF
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from models import tiny
 from placements import IDS, batch, cache_options, cpu_moe
@@ -27,7 +28,7 @@ def placed(types: str = "", *, size: str | int = "1GiB", **options: Any) -> Any:
     file = GGUF.open(tiny(PRESET, types))
     placement = options.pop("placement", None) or cpu_moe(NAMES)
     devices = parse_devices(f"emu0:{size},emu1:1GiB,emu2:1GiB")
-    settings = {"n_threads": 2, "max_tokens": 40} | options
+    settings = {"host": HostOptions(2), "max_tokens": 40} | options
     return PlacedBackend(file, build_tape(file), placement, devices, **settings)
 
 

@@ -19,6 +19,7 @@ from deskside.gguf.quants import quant_type
 from deskside.lowering.buffers import plan_buffers, stride
 from deskside.lowering.panels import layout, matrices
 from deskside.lowering.steps import NativeOp, dependencies, plan_steps, schedule
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape import Op, Value
 from deskside.tape.cache import Batch, Cache, Segment
@@ -67,7 +68,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     tape = build_tape(file)
     results = []
     for threads in (1, 2, 5):
-        backend = CpuBackend(file, tape, n_threads=threads, max_tokens=90)
+        backend = CpuBackend(file, tape, HostOptions(threads), max_tokens=90)
         results.append(backend.run(one_sequence(IDS), new_cache(tape.states)))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
@@ -87,7 +88,7 @@ def one_sequence(ids: list[int], pos: int = 0, slot: int = 0) -> Batch:
 def test_sequences_in_one_batch_do_not_touch_each_other(preset: str) -> None:
     file = GGUF.open(tiny(preset, "F32"))
     tape = build_tape(file)
-    backend = CpuBackend(file, tape, n_threads=2, max_tokens=64)
+    backend = CpuBackend(file, tape, HostOptions(2), max_tokens=64)
     pieces = [(IDS[:20], IDS[20:21]), (IDS[30:37], IDS[37:40]), (IDS[50:70], IDS[70:71])]
 
     alone = []
@@ -131,14 +132,14 @@ def test_packed_weights_take_the_bytes_of_the_file() -> None:
         + 4096 * len(placements)
         + sum(p.info.row_bytes * 15 * p.groups for p in placements)
     )
-    backend = CpuBackend(file, build_tape(file), n_threads=1, max_tokens=1)
+    backend = CpuBackend(file, build_tape(file), HostOptions(), max_tokens=1)
     assert backend.nbytes < stored / 4
 
 
 def test_weights_that_do_not_fit_with_the_cache_are_refused() -> None:
     file = GGUF.open(tiny())
     with pytest.raises(DesksideError, match=r"weights take .* cache and work memory .* lower -c"):
-        CpuBackend(file, build_tape(file), n_threads=1, max_tokens=1, reserve=1 << 60)
+        CpuBackend(file, build_tape(file), HostOptions(), max_tokens=1, reserve=1 << 60)
 
 
 def test_a_file_cut_off_after_it_was_opened_is_named(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_file_cut_off_after_it_was_opened_is_named(tmp_path: Path) -> None:
     steps = plan_steps(build_tape(file))
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DesksideError, match=r"cut\.gguf: tensor .* ends early"):
-        load(steps, n_threads=2)
+        load(steps, HostOptions(2))
 
 
 @settings(deadline=None)

@@ -13,6 +13,7 @@ from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import PRESETS, tiny
@@ -25,7 +26,7 @@ Made = tuple[Any, Cache]
 def on_cpu(preset: str, kv: str, backend: Any = CpuBackend) -> Made:
     file = GGUF.open(tiny(preset))
     tape = build_tape(file)
-    options = {"n_threads": 1, "max_tokens": 40} if backend is CpuBackend else {}
+    options = {"host": HostOptions(), "max_tokens": 40} if backend is CpuBackend else {}
     kind = quant_type(kv)
     cache = Cache(tape.states, n_slots=3, n_ctx=128, k_type=kind, v_type=kind)
     return backend(file, tape, **options), cache
@@ -43,7 +44,7 @@ def on_devices(preset: str, kv: str) -> Made:
     }
     backend = torch_devices.PlacedBackend(
         file, tape, placement, torch_devices.parse_devices("emu0:1GiB,emu1:1GiB"),
-        n_threads=1, max_tokens=40,
+        HostOptions(), max_tokens=40,
     )  # fmt: skip
     kind = quant_type(kv)
     return backend, backend.new_cache(n_slots=3, n_ctx=128, k_type=kind, v_type=kind)

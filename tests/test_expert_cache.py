@@ -16,6 +16,7 @@ from deskside.backends.reference import ReferenceBackend
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.lowering.steps import Stretch
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import tiny
@@ -80,7 +81,7 @@ def test_any_contents_give_the_same_bits_on_torch(data: st.DataObject) -> None:
 def test_beside_the_native_program_float_models_agree(policy: str, isa: str) -> None:
     """Sums go in another order: the bound of test_placed."""
     cache = ExpertCache("emu0", 64 * 8 * EXPERT, policy, max_promotions=20)
-    backend = placed("F32", expert_cache=cache, isa=isa)
+    backend = placed("F32", expert_cache=cache, host=HostOptions(2, isa))
     got, expected = results(backend, "f32"), plain("F32", "f32", True)
     assert backend.expert_metrics.hits > 0
     assert relative(got, expected) < 1e-5
@@ -96,7 +97,7 @@ def test_the_native_experts_leave_out_what_is_no_experts_number(types: str, isa:
     tape = build_tape(file)
     op = next(op for op in tape.ops if op.kind == "experts")
     stretch = Stretch((op,), op.inputs, op.outputs)
-    cpu = CpuBackend(file, tape, n_threads=2, max_tokens=40, isa=isa, stretches=[stretch])
+    cpu = CpuBackend(file, tape, HostOptions(2, isa), max_tokens=40, stretches=[stretch])
     cache = Cache(tape.states, **cache_options("f16"))
     rng = np.random.default_rng(1)
     x, ids, p = op.inputs

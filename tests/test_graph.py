@@ -20,6 +20,7 @@ import pytest
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from models import PRESETS, tiny
 from placements import IDS, batch, cache_options, cpu_moe
@@ -54,7 +55,7 @@ def backend(
     placement = (place or (lambda names: dict.fromkeys(names, "emu0")))(tape.weights())
     names = sorted({d for d in placement.values() if d != "cpu"})
     devices = [FakeDevice(n, size, graphs=graphs) for n in names]
-    return PlacedBackend(file, tape, placement, devices, n_threads=1, max_tokens=40, native=False)
+    return PlacedBackend(file, tape, placement, devices, HostOptions(), max_tokens=40, native=False)
 
 
 def counts(own: Any) -> tuple[int, int]:
@@ -188,7 +189,7 @@ def test_sections_that_offload_experts_run_op_by_op_and_the_others_replay() -> N
             tape,
             cpu_moe(tape.weights()),
             [FakeDevice("emu0", 1 << 30, graphs=graphs)],
-            n_threads=1,
+            HostOptions(),
             max_tokens=40,
             native=False,
             stream=StreamOptions("emu0", 24, 4 << 20),

@@ -19,6 +19,7 @@ import pytest
 from deskside.convert import synth
 from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from models import tiny
 from oracles.need import packages
@@ -95,7 +96,7 @@ def backend(path: Path, table: Any, *, graphs: bool = False) -> Any:
     placement = {
         n: "emu0" if n.startswith("blk.") and "shexp" not in n else "cpu" for n in tape.weights()
     }
-    return PlacedBackend(file, tape, placement, [device], n_threads=1, max_tokens=40)
+    return PlacedBackend(file, tape, placement, [device], HostOptions(), max_tokens=40)
 
 
 def counting(table: Any, calls: Counter[str]) -> Any:

@@ -13,6 +13,7 @@ from deskside.backends.native.program import CpuBackend
 from deskside.backends.reference import ReferenceBackend
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import PRESETS, tiny
@@ -43,7 +44,7 @@ def placed(
         build_tape(file),
         placement,
         parse_devices(devices),
-        n_threads=2,
+        HostOptions(2),
         max_tokens=max_tokens,
         native=native,
     )
@@ -66,7 +67,7 @@ def on_the_cpu(preset: str, types: str, kv: str, reference: bool = False) -> lis
     backend = (
         ReferenceBackend(file, tape)
         if reference
-        else CpuBackend(file, tape, n_threads=2, max_tokens=40)
+        else CpuBackend(file, tape, HostOptions(2), max_tokens=40)
     )
     return session(backend, Cache(tape.states, **cache_options(kv)))
 
@@ -133,7 +134,7 @@ def test_where_no_value_rounds_the_other_way_devices_and_cpu_agree(types: str) -
     backend = placed("tiny-dense", types, drawn(NAMES["tiny-dense"], 3))
     file = GGUF.open(tiny("tiny-dense", types))
     tape = build_tape(file)
-    cpu = CpuBackend(file, tape, n_threads=2, max_tokens=1)
+    cpu = CpuBackend(file, tape, HostOptions(2), max_tokens=1)
     own = backend.new_cache(**cache_options("f32"))
     other = Cache(tape.states, **cache_options("f32"))
     errors = []
@@ -225,7 +226,7 @@ def test_a_failed_load_frees_what_it_took() -> None:
     tape = build_tape(file)
     placement = cpu_moe(tape.weights())
     with pytest.raises(DesksideError, match="--isa mmx"):
-        PlacedBackend(file, tape, placement, devices, n_threads=1, max_tokens=1, isa="mmx")
+        PlacedBackend(file, tape, placement, devices, HostOptions(isa="mmx"), max_tokens=1)
     gc.collect()
     assert devices[0].meter.peak > 1 << 20 and devices[0].meter.live == 0
 

@@ -21,6 +21,7 @@ from deskside.lowering.panels import layout, matrices
 from deskside.lowering.steps import plan_steps
 from deskside.machine.descriptions import load_machine
 from deskside.machine.devices import Device, Figure, Machine
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan.remedies import remedies
@@ -172,7 +173,7 @@ def test_more_memory_is_never_slower(
 def test_bytes_are_those_of_the_engine(preset: str, threads: int, ubatch: int) -> None:
     file = GGUF.open(tiny(preset))
     tape = build_tape(file)
-    backend = CpuBackend(file, tape, n_threads=threads, max_tokens=ubatch)
+    backend = CpuBackend(file, tape, HostOptions(threads), max_tokens=ubatch)
     memory = Memory(tape, threads=threads, ubatch=ubatch)
     assert memory.cpu_buffers == backend.nbytes
     arena = layout(matrices(plan_steps(tape)))[1]

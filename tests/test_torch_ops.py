@@ -12,6 +12,7 @@ from deskside.backends.native.program import KERNEL_TYPES, CpuBackend
 from deskside.gguf import GGUF
 from deskside.gguf.encoders import quantize
 from deskside.gguf.quants import dequantize, quant_type
+from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
 from models import tiny
@@ -91,11 +92,11 @@ def test_pieces_change_nothing_beyond_rounding(
     monkeypatch.setattr(torch_ops, "DELTA_BLOCK", 7)
     file = GGUF.open(tiny(preset, "F32"))
     tape = build_tape(file)
-    cpu = CpuBackend(file, tape, n_threads=2, max_tokens=40)
+    cpu = CpuBackend(file, tape, HostOptions(2), max_tokens=40)
     expected = session(cpu, Cache(tape.states, **cache_options("f32")))
     placement = dict.fromkeys(tape.weights(), "emu0")
     devices = parse_devices("emu0:1GiB")
-    backend = PlacedBackend(file, tape, placement, devices, n_threads=1, max_tokens=40)
+    backend = PlacedBackend(file, tape, placement, devices, HostOptions(), max_tokens=40)
     got = session(backend, backend.new_cache(**cache_options("f32")))
     a, b = np.concatenate(got), np.concatenate(expected)
     assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-5

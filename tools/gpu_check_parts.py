@@ -188,6 +188,7 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
     from deskside.backends.reference import ReferenceBackend
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
+    from deskside.machine.host import HostOptions
     from deskside.models import build_tape
     from deskside.tape.cache import Cache
     from models import tiny
@@ -203,7 +204,7 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
         a, b = np.concatenate(out), np.concatenate(reference)
         return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
-    cpu = CpuBackend(file, tape, n_threads=1, max_tokens=64)
+    cpu = CpuBackend(file, tape, HostOptions(), max_tokens=64)
     own = error(session(cpu, Cache(tape.states, **shape)))
     allowed = bound or 1.5 * own + 2e-3
     rows: list[tuple[str, bool, float, str]] = []
@@ -496,6 +497,7 @@ def placed(
     from deskside.backends.placed import kernels as kernels_there
     from deskside.backends.torch.device import TorchDevice
     from deskside.backends.torch.kernels import NONE
+    from deskside.machine.host import HostOptions
     from deskside.machine.system import usable_cores
 
     graphs = True if graphs is None else graphs
@@ -511,7 +513,7 @@ def placed(
     names = {n: "cpu" if any(h in n for h in host) else DEVICE for n in tape.weights()}
     threads = max(1, usable_cores() - spare)
     return PlacedBackend(
-        file, tape, names, [device], n_threads=threads, max_tokens=max_tokens,
+        file, tape, names, [device], HostOptions(threads), max_tokens=max_tokens,
         max_outputs=64, **options,
     )  # fmt: skip
 
@@ -538,6 +540,7 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     from deskside.backends.native.program import CpuBackend
     from deskside.gguf import GGUF
     from deskside.gguf.quants import quant_type
+    from deskside.machine.host import HostOptions
     from deskside.machine.system import usable_cores
     from deskside.models import build_tape
     from deskside.tape.cache import Batch, Cache, Segment
@@ -553,7 +556,7 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     began = time.perf_counter()
     try:
         if options.pop("cpu", False):
-            backend = CpuBackend(file, tape, n_threads=usable_cores(), max_tokens=prompt)
+            backend = CpuBackend(file, tape, HostOptions(usable_cores()), max_tokens=prompt)
             cache = Cache(tape.states, **shape)
         else:
             backend = placed(file, tape, max_tokens=prompt, **options)

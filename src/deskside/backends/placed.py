@@ -43,6 +43,7 @@ from deskside.lowering.sections import (
 )
 from deskside.lowering.steps import Stretch
 from deskside.machine.devices import Device
+from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
@@ -88,7 +89,7 @@ class PlacedBackend:
     that must stay free, for a cache. native: False has torch run the CPU's part too, with which
     every placement gives the same bits. stream: large batches have the CPU's experts computed by a
     device through which they pass. expert_cache: a device's memory for some of them, in all other
-    batches. huge_pages, numa: as in `EngineConfig`. DesksideError where something does not fit.
+    batches. DesksideError where something does not fit.
     """
 
     def __init__(
@@ -97,17 +98,14 @@ class PlacedBackend:
         tape: Tape,
         placement: Mapping[str, str],
         devices: Sequence[TorchDevice],
+        host: HostOptions,
         *,
-        n_threads: int,
         max_tokens: int,
         max_outputs: int | None = None,
-        isa: str | None = None,
         reserve: int = 0,
         native: bool = True,
         stream: StreamOptions | None = None,
         expert_cache: ExpertCache | None = None,
-        huge_pages: str = "auto",
-        numa: str = "none",
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
@@ -147,18 +145,15 @@ class PlacedBackend:
                 route.cpu = CpuBackend(
                     file,
                     tape,
-                    n_threads=n_threads,
+                    host,
                     max_tokens=route.max_tokens,
-                    isa=isa,
                     reserve=reserve,
                     stretches=route.stretches(),
                     packed=packed,
-                    huge_pages=huge_pages,
-                    numa=numa,
                     progress=progress,
                 )
                 packed = route.cpu.weights
-            self.offload.load(packed, n_threads)
+            self.offload.load(packed, host.n_threads)
         except BaseException:
             self.offload.release()
             for device in self.devices.values():

@@ -21,6 +21,7 @@ from deskside.errors import DesksideError, drop_frames
 from deskside.gguf import GGUF
 from deskside.lowering.scratch import MAX_OUTPUTS
 from deskside.machine.devices import CPU
+from deskside.machine.host import HostOptions
 from deskside.machine.pages import lock, need_lockable
 from deskside.machine.system import available_memory
 from deskside.models import build_tape
@@ -204,6 +205,10 @@ def check_values(file: GGUF, tape: Tape) -> None:
     file.check_values(weights)
 
 
+def _host_options(config: EngineConfig) -> HostOptions:
+    return HostOptions(config.n_threads, config.isa, config.huge_pages, config.numa)
+
+
 def _cache_options(config: EngineConfig, ctx: int) -> dict[str, Any]:
     return {
         "n_slots": config.parallel,
@@ -229,17 +234,8 @@ def _on_cpu(
     if config.backend == "reference":
         backend = ReferenceBackend(file, tape)
     else:
-        backend = CpuBackend(
-            file,
-            tape,
-            n_threads=config.n_threads,
-            max_tokens=ubatch,
-            isa=config.isa,
-            reserve=needed,
-            huge_pages=config.huge_pages,
-            numa=config.numa,
-            progress=progress,
-        )
+        host = _host_options(config)
+        backend = CpuBackend(file, tape, host, max_tokens=ubatch, reserve=needed, progress=progress)
     return backend, Cache(tape.states, **options)
 
 
@@ -274,15 +270,12 @@ def _placed(
         tape,
         plan.placement,
         open_devices([usage[name].device for name in plan.used if name != CPU]),
-        n_threads=config.n_threads,
+        _host_options(config),
         max_tokens=plan.options.ubatch,
         max_outputs=max_outputs,
-        isa=config.isa,
         reserve=usage[CPU].kv + usage[CPU].recurrent,
         stream=stream,
         expert_cache=resident,
-        huge_pages=config.huge_pages,
-        numa=config.numa,
         progress=progress,
     )
     return backend, backend.new_cache(**_cache_options(config, plan.options.ctx))

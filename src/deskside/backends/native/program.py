@@ -15,6 +15,7 @@ from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import FLOAT_TYPES
 from deskside.lowering.buffers import plan_buffers, stride
 from deskside.lowering.steps import NativeOp, Stretch, plan_steps
+from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 from deskside.tape import Tape, Value
@@ -27,34 +28,30 @@ NO_PLACE: Place = (0, 0, 0)
 class CpuBackend:
     """One native program for a tape, at most `max_tokens` tokens a step.
 
-    isa: name of a compiled instruction set, None for the fastest that this machine runs;
-    DesksideError for one that it lacks. reserve: bytes that must stay free, for a cache.
+    reserve: bytes that must stay free, for a cache.
     stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
     packed: another backend's `weights`, which serve here too.
-    huge_pages, numa: how memory for the weights is taken, as in `EngineConfig`.
+    DesksideError for an instruction set that this machine lacks, or what does not fit.
     """
 
     def __init__(
         self,
         file: GGUF,
         tape: Tape,
+        host: HostOptions,
         *,
-        n_threads: int,
         max_tokens: int,
-        isa: str | None = None,
         reserve: int = 0,
         stretches: Sequence[Stretch] | None = None,
         packed: Mapping[str, _native.Weights] | None = None,
-        huge_pages: str = "auto",
-        numa: str = "none",
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
         self._cache: Cache | None = None
         try:
-            _native.choose(isa or "")
+            _native.choose(host.isa or "")
         except ValueError as error:
-            raise DesksideError(f"--isa {isa}: {error}") from None
+            raise DesksideError(f"--isa {host.isa}: {error}") from None
         ops = tape.ops if stretches is None else [op for s in stretches for op in s.ops]
         for info in (w for op in ops for w in op.weights):
             if info.type.name not in KERNEL_TYPES:
@@ -73,17 +70,13 @@ class CpuBackend:
         reserve += 4 * arena
         try:
             try:
-                self.program = _native.Program(n_threads, max_tokens, arena, isa or "")
+                self.program = _native.Program(host.n_threads, max_tokens, arena, host.isa or "")
             except RuntimeError as error:  # the system's
-                raise DesksideError(f"-t {n_threads}: threads cannot be started: {error}") from None
+                raise DesksideError(
+                    f"-t {host.n_threads}: threads cannot be started: {error}"
+                ) from None
             self.weights = load(
-                self.steps,
-                n_threads=n_threads,
-                reserve=reserve,
-                huge_pages=huge_pages,
-                numa=numa,
-                progress=progress,
-                packed=packed or {},
+                self.steps, host, reserve=reserve, progress=progress, packed=packed or {}
             )
             lowering = _Lowering(self.program, file, tape, offsets, self.weights)
             self._lower(lowering)

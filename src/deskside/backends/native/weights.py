@@ -19,31 +19,29 @@ from deskside.errors import DesksideError
 from deskside.lowering.panels import layout, matrices
 from deskside.lowering.steps import Step
 from deskside.machine import pages
+from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
 from deskside.progress import Progress, silent
 
 
 def load(
     steps: Sequence[Step],
+    host: HostOptions,
     *,
-    n_threads: int,
     reserve: int = 0,
-    huge_pages: str = "auto",
-    numa: str = "none",
     progress: Progress = silent,
     packed: Mapping[str, _native.Weights] = MappingProxyType({}),
 ) -> dict[str, _native.Weights]:
     """All matrices of `steps` by name, with `reserve` bytes left free; those in `packed` as they
     are.
 
-    huge_pages, numa: as in `EngineConfig`; a system without NUMA is worth a warning only.
-    DesksideError where they do not fit or cannot be read. Whatever fails, Ctrl-C included, nothing
-    is kept, even by those who hold the exception.
+    A system without NUMA is worth a warning only. DesksideError where they do not fit or cannot be
+    read. Whatever fails, Ctrl-C included, nothing is kept, even by those who hold the exception.
     """
     ranges, total = layout(
         together for together in matrices(steps) if any(t.name not in packed for t in together)
     )
-    arena = _arena(total, reserve, huge_pages, numa)
+    arena = _arena(total, reserve, host)
     weights = dict(packed)
     files: dict[Path, int] = {}
     done, whole = 0, sum(p.info.nbytes for p in ranges)
@@ -65,7 +63,7 @@ def load(
                 p.groups,
                 p.at,
                 p.stride,
-                n_threads,
+                host.n_threads,
             )
             if forget:
                 os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
@@ -85,9 +83,10 @@ def load(
     return weights
 
 
-def _arena(total: int, reserve: int, huge_pages: str, numa: str) -> _native.Arena:
+def _arena(total: int, reserve: int, host: HostOptions) -> _native.Arena:
     """Memory for `total` bytes of weights."""
     free = available_memory()
+    huge_pages = host.huge_pages
     from_pool = huge_pages in pages.RESERVED  # those count as taken already
     if from_pool:
         pages.need_reserved(huge_pages, total)
@@ -98,7 +97,7 @@ def _arena(total: int, reserve: int, huge_pages: str, numa: str) -> _native.Aren
             f"{sizes}, of {free / 1e9:.1f} GB free; take a smaller file, lower -c, or use "
             "-ctk q8_0 -ctv q8_0"
         )
-    nodes, note = pages.spread(numa)
+    nodes, note = pages.spread(host.numa)
     try:
         arena = _native.Arena(total, huge_pages, nodes)
     except MemoryError:
