@@ -18,7 +18,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.lowering.buffers import plan_buffers, stride
 from deskside.lowering.panels import layout, matrices
-from deskside.lowering.steps import NativeOp, dependencies, plan_steps, schedule
+from deskside.lowering.steps import NativeOp, Stretch, dependencies, plan_steps, schedule
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape import Op, Value
@@ -152,6 +152,13 @@ def test_a_file_cut_off_after_it_was_opened_is_named(tmp_path: Path) -> None:
         load(steps, HostOptions(2))
 
 
+def test_an_op_of_an_unknown_kind_is_an_error() -> None:
+    tape = build_tape(GGUF.open(tiny()))
+    unknown = Op(len(tape.ops), "swigIu", 0, (tape.logits,), (tape.logits,))
+    with pytest.raises(KeyError, match="swigIu"):
+        plan_steps(tape, [Stretch((unknown,))])
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None:
@@ -164,7 +171,7 @@ def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None
         value = Value(i, data.draw(st.integers(0, 100)))
         out = data.draw(st.sampled_from([value, *inputs]))
         values += [value] if out is value else []
-        ops.append(NativeOp(f"op {i}", where, tuple(inputs), (out,), Op("op", 0, (), ())))
+        ops.append(NativeOp(f"op {i}", where, tuple(inputs), (out,), Op(i, "op", 0, (), ())))
     steps = schedule(ops)
     at = {id(op): i for i, step in enumerate(steps) for op in step.ops}
     assert sorted(at) == sorted(map(id, ops))

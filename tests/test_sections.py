@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deskside.gguf import GGUF
-from deskside.lowering.sections import HOST, HOST_TORCH, cut_by_device, hops
+from deskside.lowering.sections import HOST, HOST_TORCH, Offload, cut_by_device, hops
 from deskside.models import build_tape
 from models import PRESETS, tiny
 from placements import cpu_moe, named
@@ -67,3 +67,18 @@ def test_torch_runs_on_the_host_only_what_no_native_kernel_has(name: str) -> Non
     sections = cut_by_device(TAPES["tiny-moe"], named("tiny-moe")[name])
     kinds = {op.kind for s in sections if s.device == HOST_TORCH for op in s.ops}
     assert kinds and kinds <= {"conv_silu", "expert_linear", "expert_sum"}
+
+
+@pytest.mark.parametrize("all_", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+def test_an_op_keeps_its_index_and_new_ones_have_further_ones(native: bool, all_: bool) -> None:
+    tape = TAPES["tiny-moe"]
+    assert [op.index for op in tape.ops] == list(range(len(tape.ops)))
+    placement = cpu_moe(tape.weights())
+    split = next(name for name in placement if name.endswith("ffn_up_exps.weight"))
+    placement[split] = "emu1"
+    sections = cut_by_device(tape, placement, native=native, offload=Offload("emu0", all=all_))
+    ops = [op for s in sections for op in s.ops]
+    assert len({op.index for op in ops}) == len(ops)
+    for op in ops:
+        assert op.index >= len(tape.ops) or op is tape.ops[op.index]

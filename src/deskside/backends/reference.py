@@ -89,7 +89,7 @@ def rms_norm(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     (x,) = inputs
     w = step.weight(op.weights[0])
     groups = x.reshape(len(x), x.shape[1] // w.size, w.size)
-    scale = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+    scale = 1 / np.sqrt((groups * groups).mean(-1, keepdims=True) + np.float32(op.number("eps")))
     return [(groups * scale * w).reshape(x.shape)]
 
 
@@ -103,7 +103,7 @@ def linear(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 def split_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Per head [q | gate] -> all q, all gates."""
     (x,) = inputs
-    pairs = x.reshape(len(x), int(op.attrs["heads"]), 2, int(op.attrs["head_dim"]))
+    pairs = x.reshape(len(x), op.size("heads"), 2, op.size("head_dim"))
     return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
 
 
@@ -113,14 +113,14 @@ def rope(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     Pair i is (i, i + n_rot / 2) in NeoX order, else (2i, 2i + 1).
     """
     (x,) = inputs
-    n_rot = int(op.attrs["n_rot"])
+    n_rot = op.size("n_rot")
     half = n_rot // 2
-    inv_freq = float(op.attrs["base"]) ** (-np.arange(half) * 2 / n_rot)
+    inv_freq = op.number("base") ** (-np.arange(half) * 2 / n_rot)
     if op.weights:
         inv_freq = inv_freq / step.weight(op.weights[0])
     angle = step.positions()[:, None] * inv_freq
     cos, sin = (f(angle).astype(np.float32)[:, None] for f in (np.cos, np.sin))
-    y = x.reshape(len(x), int(op.attrs["heads"]), int(op.attrs["head_dim"])).copy()
+    y = x.reshape(len(x), op.size("heads"), op.size("head_dim")).copy()
     if op.attrs["neox"]:
         a, b = y[..., :half].copy(), y[..., half:n_rot].copy()
         y[..., :half], y[..., half:n_rot] = a * cos - b * sin, a * sin + b * cos
@@ -133,7 +133,7 @@ def rope(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 def attention(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Append k and v to the cache, then softmax(scale q K^T) V over positions up to the token's."""
     q, k, v = inputs
-    heads, kv_heads, head_dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
+    heads, kv_heads, head_dim = map(op.size, ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
     k_cache, v_cache = step.cache.arrays[op.state]
     out = np.empty_like(q)
@@ -150,7 +150,7 @@ def attention(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
         for h in range(heads):
             columns = slice(h * head_dim, (h + 1) * head_dim)
             kv = h // (heads // kv_heads)
-            scores = (q[rows, columns] @ keys[kv].T) * np.float32(op.attrs["scale"])
+            scores = (q[rows, columns] @ keys[kv].T) * np.float32(op.number("scale"))
             scores[future] = -np.inf
             p = np.exp(scores - scores.max(-1, keepdims=True))
             out[rows, columns] = (p / p.sum(-1, keepdims=True)) @ values[kv]
@@ -174,7 +174,7 @@ def conv_silu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Causal depthwise convolution, then SiLU: y_t = silu(sum_j w_j u_(t - kernel + 1 + j))."""
     (x,) = inputs
     w = step.weight(op.weights[0])
-    kernel = int(op.attrs["kernel"])
+    kernel = op.size("kernel")
     assert op.state is not None
     (state,) = step.cache.arrays[op.state]
     out = np.empty_like(x)
@@ -198,12 +198,12 @@ def gated_delta(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     sqrt(head_dim).
     """
     qkv, a, b = inputs
-    k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
+    k_heads, v_heads, dim = map(op.size, ("k_heads", "v_heads", "head_dim"))
     ssm_a, dt_bias = (step.weight(w) for w in op.weights)
     n = len(qkv)
 
     def unit(x: Matrix) -> Matrix:
-        length: Matrix = np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(op.attrs["eps"]))
+        length: Matrix = np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(op.number("eps")))
         return x / length
 
     heads = qkv.reshape(n, -1, dim)
@@ -259,7 +259,7 @@ def route(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     index wins. Ids travel as float32, exact up to 2^24.
     """
     (logits,) = inputs
-    ids = np.argsort(-logits, axis=-1, kind="stable")[:, : int(op.attrs["top_k"])]
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, : op.size("top_k")]
     chosen = np.take_along_axis(logits, ids, -1)
     p = np.exp(chosen - chosen.max(-1, keepdims=True))
     return [ids.astype(np.float32), p / p.sum(-1, keepdims=True)]

@@ -105,12 +105,12 @@ def work_memory(steps: list[Step], threads: int, max_tokens: int) -> int:
     """
     memory = _native.WorkMemory(max_tokens)
     for op in (op for step in steps for op in step.ops):
-        width, attrs, weights = op.inputs[0].width if op.inputs else 0, op.op.attrs, op.op.weights
+        width, weights = op.inputs[0].width if op.inputs else 0, op.op.weights
         match op.kind:
             case "linear":
                 memory.linear(width)
             case "attention":
-                memory.attention(int(attrs["heads"]), int(attrs["head_dim"]))
+                memory.attention(op.op.size("heads"), op.op.size("head_dim"))
             case "sort_experts":
                 memory.sort_experts(n_expert=weights[0].shape[2], top_k=width)
             case "experts_up":

@@ -15,10 +15,12 @@ while the CPU works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deskside.errors import DesksideError
+from deskside.gguf import TensorInfo
 from deskside.tape import Op, Tape, Value
 
 HOST = "cpu"  # the native program
@@ -27,6 +29,8 @@ HOST = "cpu"  # the native program
 HOST_TORCH = "cpu (torch)"
 # Ops whose weights the placement has on the host; the device that computes them brings them in.
 OFFLOADED = frozenset({"expert_offload", "expert_offload_pairs"})
+# What that device computes: these, the division of the ids before and the sum after them.
+_THERE = OFFLOADED | {"expert_divide", "expert_merge"}
 
 
 @dataclass(frozen=True)
@@ -71,46 +75,63 @@ def cut_by_device(
     for name in tape.weights():
         if name not in placement:
             raise DesksideError(f"the placement has no device for tensor {name}")
-    ops = list(_split_experts(tape, placement))
-    pinned: dict[int, str] = {}
+    new = _New.of(tape)
+    ops = list(_split_experts(tape, placement, new))
     if offload is not None:
-        offloaded = {id(op) for op in offloadable(tape, placement)}
-        next_id = 1 + max(v.id for op in ops for v in op.outputs)
-        whole, ops = ops, []
-        for op in whole:
-            if id(op) not in offloaded:
-                ops.append(op)
-                continue
-            parts = _offloaded(op, offload, native, next_id)
-            next_id += 4
-            moved = [o for o in parts if o.kind.startswith("expert_") and o.kind != "expert_pairs"]
-            pinned.update({id(o): offload.device for o in moved})
-            ops += parts
-    devices = _devices(ops, placement, pinned)
+        offloaded = {op.index for op in offloadable(tape, placement)}
+        parts = [
+            _offloaded(op, offload, native, new) if op.index in offloaded else [op] for op in ops
+        ]
+        ops = [op for part in parts for op in part]
+    devices = _devices(ops, placement, offload)
     if not native:
-        devices = {op: HOST_TORCH if d == HOST else d for op, d in devices.items()}
+        devices = {i: HOST_TORCH if d == HOST else d for i, d in devices.items()}
     return _link(_order(_sections(ops, devices), devices), tape.logits)
 
 
-def _split_experts(tape: Tape, placement: Mapping[str, str]) -> Iterable[Op]:
+@dataclass(frozen=True)
+class _New:
+    """Makes the ops and values of a cut that its tape lacks."""
+
+    indices: Iterator[int]
+    ids: Iterator[int]
+
+    @classmethod
+    def of(cls, tape: Tape) -> _New:
+        last = max(v.id for op in tape.ops for v in op.outputs)
+        return cls(itertools.count(len(tape.ops)), itertools.count(1 + last))
+
+    def op(
+        self,
+        kind: str,
+        layer: int,
+        inputs: tuple[Value, ...],
+        outputs: tuple[Value, ...],
+        weights: tuple[TensorInfo, ...] = (),
+    ) -> Op:
+        return Op(next(self.indices), kind, layer, inputs, outputs, weights)
+
+    def value(self, width: int) -> Value:
+        return Value(next(self.ids), width)
+
+
+def _split_experts(tape: Tape, placement: Mapping[str, str], new: _New) -> Iterable[Op]:
     """The tape's ops; experts whose matrices lie on several devices become one op a matrix.
 
     expert_linear   x, ids; W     per chosen expert e of a token W_e x, side by side
     expert_sum      h, ids, p; W  sum over a token's experts of p_e W_e h_e
     """
-    next_id = 1 + max(v.id for op in tape.ops for v in op.outputs)
     for op in tape.ops:
         if op.kind != "experts" or len({placement[w.name] for w in op.weights}) == 1:
             yield op
             continue
         x, ids, p = op.inputs
         gate, up, down = op.weights
-        g, u, h = (Value(next_id + i, ids.width * gate.shape[1]) for i in range(3))
-        next_id += 3
-        yield Op("expert_linear", op.layer, (x, ids), (g,), (gate,))
-        yield Op("expert_linear", op.layer, (x, ids), (u,), (up,))
-        yield Op("swiglu", op.layer, (g, u), (h,))
-        yield Op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
+        g, u, h = (new.value(ids.width * gate.shape[1]) for _ in range(3))
+        yield new.op("expert_linear", op.layer, (x, ids), (g,), (gate,))
+        yield new.op("expert_linear", op.layer, (x, ids), (u,), (up,))
+        yield new.op("swiglu", op.layer, (g, u), (h,))
+        yield new.op("expert_sum", op.layer, (h, ids, p), op.outputs, (down,))
 
 
 def offloadable(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
@@ -122,7 +143,7 @@ def offloadable(tape: Tape, placement: Mapping[str, str]) -> list[Op]:
     ]
 
 
-def _offloaded(op: Op, offload: Offload, native: bool, next_id: int) -> list[Op]:
+def _offloaded(op: Op, offload: Offload, native: bool, new: _New) -> list[Op]:
     """What a layer's experts become where a device computes some of them.
 
     expert_divide         ids             there, here: the ids of either part, -1 for the others
@@ -136,34 +157,35 @@ def _offloaded(op: Op, offload: Offload, native: bool, next_id: int) -> list[Op]
     x, ids, p = op.inputs
     (out,) = op.outputs
     if offload.all:
-        return [Op("expert_offload", op.layer, (x, ids, p), (out,), op.weights)]
-    there, here = (Value(next_id + i, ids.width) for i in range(2))
+        return [new.op("expert_offload", op.layer, (x, ids, p), (out,), op.weights)]
+    there, here = (new.value(ids.width) for _ in range(2))
     width = out.width if native else out.width * ids.width
-    y, z = (Value(next_id + 2 + i, width) for i in range(2))
-    divide = Op("expert_divide", op.layer, (ids,), (there, here))
+    y, z = (new.value(width) for _ in range(2))
+    divide = new.op("expert_divide", op.layer, (ids,), (there, here))
     if native:
         return [
             divide,
-            Op("expert_offload", op.layer, (x, there, p), (y,), op.weights),
-            Op("experts", op.layer, (x, here, p), (z,), op.weights),
-            Op("add", op.layer, (y, z), (out,)),
+            new.op("expert_offload", op.layer, (x, there, p), (y,), op.weights),
+            new.op("experts", op.layer, (x, here, p), (z,), op.weights),
+            new.op("add", op.layer, (y, z), (out,)),
         ]
     return [
         divide,
-        Op("expert_offload_pairs", op.layer, (x, there), (y,), op.weights),
-        Op("expert_pairs", op.layer, (x, here), (z,), op.weights),
-        Op("expert_merge", op.layer, (y, z, ids, p), (out,)),
+        new.op("expert_offload_pairs", op.layer, (x, there), (y,), op.weights),
+        new.op("expert_pairs", op.layer, (x, here), (z,), op.weights),
+        new.op("expert_merge", op.layer, (y, z, ids, p), (out,)),
     ]
 
 
 def _devices(
-    ops: Sequence[Op], placement: Mapping[str, str], pinned: Mapping[int, str]
+    ops: Sequence[Op], placement: Mapping[str, str], offload: Offload | None
 ) -> dict[int, str]:
-    """The device of each op, by its id(); `pinned` ones are known."""
+    """The device of each op, by its index."""
 
     def home(op: Op) -> str | None:
-        bound = op.weights and op.kind != "rope"
-        return pinned.get(id(op)) or (placement[op.weights[0].name] if bound else None)
+        if offload is not None and op.kind in _THERE:
+            return offload.device
+        return placement[op.weights[0].name] if op.weights and op.kind != "rope" else None
 
     needed: dict[int, str] = {}  # by value: where it is read first
     for op in reversed(ops):
@@ -180,7 +202,7 @@ def _devices(
             device = HOST_TORCH
         if device == HOST_TORCH and not op.weights:
             device = HOST
-        devices[id(op)] = device
+        devices[op.index] = device
         made.update({v.id: device for v in op.outputs})
     return devices
 
@@ -189,20 +211,21 @@ def _sections(ops: Sequence[Op], devices: Mapping[int, str]) -> list[Section]:
     left, made = list(ops), set[int]()
     sections: list[Section] = []
     while left:
-        device = devices[id(left[0])]
+        device = devices[left[0].index]
         run: list[Op] = []
         ready = set(made)
         for op in left:
-            if devices[id(op)] == device and all(v.id in ready for v in op.inputs):
+            if devices[op.index] == device and all(v.id in ready for v in op.inputs):
                 run.append(op)
                 ready.update(v.id for v in op.outputs)
-        away = {v.id for op in left if devices[id(op)] != device for v in op.inputs}
+        away = {v.id for op in left if devices[op.index] != device for v in op.inputs}
         first = _leading_to(run, away)
-        rest = [op for op in run if not any(op is f for f in first)]
+        leading = {op.index for op in first}
+        rest = [op for op in run if op.index not in leading]
         sections += [Section(device, tuple(part)) for part in (first, rest) if part]
         made = ready
-        done = {id(op) for op in run}
-        left = [op for op in left if id(op) not in done]
+        done = {op.index for op in run}
+        left = [op for op in left if op.index not in done]
     return sections
 
 

@@ -88,7 +88,9 @@ def plan_steps(tape: Tape, stretches: Sequence[Stretch] | None = None) -> list[S
 
 def hop(inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Step:
     """Values (`inputs`) that leave the program's memory, or (`outputs`) that come into it."""
-    return Step("hop", [NativeOp("hop", "hop", inputs, outputs, Op("hop", -1, inputs, outputs))])
+    return Step(
+        "hop", [NativeOp("hop", "hop", inputs, outputs, Op(-1, "hop", -1, inputs, outputs))]
+    )
 
 
 class _Rewriter:
@@ -104,8 +106,8 @@ class _Rewriter:
         self.records: dict[int, Value] = {}
         # The program's memory that all ops share: attention's parts, and the experts' routing.
         self.shared = self.value(0)
-        self.fused: set[int] = set()  # by id() of ops that became part of another
-        self.here: set[int] = set()  # by id(), the ops of this stretch
+        self.fused: set[int] = set()  # by index, ops that became part of another
+        self.here: set[int] = set()  # by index, the ops of this stretch
         self.tasks: dict[str, Callable[[Op], Iterator[NativeOp]]] = {
             "linear": self.linear,
             "conv_silu": self.conv_silu,
@@ -120,9 +122,9 @@ class _Rewriter:
 
     def ops(self, ops: Sequence[Op]) -> Iterator[NativeOp]:
         """Native ops of a stretch; nothing is fused over its ends."""
-        self.here = {id(op) for op in ops}
+        self.here = {op.index for op in ops}
         for op in ops:
-            if id(op) not in self.fused:
+            if op.index not in self.fused:
                 yield from (self.rows if op.kind in ROWS else self.tasks[op.kind])(op)
 
     def rows(self, op: Op) -> Iterator[NativeOp]:
@@ -142,11 +144,11 @@ class _Rewriter:
 
     def linear(self, op: Op) -> Iterator[NativeOp]:
         x = op.inputs[0]
-        together = [o for o in self.readers[x.id] if o.kind == "linear" and id(o) in self.here]
-        self.fused.update(id(o) for o in together)
+        together = [o for o in self.readers[x.id] if o.kind == "linear" and o.index in self.here]
+        self.fused.update(o.index for o in together)
         parts: list[Part] = []
         for linear in together:
-            if id(linear) in {id(p.up) for p in parts}:
+            if any(p.up is linear for p in parts):
                 continue
             parts.append(self.part(linear, together))
         reads = yield from self.inputs(x, (o.weights[0] for o in together), op)
@@ -155,14 +157,14 @@ class _Rewriter:
     def part(self, linear: Op, together: Sequence[Op]) -> Part:
         readers = self.readers[linear.outputs[0].id]
         reader = readers[0] if len(readers) == 1 else None
-        if reader and id(reader) in self.here and linear.outputs[0].id != self.tape.logits.id:
+        if reader and reader.index in self.here and linear.outputs[0].id != self.tape.logits.id:
             if reader.kind == "conv_silu":
-                self.fused.add(id(reader))
+                self.fused.add(reader.index)
                 return Part(linear, reader.outputs[0], conv=reader)
             if reader.kind == "swiglu" and reader.inputs[0].id == linear.outputs[0].id:
                 ups = [o for o in together if o.outputs[0].id == reader.inputs[1].id]
                 if ups and len(self.readers[reader.inputs[1].id]) == 1 and ups[0] is not linear:
-                    self.fused.add(id(reader))
+                    self.fused.add(reader.index)
                     return Part(linear, reader.outputs[0], up=ups[0])
         return Part(linear, linear.outputs[0])
 

@@ -81,8 +81,10 @@ State = KVState | ConvState | DeltaState
 
 @dataclass(frozen=True)
 class Op:
-    """One step of the tape. state: its index in `Tape.states`; None for an op without state."""
+    """One step of the tape. index: its place there; ops that stand for others have further ones.
+    state: its index in `Tape.states`; None for an op without state."""
 
+    index: int
     kind: str
     layer: int
     inputs: tuple[Value, ...]
@@ -90,6 +92,14 @@ class Op:
     weights: tuple[TensorInfo, ...] = ()
     attrs: Attrs = field(default_factory=dict)
     state: int | None = None
+
+    def size(self, name: str) -> int:
+        """An attribute that is a whole number."""
+        return int(self.attrs[name])
+
+    def number(self, name: str) -> float:
+        """An attribute that is any number."""
+        return float(self.attrs[name])
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class TapeBuilder:
         width = heads * head_dim
         outs = (self._value(width, x.per_output), self._value(width, x.per_output))
         attrs = {"heads": heads, "head_dim": head_dim}
-        self.ops.append(Op("split_gate", self._layer, (x,), outs, (), attrs))
+        self._record("split_gate", (x,), outs, attrs=attrs)
         return outs
 
     def rope(
@@ -213,7 +223,7 @@ class TapeBuilder:
 
     def route(self, logits: Value, top_k: int) -> tuple[Value, Value]:
         outs = (self._value(top_k, False), self._value(top_k, False))
-        self.ops.append(Op("route", self._layer, (logits,), outs, (), {"top_k": top_k}))
+        self._record("route", (logits,), outs, attrs={"top_k": top_k})
         return outs
 
     def experts(
@@ -229,7 +239,7 @@ class TapeBuilder:
 
     def take_rows(self, x: Value) -> Value:
         out = self._value(x.width, True)
-        self.ops.append(Op("take_rows", self._layer, (x,), (out,)))
+        self._record("take_rows", (x,), (out,))
         return out
 
     def _op(
@@ -242,8 +252,20 @@ class TapeBuilder:
         state: int | None = None,
     ) -> Value:
         out = self._value(width, bool(inputs) and inputs[0].per_output)
-        self.ops.append(Op(kind, self._layer, inputs, (out,), weights, attrs or {}, state))
+        self._record(kind, inputs, (out,), weights, attrs, state)
         return out
+
+    def _record(
+        self,
+        kind: str,
+        inputs: tuple[Value, ...],
+        outputs: tuple[Value, ...],
+        weights: tuple[TensorInfo, ...] = (),
+        attrs: Attrs | None = None,
+        state: int | None = None,
+    ) -> None:
+        index = len(self.ops)
+        self.ops.append(Op(index, kind, self._layer, inputs, outputs, weights, attrs or {}, state))
 
     def _value(self, width: int, per_output: bool) -> Value:
         self._n_values += 1

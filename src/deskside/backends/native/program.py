@@ -222,9 +222,8 @@ class _Lowering:
 
     def rope(self, op: NativeOp) -> None:
         x, out = self.places(op)
-        a = op.op.attrs
-        n_rot = int(a["n_rot"])
-        inv_freq = float(a["base"]) ** (-np.arange(n_rot // 2) * 2 / n_rot)
+        a, n_rot = op.op.attrs, op.op.size("n_rot")
+        inv_freq = op.op.number("base") ** (-np.arange(n_rot // 2) * 2 / n_rot)
         if op.op.weights:
             inv_freq = inv_freq / self.floats(op.op.weights[0])
         shape = (a["heads"], a["head_dim"], n_rot, bool(a["neox"]))

@@ -126,9 +126,9 @@ def borders(section: Section, last: Mapping[int, Op]) -> Borders:
     """last: by value, the op after which the section's device can forget it."""
     made = {v.id: v for op in section.ops for v in op.outputs}
     needed = {v.id: v for op in section.ops for v in op.inputs if v.id not in made}
-    own = {id(op) for op in section.ops}
+    own = {op.index for op in section.ops}
     exports = {v.id for v in section.exports}
-    kept = tuple(v for i, v in made.items() if i in exports or id(last[i]) not in own)
+    kept = tuple(v for i, v in made.items() if i in exports or last[i].index not in own)
     return Borders(tuple(needed.values()), kept)
 
 

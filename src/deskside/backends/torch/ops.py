@@ -95,9 +95,9 @@ class TorchStep:
         """Cosines and sines (tokens, 1, n_rot / 2): the same for all layers of a model."""
         key = (op.attrs["n_rot"], op.attrs["base"], *(w.name for w in op.weights))
         if key not in self._rotations:
-            n_rot = int(op.attrs["n_rot"])
+            n_rot = op.size("n_rot")
             exponent = -torch.arange(n_rot // 2, dtype=torch.float64, device=self.device)
-            inv_freq = float(op.attrs["base"]) ** (exponent * 2 / n_rot)
+            inv_freq = op.number("base") ** (exponent * 2 / n_rot)
             if op.weights:
                 inv_freq = inv_freq / self.floats(op.weights[0])
             angle = self.tensors.positions[:, None, None] * inv_freq
@@ -144,15 +144,15 @@ def linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 def split_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
-    pairs = x.reshape(len(x), int(op.attrs["heads"]), 2, int(op.attrs["head_dim"]))
+    pairs = x.reshape(len(x), op.size("heads"), 2, op.size("head_dim"))
     return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
 
 
 def rope(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
-    n_rot = int(op.attrs["n_rot"])
+    n_rot = op.size("n_rot")
     cos, sin = step.rotation(op)
-    y = x.reshape(len(x), int(op.attrs["heads"]), int(op.attrs["head_dim"])).clone()
+    y = x.reshape(len(x), op.size("heads"), op.size("head_dim")).clone()
     first, second = (
         (slice(0, n_rot // 2), slice(n_rot // 2, n_rot))
         if op.attrs["neox"]
@@ -166,7 +166,7 @@ def rope(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     q, k, v = inputs
-    heads, kv_heads, dim = (int(op.attrs[a]) for a in ("heads", "kv_heads", "head_dim"))
+    heads, kv_heads, dim = map(op.size, ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
     k_cache, v_cache = step.states[op.state]
     if step.tensors.bucket:
@@ -195,7 +195,7 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> Tensor:
     """Attention of one token of each of n sequences: (n, heads * dim), as q."""
-    kv_heads, dim = int(op.attrs["kv_heads"]), int(op.attrs["head_dim"])
+    kv_heads, dim = op.size("kv_heads"), op.size("head_dim")
     assert op.state is not None
     caches, types = step.states[op.state], (step.k_type.name, step.v_type.name)
     tensors, n = step.tensors, len(q)
@@ -212,7 +212,7 @@ def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> 
             k_type=names[0],
             v_type=names[1],
             dim=dim,
-            scale=float(op.attrs["scale"]),
+            scale=op.number("scale"),
             splits=kernels.splits(bucket),
         )
     grouped = q.reshape(n, kv_heads, -1, dim) * op.attrs["scale"]
@@ -280,7 +280,7 @@ def _attend(
 def conv_silu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
     w = step.floats(op.weights[0])
-    kernel = int(op.attrs["kernel"])
+    kernel = op.size("kernel")
     assert op.state is not None
     (state,) = step.states[op.state]
     if step.tensors.bucket:
@@ -305,7 +305,7 @@ def conv_silu(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     qkv, a, b = inputs
-    k_heads, v_heads, dim = (int(op.attrs[n]) for n in ("k_heads", "v_heads", "head_dim"))
+    k_heads, v_heads, dim = map(op.size, ("k_heads", "v_heads", "head_dim"))
     ssm_a, dt_bias = (step.floats(w) for w in op.weights)
     n = len(qkv)
     assert op.state is not None
@@ -313,7 +313,7 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     kernel = step.kernels.delta_step
     if step.tensors.bucket and kernel is not None and step.kernels.takes_delta(dim):
         given = (qkv.contiguous(), a.contiguous(), b.contiguous(), ssm_a, dt_bias)
-        eps = float(op.attrs["eps"])
+        eps = op.number("eps")
         return [kernel(*given, states, step.tensors.slots, k_heads=k_heads, eps=eps)]
 
     def unit(x: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ def route(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     """Stable sort: of equal logits the lower index wins."""
     (logits,) = inputs
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
-    top_k = int(op.attrs["top_k"])
+    top_k = op.size("top_k")
     return [ids[:, :top_k].to(torch.float32), values[:, :top_k].softmax(-1)]
 
 
