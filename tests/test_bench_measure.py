@@ -355,9 +355,9 @@ def test_files_of_the_kernel_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_context_is_as_long_as_needed_and_as_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tiny()
-    assert load(path, SMALL, sha=False).llm.ctx == 46 - 6 - 40 + 94  # the longest item: 90 + 4
-    tape = build_tape(GGUF.open(path))
+    file = GGUF.open(tiny())
+    assert load(file, SMALL, sha=False).llm.ctx == 46 - 6 - 40 + 94  # the longest item: 90 + 4
+    tape = build_tape(file)
     assert context_room(tape, EngineConfig(ctx=77)) == (77, "-c 77 was given")
     room, why = context_room(tape, EngineConfig())
     assert room == tape.n_ctx_train and str(room) in why

@@ -37,11 +37,13 @@ def main(request: Request) -> int:
     if request.resume is not None and request.replay is not None:
         raise DesksideError("--resume goes on with a record, --replay repeats one: use one of them")
     record = None if request.resume is None else Record.load(request.resume)
-    task = _fitted(task_of(request, record), request)
+    task = task_of(request, record)
+    files = {name: GGUF.open(side.where) for name, side in task.sides.items() if not side.is_server}
+    task = _fitted(task, request, files)
     out = _out(request, request.out)
     with ExitStack() as stack:
         with progress_bar() as progress:
-            opened = _open(task, request, progress, stack)
+            opened = _open(task, request, files, progress, stack)
         out = out or _out(request, _name(task, opened))
         assert out is not None
         try:
@@ -74,15 +76,14 @@ def main(request: Request) -> int:
     return FAILED if failed else 0
 
 
-def _fitted(task: Task, request: Request) -> Task:
+def _fitted(task: Task, request: Request, files: Mapping[str, GGUF]) -> Task:
     """Where neither a model nor a size was asked for, the workload shrunk to what the bundled model
     holds; of a named model whatever is too long for it is refused or left out."""
     side = task.sides["A"]
     asked = request.given(("model", "endpoint", "replay", "scale", "max_prompt"))
     if asked or side.where != str(demo_model()) or task.workload.too_long == "skip":
         return task
-    tape = build_tape(GGUF.open(side.where))
-    room, limit = targets.context_room(tape, EngineConfig(**side.options))
+    room, limit = targets.context_room(build_tape(files["A"]), EngineConfig(**side.options))
     workload = task.workload.within(room)
     if workload.scale != task.workload.scale:
         note(
@@ -93,12 +94,16 @@ def _fitted(task: Task, request: Request) -> Task:
 
 
 def _open(
-    task: Task, request: Request, progress: Progress, stack: ExitStack
+    task: Task,
+    request: Request,
+    files: Mapping[str, GGUF],
+    progress: Progress,
+    stack: ExitStack,
 ) -> dict[str, targets.TargetRunner]:
-    """The targets, ready to run. The files of a replay are compared before any is loaded."""
+    """The targets, ready to run. files: those of the sides that run here. A replay's are compared
+    before any is loaded."""
     if request.replay is not None:
-        _expect_files(task, request, progress)
-    local = {name: side for name, side in task.sides.items() if not side.is_server}
+        _expect_files(task, request, files, progress)
     opened: dict[str, targets.TargetRunner] = {}
     for name, side in task.sides.items():
         target: targets.TargetRunner
@@ -113,9 +118,9 @@ def _open(
             )
         else:
             # The second one is loaded when the first one already has its share of the memory.
-            others = [s.where for s in local.values() if s is not side]
+            others = [file for other, file in files.items() if other != name]
             target = targets.load(
-                side.where,
+                files[name],
                 task.workload,
                 beside=others[0] if others and not opened else None,
                 sha=not request.no_hash,
@@ -127,7 +132,9 @@ def _open(
     return opened
 
 
-def _expect_files(task: Task, request: Request, progress: Progress) -> None:
+def _expect_files(
+    task: Task, request: Request, files: Mapping[str, GGUF], progress: Progress
+) -> None:
     assert request.replay is not None
     record = Record.load(request.replay)
     for name, side in task.sides.items():
@@ -135,8 +142,8 @@ def _expect_files(task: Task, request: Request, progress: Progress) -> None:
         old = record.targets[name]
         if side.is_server or named or not old.files:
             continue
-        files = hashed(GGUF.open(side.where).paths, not request.no_hash, progress)
-        measure.check_files(old, structs.replace(old, files=files), str(request.replay))
+        found = hashed(files[name].paths, not request.no_hash, progress)
+        measure.check_files(old, structs.replace(old, files=found), str(request.replay))
 
 
 def _out(request: Request, out: Path | None) -> Path | None:

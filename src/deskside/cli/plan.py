@@ -59,10 +59,10 @@ def plan(
 ) -> int:
     """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
     from deskside import console
-    from deskside.engine.placing import lines, machine_of, plan_for, rules_of
+    from deskside.engine.placing import lines, plan_for, planned
     from deskside.machine.descriptions import load_machine, this_machine
     from deskside.models import build_tape
-    from deskside.plan import DoesNotFit, Options
+    from deskside.plan import DoesNotFit
     from deskside.plan import emit as plan_emit
     from deskside.plan import table as plan_table
     from deskside.plan.picture import picture
@@ -75,19 +75,13 @@ def plan(
     tape = build_tape(file)
     ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
     config = EngineConfig(**engine, **placing)
-    ours = load_machine(machine) if machine else this_machine(config.n_threads)
-    ours = machine_of(config, ours)
-    options = Options(
+    ours, wishes, options = planned(
+        config,
+        load_machine(machine) if machine else this_machine(config.n_threads),
         ctx=min(DEFAULT_CTX, tape.n_ctx_train) if ctx is None else ctx or tape.n_ctx_train,
         ubatch=config.ubatch,
         parallel=parallel,
-        ctk=config.ctk.lower(),
-        ctv=config.ctv.lower(),
-        threads=min(config.threads or ours.cores, ours.cores),
-        mmap=not config.no_mmap,
-        mlock=config.mlock,
     )
-    wishes = rules_of(config)
     try:
         placed = plan_for(tape, config, ours, wishes, options)
     except DoesNotFit as refusal:

@@ -63,18 +63,15 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
             "out --device and the rules of placement"
         )
     unasked = config.devices is None and not _wants_gpu(config)
-    machine = machine_of(config, this_machine(config.n_threads), ["none"] if unasked else None)
-    options = Options(
+    machine, wishes, options = planned(
+        config,
+        this_machine(config.n_threads),
         ctx=ctx,
         ubatch=ubatch,
         parallel=config.parallel,
-        ctk=config.ctk,
-        ctv=config.ctv,
-        threads=config.n_threads,
-        mmap=not config.no_mmap,
-        mlock=config.mlock,
+        devices=["none"] if unasked else None,
     )
-    wishes, notes = rules_of(config), list[str]()
+    notes: list[str] = []
     if not machine.gpus:
         wishes, notes = _without_gpu(wishes)
     try:
@@ -84,6 +81,31 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
         raise DesksideError(f"{refusal}{'; enough would be: ' if enough else ''}{enough}") from None
     launch.notes.extend(notes)
     return launch
+
+
+def planned(
+    config: EngineConfig,
+    machine: Machine,
+    *,
+    ctx: int,
+    ubatch: int,
+    parallel: int,
+    devices: Sequence[str] | None = None,
+) -> tuple[Machine, rules.Rules, Options]:
+    """What `plan_for` takes besides the tape: `machine` with the devices of the options, or with
+    `devices`; the rules; the sizes. DesksideError for an option that makes no sense."""
+    machine = machine_of(config, machine, devices)
+    options = Options(
+        ctx=ctx,
+        ubatch=ubatch,
+        parallel=parallel,
+        ctk=config.ctk.lower(),
+        ctv=config.ctv.lower(),
+        threads=min(config.threads or machine.cores, machine.cores),
+        mmap=not config.no_mmap,
+        mlock=config.mlock,
+    )
+    return machine, rules_of(config), options
 
 
 def plan_for(

@@ -225,10 +225,10 @@ class InProcess:
 
 
 def load(
-    path: str | Path,
+    file: GGUF,
     workload: Workload,
     *,
-    beside: str | Path | None = None,
+    beside: GGUF | None = None,
     sha: bool = True,
     progress: Progress = silent,
     **options: Any,
@@ -239,9 +239,8 @@ def load(
     that names the item, as the workload says. beside: another model that must fit, too.
     """
     config = EngineConfig(**options)
-    file = GGUF.open(path)
-    tape = build_tape(file)
-    room, limit = context_room(tape, config, None if beside is None else _tape(beside))
+    other = None if beside is None else build_tape(beside)
+    room, limit = context_room(build_tape(file), config, other)
     kept, _ = fit_context(workload, room, limit)
     if config.ctx is None:
         options["ctx"] = max(depth for _, depth in kept.depths())
@@ -277,7 +276,3 @@ def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -
         fits = sum(cache_bytes(tape.states, middle, k, v)) <= room
         low, high = (middle, high) if fits else (low, middle)
     return low, f"{free / 1e9:.1f} GB of free memory hold the weights and a cache of {low} tokens"
-
-
-def _tape(path: str | Path) -> Tape:
-    return build_tape(GGUF.open(path))
