@@ -42,31 +42,42 @@ def flags(plan: Plan) -> Flags:
     gpus = [d.name for d in plan.machine.gpus]
     mixer = _mixers(plan, n)
     head = next(d for name, d in plan.placement.items() if plan.kinds[name] == "head")
-    # the fewest layers whose cache llama.cpp would put elsewhere
-    start = min(
-        range(n + 1), key=lambda s: (sum((mixer[i] != CPU) != (i >= s) for i in range(n)), s)
-    )
-    count = n + 1 - start if start < n or head != CPU else 0
+    count = _gpu_layers(mixer, head)
     start = n + 1 - count
-    on = _nearest_gpu([*mixer[start:], head]) if count else []
-    if len(on) > 1 and on[-1] != on[-2]:
-        on[-1] = max(on[-2:], key=gpus.index)  # counted behind the last layer, moved by a rule
-    split = tuple(sum(d == g for d in on) for g in gpus) if len(gpus) > 1 and count else ()
-    dealt = [g for g, k in zip(gpus, split, strict=True) for _ in range(k)] if split else on
-    default: dict[str, str] = {}
-    for name in plan.placement:
-        layer = layer_of(name)
-        layer = n if layer is None else layer
-        default[name] = dealt[layer - start] if layer >= start else CPU
-        if plan.kinds[name] == "embedding":
-            default[name] = CPU
-    moved = {name: d for name, d in plan.placement.items() if default[name] != d}
+    dealt = _dealt([*mixer[start:], head], gpus) if count else []
+    split = tuple(dealt.count(g) for g in gpus) if len(gpus) > 1 and count else ()
+    moved = {name: d for name, d in plan.placement.items() if _default(plan, name, n, dealt) != d}
     dealt_to = [CPU] * min(start, n) + dealt[: n - start]
     elsewhere = [i for i in range(n) if dealt_to[i] != mixer[i]]
     notes = []
     if elsewhere:
         notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
     return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+
+
+def _gpu_layers(mixer: Sequence[str], head: str) -> int:
+    """How many of the last layers GPUs have, the head as one more: llama.cpp then puts the fewest
+    layers' caches elsewhere than the plan."""
+    n = len(mixer)
+    start = min(
+        range(n + 1), key=lambda s: (sum((mixer[i] != CPU) != (i >= s) for i in range(n)), s)
+    )
+    return n + 1 - start if start < n or head != CPU else 0
+
+
+def _dealt(devices: Sequence[str], gpus: Sequence[str]) -> list[str]:
+    """The GPUs that llama.cpp deals these last layers and the head, in its order."""
+    on = _nearest_gpu(devices)
+    if len(on) > 1 and on[-1] != on[-2]:
+        on[-1] = max(on[-2:], key=gpus.index)  # counted behind the last layer, moved by a rule
+    return sorted(on, key=gpus.index)
+
+
+def _default(plan: Plan, name: str, n: int, dealt: Sequence[str]) -> str:
+    """Where llama.cpp puts a tensor of a model of n layers that no rule moves."""
+    layer = layer_of(name)
+    behind = (n if layer is None else layer) - (n + 1 - len(dealt))
+    return CPU if behind < 0 or plan.kinds[name] == "embedding" else dealt[behind]
 
 
 def _nearest_gpu(devices: Sequence[str]) -> list[str]:

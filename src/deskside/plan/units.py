@@ -74,51 +74,70 @@ class Grouping:
 
 def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
     """`tape` in units and atoms, with the tensors of `pinned` on their devices."""
-    n_layers = 1 + max(op.layer for op in tape.ops)
-    kinds = tensor_kinds(tape)
-    tied = _is_tied(tape)
-    units: dict[Key, Unit] = {}
-    numbers: dict[Key, int] = {}
-    atoms: list[Atom] = []
-    part, pin = EMBED, None
-    seen: set[str] = set()
-    made: dict[int, tuple[Key, str | None]] = {}  # where a value was made
+    grouper = _Grouper(tape, pinned)
     layer = -1
     for op in tape.ops:
-        changed = op.layer != layer
+        grouper.add(op, changed=op.layer != layer or op.kind == "take_rows")
         layer = op.layer
+    return Grouping(tape, grouper.n_layers, grouper.units, grouper.atoms, tensor_kinds(tape))
+
+
+class _Grouper:
+    """Units and atoms of the ops so far. part, pin: the unit's role and the device of the last."""
+
+    def __init__(self, tape: Tape, pinned: Mapping[str, str]) -> None:
+        self.n_layers = 1 + max(op.layer for op in tape.ops)
+        self.units: list[Unit] = []
+        self.atoms: list[Atom] = []
+        self._pinned = pinned
+        self._tied = _is_tied(tape)
+        self._numbers: dict[Key, int] = {}
+        self._seen: set[str] = set()
+        self._made: dict[int, tuple[Key, str | None]] = {}  # where a value was made
+        self._part = EMBED
+        self._pin: str | None = None
+
+    def add(self, op: Op, *, changed: bool) -> None:
+        """changed: whether the op begins a layer or the head."""
+        self._part = self._part_of(op, changed)
+        layer = self.n_layers if self._part == HEAD else op.layer
+        key = (layer, self._part)
+        number = self._numbers.setdefault(key, len(self.units))
+        if number == len(self.units):
+            self.units.append(Unit(*key))
+        unit = self.units[number]
+        for name in (w.name for w in op.weights):
+            if name not in self._seen:
+                self._seen.add(name)
+                (unit.pinned if name in self._pinned else unit.tensors).append(name)
+        self._pin = self._pin_of(op, key, changed)
+        self._made.update({v.id: (key, self._pin) for v in op.outputs})
+        last = self.atoms[-1] if self.atoms else None
+        if last is None or (last.unit, last.pin) != (number, self._pin):
+            self.atoms.append(Atom(number, layer, self._part, self._pin))
+        self.atoms[-1].ops.append(op)
+
+    def _part_of(self, op: Op, changed: bool) -> str:
+        if op.layer >= 0 and _is_bound(op):
+            return _UNITS.get(role(op.weights[0].name), MIXER)
+        if op.layer >= 0 and changed:
+            return MIXER
         if op.kind == "embed":
-            part = HEAD if tied else EMBED
-        elif op.kind == "take_rows":
-            part, changed = HEAD, True
-        own = [w for w in op.weights if w.name not in seen or w.name == op.weights[0].name]
-        if own and layer >= 0 and op.kind != "rope":
-            part = _UNITS.get(role(own[0].name), MIXER)
-        elif changed and layer >= 0:
-            part = MIXER
-        place = n_layers if part == HEAD else layer
-        key = (place, part)
-        if key not in units:
-            numbers[key] = len(units)
-            units[key] = Unit(place, part)
-        unit = units[key]
-        for w in op.weights:
-            if w.name not in seen:
-                seen.add(w.name)
-                (unit.pinned if w.name in pinned else unit.tensors).append(w.name)
-        # rope's factors are shared by all layers and say nothing about where one runs
-        if op.weights and op.kind != "rope":
-            pin = pinned.get(op.weights[0].name)
-        elif op.inputs and op.inputs[0].id in made and made[op.inputs[0].id][0] == key:
-            pin = made[op.inputs[0].id][1]
-        elif changed:
-            pin = None
-        made.update({v.id: (key, pin) for v in op.outputs})
-        last = atoms[-1] if atoms else None
-        if last is None or (last.unit, last.pin) != (numbers[key], pin):
-            atoms.append(Atom(numbers[key], place, part, pin))
-        atoms[-1].ops.append(op)
-    return Grouping(tape, n_layers, list(units.values()), atoms, kinds)
+            return HEAD if self._tied else EMBED
+        return HEAD if op.kind == "take_rows" else self._part
+
+    def _pin_of(self, op: Op, key: Key, changed: bool) -> str | None:
+        if _is_bound(op):
+            return self._pinned.get(op.weights[0].name)
+        made, pin = self._made.get(op.inputs[0].id, (None, None)) if op.inputs else (None, None)
+        if made == key:
+            return pin
+        return None if changed else self._pin
+
+
+def _is_bound(op: Op) -> bool:
+    """Whether its first weight says where it runs; all layers share a rope's factors."""
+    return bool(op.weights) and op.kind != "rope"
 
 
 def _is_tied(tape: Tape) -> bool:

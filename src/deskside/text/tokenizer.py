@@ -199,69 +199,14 @@ class Tokenizer:
 
 
 def _from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    def fail(key: str, reason: str) -> DesksideError:
-        return DesksideError(f"{source}: tokenizer.ggml.{key} {reason}")
-
-    def get(key: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}")
-
-    def strings(key: str) -> list[str]:
-        value = get(key)
-        if value is None:
-            raise fail(key, "is missing: the file has no usable tokenizer")
-        if len(value) == 0 if isinstance(value, np.ndarray) else value == []:
-            return []  # GGUF readers may type an empty array either way
-        if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
-            raise fail(key, "must be an array of strings")
-        return value
-
-    def token_id(key: str) -> int | None:
-        value = get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise fail(key, f"must be an integer, not {value!r:.40}")
-        if not 0 <= value < len(pieces):
-            raise fail(key, f"is {value}, outside the {len(pieces)} tokens")
-        return int(value)
-
-    model, pre = get("model"), get("pre")
-    if not isinstance(model, str) or model != "gpt2":
-        raise fail("model", f"is {model!r:.40}; only 'gpt2' (byte-level BPE) is supported")
-    pre = "default" if pre is None else pre
-    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        raise fail("pre", f"is {pre!r:.40}; known: {', '.join(PRE_TOKENIZERS)}")
-
-    pieces = strings("tokens")
-    if not pieces:
-        raise fail("tokens", "is empty")
-    ids = dict(zip(pieces, range(len(pieces)), strict=True))
-    if len(ids) != len(pieces):
-        twice = next(i for i, piece in enumerate(pieces) if ids[piece] != i)
-        raise fail("tokens", f"lists {pieces[twice]!r:.40} twice ({twice}, {ids[pieces[twice]]})")
-
-    listed = get("token_type")
-    types = np.ones(len(pieces), dtype=np.int32) if listed is None else np.asarray(listed)
-    if types.shape != (len(pieces),):
-        raise fail("token_type", f"has {types.size} entries for {len(pieces)} tokens")
-    if types.dtype.kind not in "iu" or types.min() < 0 or types.max() > _LAST_TYPE:
-        raise fail("token_type", f"must hold integers 0..{_LAST_TYPE}")
-
-    merges: list[Any] = [tuple(merge.split(" ")) for merge in strings("merges")]
-    for rank, merge in enumerate(merges):
-        if len(merge) != 2:
-            raise fail("merges", f"entry {rank} is {' '.join(merge)!r:.60}, not two tokens")
-
-    bos_id = token_id("bos_token_id")
-    add_bos = get("add_bos_token")
-    if add_bos is None:
-        add_bos = pre in _LLAMA3 and bos_id is not None
-    if not isinstance(add_bos, bool | np.bool_):
-        raise fail("add_bos_token", f"must be a bool, not {add_bos!r:.40}")
-    if add_bos and bos_id is None:
-        raise fail("add_bos_token", "is set but bos_token_id is missing")
-    eos_id = token_id("eos_token_id")
-    stops = (eos_id, token_id("eot_token_id"), token_id("eom_token_id"))
+    found = _Metadata(metadata, source)
+    pre, pieces = found.pre(), found.pieces()
+    types, merges = found.types(len(pieces)), found.merges()
+    bos_id = found.token_id("bos_token_id", len(pieces))
+    add_bos = found.add_bos(pre, bos_id)
+    eos_id, *others = (
+        found.token_id(f"{name}_token_id", len(pieces)) for name in ("eos", "eot", "eom")
+    )
     try:
         return Tokenizer(
             pieces,
@@ -270,12 +215,95 @@ def _from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
             pre,
             bos_id=bos_id,
             eos_id=eos_id,
-            stop_ids=[i for i in stops if i is not None],
-            add_bos=bool(add_bos),
+            stop_ids=[i for i in (eos_id, *others) if i is not None],
+            add_bos=add_bos,
         )
     except Exception as error:  # the type that `tokenizers` raises
+        known = set(pieces)
         for rank, (left, right) in enumerate(merges):
-            if not (left in ids and right in ids and left + right in ids):
+            if not known.issuperset((left, right, left + right)):
                 reason = f"entry {rank} ({f'{left} {right}'!r:.60}) names a token not in the list"
-                raise fail("merges", reason) from error
+                raise found.fail("merges", reason) from error
         raise DesksideError(f"{source}: {error}") from error
+
+
+class _Metadata:
+    """`tokenizer.ggml.*` of a file. DesksideError names the file and the key that is bad."""
+
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
+        self._metadata = metadata
+        self._source = source
+
+    def get(self, key: str) -> Any:
+        return self._metadata.get(f"tokenizer.ggml.{key}")
+
+    def fail(self, key: str, reason: str) -> DesksideError:
+        return DesksideError(f"{self._source}: tokenizer.ggml.{key} {reason}")
+
+    def strings(self, key: str) -> list[str]:
+        value = self.get(key)
+        if value is None:
+            raise self.fail(key, "is missing: the file has no usable tokenizer")
+        if len(value) == 0 if isinstance(value, np.ndarray) else value == []:
+            return []  # GGUF readers may type an empty array either way
+        if not isinstance(value, list) or not all(isinstance(s, str) for s in value):
+            raise self.fail(key, "must be an array of strings")
+        return value
+
+    def token_id(self, key: str, n_tokens: int) -> int | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise self.fail(key, f"must be an integer, not {value!r:.40}")
+        if not 0 <= value < n_tokens:
+            raise self.fail(key, f"is {value}, outside the {n_tokens} tokens")
+        return int(value)
+
+    def pre(self) -> str:
+        """The pre-tokenizer's name, of a kind of model that is supported."""
+        model, pre = self.get("model"), self.get("pre")
+        if not isinstance(model, str) or model != "gpt2":
+            reason = f"is {model!r:.40}; only 'gpt2' (byte-level BPE) is supported"
+            raise self.fail("model", reason)
+        pre = "default" if pre is None else pre
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+            raise self.fail("pre", f"is {pre!r:.40}; known: {', '.join(PRE_TOKENIZERS)}")
+        return pre
+
+    def pieces(self) -> list[str]:
+        pieces = self.strings("tokens")
+        if not pieces:
+            raise self.fail("tokens", "is empty")
+        ids = dict(zip(pieces, range(len(pieces)), strict=True))
+        if len(ids) != len(pieces):
+            i = next(i for i, piece in enumerate(pieces) if ids[piece] != i)
+            raise self.fail("tokens", f"lists {pieces[i]!r:.40} twice ({i}, {ids[pieces[i]]})")
+        return pieces
+
+    def types(self, n_tokens: int) -> np.ndarray:
+        listed = self.get("token_type")
+        types = np.ones(n_tokens, dtype=np.int32) if listed is None else np.asarray(listed)
+        if types.shape != (n_tokens,):
+            raise self.fail("token_type", f"has {types.size} entries for {n_tokens} tokens")
+        if types.dtype.kind not in "iu" or types.min() < 0 or types.max() > _LAST_TYPE:
+            raise self.fail("token_type", f"must hold integers 0..{_LAST_TYPE}")
+        return types
+
+    def merges(self) -> list[tuple[str, str]]:
+        merges: list[Any] = [tuple(merge.split(" ")) for merge in self.strings("merges")]
+        for rank, merge in enumerate(merges):
+            if len(merge) != 2:
+                reason = f"entry {rank} is {' '.join(merge)!r:.60}, not two tokens"
+                raise self.fail("merges", reason)
+        return merges
+
+    def add_bos(self, pre: str, bos_id: int | None) -> bool:
+        add_bos = self.get("add_bos_token")
+        if add_bos is None:
+            return pre in _LLAMA3 and bos_id is not None
+        if not isinstance(add_bos, bool | np.bool_):
+            raise self.fail("add_bos_token", f"must be a bool, not {add_bos!r:.40}")
+        if add_bos and bos_id is None:
+            raise self.fail("add_bos_token", "is set but bos_token_id is missing")
+        return bool(add_bos)
