@@ -134,26 +134,7 @@ class PlacedBackend:
         self._expect_host_memory(reserve)
         self._active: Route | None = None
         try:
-            for device in self.devices.values():
-                weights, work = self._weights(device.name), self._work(device)
-                self.offload.expect(device, sum(w.nbytes for w in weights), work)
-                device.load(file, weights, work + self.offload.nbytes(device.name), progress)
-            packed: Mapping[str, Weights] = {}
-            for route in self.routes:
-                if not route.native:
-                    continue
-                route.cpu = CpuBackend(
-                    file,
-                    tape,
-                    host,
-                    max_tokens=route.max_tokens,
-                    reserve=reserve,
-                    stretches=route.stretches(),
-                    packed=packed,
-                    progress=progress,
-                )
-                packed = route.cpu.weights
-            self.offload.load(packed, host.n_threads)
+            self._load(file, host, reserve, progress)
         except BaseException:
             self.offload.release()
             for device in self.devices.values():
@@ -161,6 +142,29 @@ class PlacedBackend:
             raise
         self.cpu = self.routes[0].cpu
         self._worker = ThreadPoolExecutor(1, "deskside-cpu")
+
+    def _load(self, file: GGUF, host: HostOptions, reserve: int, progress: Progress) -> None:
+        """Weights to the devices, and the routes' native programs, which share theirs."""
+        for device in self.devices.values():
+            weights, work = self._weights(device.name), self._work(device)
+            self.offload.expect(device, sum(w.nbytes for w in weights), work)
+            device.load(file, weights, work + self.offload.nbytes(device.name), progress)
+        packed: Mapping[str, Weights] = {}
+        for route in self.routes:
+            if not route.native:
+                continue
+            route.cpu = CpuBackend(
+                file,
+                self.tape,
+                host,
+                max_tokens=route.max_tokens,
+                reserve=reserve,
+                stretches=route.stretches(),
+                packed=packed,
+                progress=progress,
+            )
+            packed = route.cpu.weights
+        self.offload.load(packed, host.n_threads)
 
     def _expect_host_memory(self, reserve: int) -> None:
         """Emulated devices live in the system's memory too."""

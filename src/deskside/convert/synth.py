@@ -214,15 +214,7 @@ def synth_file(
     )
     if seed < 0:
         raise DesksideError(f"seed {seed} is negative; use 0 or more")
-    try:
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        raise DesksideError(f"{out}: cannot be written: {error.strerror}") from None
-    if made.nbytes > free:
-        raise DesksideError(
-            f"{out}: needs {made.nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
-            "use fewer layers or experts"
-        )
+    _need_room(out, made.nbytes)
     tied = all(t.name != "output.weight" for t in made.tensors)
     pools: dict[tuple[QuantType, int, float], _Pool] = {}
     big = sum(math.prod(t.shape) for t in made.tensors) > _ALL_RANDOM
@@ -246,6 +238,19 @@ def synth_file(
                 writer.write(tensor.name, chunk)
                 done += chunk.nbytes
                 progress("synth", done, total)
+
+
+def _need_room(out: Path, nbytes: int) -> None:
+    """DesksideError where the disk has less than that free."""
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise DesksideError(f"{out}: cannot be written: {error.strerror}") from None
+    if nbytes > free:
+        raise DesksideError(
+            f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+            "use fewer layers or experts"
+        )
 
 
 def estimate(preset: str, **arguments: Any) -> int:

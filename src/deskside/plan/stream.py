@@ -92,16 +92,7 @@ def plan_stream(
     DesksideError for a machine without the device, counts below 1, or less room than two slots of
     one expert.
     """
-    if prompt < 1 or max_chunk < 1 or not 0 <= resident <= 1:
-        raise DesksideError(
-            "streaming experts: expected a prompt and a chunk of at least 1 token and a resident "
-            f"share of 0 to 1, got {prompt}, {max_chunk}, {resident:g}"
-        )
-    if device not in {d.name for d in machine.gpus}:
-        known = ", ".join(d.name for d in machine.gpus) or "none"
-        raise DesksideError(
-            f"streaming experts: there is no device {device}; the devices are {known}"
-        )
+    _check(machine, device, prompt, max_chunk, resident)
     ops = [
         op
         for op in tape.ops
@@ -139,6 +130,19 @@ def plan_stream(
         cpu_rate=cpu_rate,
         top_k=min(op.inputs[1].width for op in ops),
     )
+
+
+def _check(machine: Machine, device: str, prompt: int, max_chunk: int, resident: float) -> None:
+    if prompt < 1 or max_chunk < 1 or not 0 <= resident <= 1:
+        raise DesksideError(
+            "streaming experts: expected a prompt and a chunk of at least 1 token and a resident "
+            f"share of 0 to 1, got {prompt}, {max_chunk}, {resident:g}"
+        )
+    if device not in {d.name for d in machine.gpus}:
+        known = ", ".join(d.name for d in machine.gpus) or "none"
+        raise DesksideError(
+            f"streaming experts: there is no device {device}; the devices are {known}"
+        )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,12 +53,7 @@ class CpuBackend:
         except ValueError as error:
             raise DesksideError(f"--isa {host.isa}: {error}") from None
         ops = tape.ops if stretches is None else [op for s in stretches for op in s.ops]
-        for info in (w for op in ops for w in op.weights):
-            if info.type.name not in KERNEL_TYPES:
-                raise DesksideError(
-                    f"{info.path}: tensor {info.name} has type {info.type.name}, "
-                    "which has no kernel"
-                )
+        _check_types(w for op in ops for w in op.weights)
         self.steps = plan_steps(tape, stretches)
         self._ranges: list[tuple[int, int]] = []  # native steps of each stretch
         offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
@@ -162,6 +157,14 @@ class CpuBackend:
             ]
         )
         self._cache = cache
+
+
+def _check_types(weights: Iterable[TensorInfo]) -> None:
+    for info in weights:
+        if info.type.name not in KERNEL_TYPES:
+            raise DesksideError(
+                f"{info.path}: tensor {info.name} has type {info.type.name}, which has no kernel"
+            )
 
 
 @dataclass
