@@ -222,7 +222,7 @@ def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
         ({"override_tensor": "nothing=CPU"}, "-ot nothing=cpu: matches no tensor"),
         ({"override_tensor": "(=CPU"}, "-ot (: not a regex"),
         ({"override_tensor": "exps=CUDA0"}, "there is no device cuda0"),
-        ({"devices": "emu0:1GiB", "override_tensor": "exps=CUDA0"}, "no device cuda0; there is"),
+        ({"devices": "emu0:1GiB", "override_tensor": "exps=CUDA0"}, "the devices are cpu, emu0"),
         ({"devices": "emu0:1GiB", "gpu_layers": "some"}, "-ngl some"),
         ({"devices": "emu0:1GiB", "n_cpu_moe": -1}, "--n-cpu-moe -1"),
         ({"devices": "emu0:1GiB", "margin": "2GiB"}, "nothing is left"),
