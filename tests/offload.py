@@ -70,7 +70,7 @@ def needed(backend: Any, name: str = "emu0", kv: str = "f16") -> int:
     """Bytes of weights, states, work memory, slots and cache of a device."""
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
-    states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
+    states = sum(held.nbytes for i, held in cache.device_states.items() if homes[i] == name)
     work = backend._work(backend.devices[name])
     return backend.weight_bytes()[name] + states + work + backend.offload.nbytes(name)
 

@@ -267,7 +267,7 @@ def test_positions_past_the_end_may_be_anything() -> None:
     out = []
     for fill in (0, 0xFF):  # NaN in float16
         cache = own.new_cache(**cache_options("f16"))
-        for held in cache.held.values():
+        for held in cache.device_states.values():
             for array in held.arrays:
                 array.fill_(fill)
         out.append([own.run(batch((1, i, IDS[i : i + 1])), cache) for i in range(3)])

@@ -182,7 +182,7 @@ def needed(backend: PlacedBackend, name: str, kv: str = "f16") -> int:
     """Weights, states and work memory of a device."""
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
-    states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
+    states = sum(held.nbytes for i, held in cache.device_states.items() if homes[i] == name)
     work = backend._work(backend.devices[name])
     return backend.weight_bytes()[name] + states + work
 
@@ -263,7 +263,7 @@ def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(
     with pytest.raises(DesksideError, match="device emu1 was lost while") as caught:
         list(stream)
     assert "\n" not in str(caught.value)
-    for held in llm.cache.held.values():
+    for held in llm.cache.device_states.values():
         if held._recurrent and held._device is not device:  # type: ignore[attr-defined]
             assert not held.arrays[0].any()  # type: ignore[attr-defined]
     for state, arrays in zip(llm.cache.states, llm.cache.arrays, strict=True):

@@ -211,7 +211,7 @@ def test_what_was_reckoned_is_enough_and_a_byte_less_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"slot_bytes": EXPERT - 1}, "holds no expert"),
+        ({"slot_bytes": EXPERT - 1}, "too small for an expert"),
         ({"slots": 1}, "2 or more slots"),
         ({"min_tokens": 0}, "at least 1"),
         ({"host_below": -1}, "at least 0"),
@@ -236,7 +236,7 @@ def test_a_device_lost_while_experts_pass_empties_the_sequence(after: int) -> No
     backend = placed(native=False, stream=stream)
     cache = backend.new_cache(**cache_options("f16"))
     backend.run(batch((0, 0, IDS[:5])), cache)
-    recurrent = [held for held in cache.held.values() if held._recurrent]
+    recurrent = [held for held in cache.device_states.values() if held._recurrent]
     assert all(held.arrays[0].any() for held in recurrent)
     device = backend.devices["emu1"]
     device.ops_until_loss = after

@@ -55,7 +55,7 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
     """The plan of a model under an engine's options; nothing is loaded. ctx, ubatch: tokens, as the
     engine will have them. DesksideError for options that make no sense or cannot be met, with the
     ways out."""
-    if not config.placing():
+    if not config.placement_options():
         return Launch()
     if config.backend != "cpu":
         raise DesksideError(

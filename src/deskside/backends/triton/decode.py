@@ -1,21 +1,22 @@
-"""Quantised weights inside Triton kernels: one decoder a type, reading the file's own bytes.
+"""Decodes quantised weights inside Triton kernels: one decoder per type, for the file's own bytes.
 
-A row of n weights is read as n/2 *lanes*, 16 to a *group*. A lane is two weights that share a byte
-of the file (or, in the wider types, lie as far apart): those at `first` and at `first` + PAIR. The
-order in which a sum runs over k is free, so a kernel never has to interleave the two: it reads its
-activations at the same two places. Decoders take pointers to rows (uint8), groups (int32) and lanes
-0..15 (int32), with shapes that broadcast, such as (N, 1, 1), (1, G, 1) and (1, 1, 16), and return
-both weights as float32 (N, G, 16). Scales depend on row and group alone, so they are read and
-unpacked once a group and then spread.
+A row of n weights has n / 2 *lanes*, and 16 lanes are a *group*. A lane is two weights, at index
+`first` and at `first` + PAIR. In types of up to 6 bits, the two share a byte of the file. A sum may
+run over k in any order, so kernels need not interleave the two. They read the activations at the
+same two indices.
 
-The layouts are those of `deskside.gguf.quants`, the specification; the tests compare with it. Block
-starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
+A decoder takes pointers to rows (uint8), groups (int32) and lanes 0..15 (int32). Their shapes
+broadcast, such as (N, 1, 1), (1, G, 1) and (1, 1, 16). It returns both weights, float32 (N, G, 16).
+Scales depend on row and group alone, so they are unpacked once per group and broadcast.
+
+`deskside.gguf.quants` specifies the layouts; tests compare with it. Blocks start on borders of 2
+bytes, or of 4 in the types that are read in 32-bit words here.
 """
 
 import triton
 import triton.language as tl
 
-# Distance of a lane's two weights. Types that are not listed have no kernels.
+# Distance of a lane's two weights. Types not listed have no kernel.
 PAIR: dict[str, int] = {
     "F32": 16, "F16": 16, "BF16": 16, "Q8_0": 16, "Q4_0": 16, "IQ4_NL": 16, "IQ4_XS": 16,
     "IQ4_KS": 16, "IQ4_KSS": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 64,
@@ -28,14 +29,14 @@ _K0_HIGH = tl.constexpr(0xF1D9C5B5A6998D81 - (1 << 64))
 
 @triton.jit
 def first(group, i, PAIR: tl.constexpr):
-    """Index within the row of a lane's first weight."""
+    """The index within the row of a lane's first weight."""
     GROUPS: tl.constexpr = PAIR // 16
     return group // GROUPS * (2 * PAIR) + group % GROUPS * 16 + i
 
 
 @triton.jit
 def decode(row, group, i, TYPE: tl.constexpr):
-    """Both weights of each lane, float32."""
+    """Both weights of each lane: float32, of the shape that row, group and i broadcast to."""
     if TYPE == "F32":
         return _plain(row.to(tl.pointer_type(tl.float32)), group, i)
     elif TYPE == "F16":
@@ -65,9 +66,9 @@ def decode(row, group, i, TYPE: tl.constexpr):
 
 @triton.jit
 def _minus(q, bias: tl.constexpr):
-    """q - bias as float32, for 0 <= q < 2^23: q is planted in the mantissa of 2^23.
+    """q - bias as float32, for 0 <= q < 2^23: writes q into the mantissa of 2^23.
 
-    A logical operation and an addition at full rate, where an integer conversion runs at an eighth.
+    The two operations run at full rate; an integer conversion runs at an eighth of it.
     """
     return (q.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + bias)
 
@@ -79,7 +80,7 @@ def _byte(p):
 
 @triton.jit
 def _word(p):
-    """A little-endian 32-bit word; its upper bits must be masked after a shift."""
+    """A little-endian 32-bit word. After a right shift, mask the upper bits: they copy the sign."""
     return tl.load(p.to(tl.pointer_type(tl.int32)))
 
 
@@ -91,7 +92,7 @@ def _half(p):
 
 @triton.jit
 def _k0(q):
-    """K0[q] for q in 0..15, by a shift of the packed codebook."""
+    """K0[q] for q in 0..15: shifts the packed codebook."""
     table = tl.where((q & 8) == 0, _K0_LOW, _K0_HIGH)
     return _minus((table >> ((q & 7) * 8).to(tl.int64)).to(tl.int32) & 255, 128)
 
@@ -122,8 +123,9 @@ def _q4_0(row, group, i):
 def _k_scales(block, group):
     """Header of Q4_K and Q5_K -> (d sc, dmin m) of the lane's first and second weight.
 
-    Sub-block j holds 32 weights; the lane's are j = 2t and 2t + 1. The three words of 6-bit pairs
-    have byte j & 3 of each for j and j + 4 (see `quants._k_scales`).
+    A sub-block has 32 weights, and the lane's two are in sub-blocks 2t and 2t + 1. The scales are
+    packed in three words. Byte j & 3 of each word belongs to sub-blocks j and j + 4 (see
+    `gguf.quants._k_scales`).
     """
     d = _half(block)
     dmin = _half(block + 2)
@@ -170,7 +172,7 @@ def _q6_k(row, group, i):
     low = _byte(block + group % 8 * 16 + i)
     high = _byte(block + 128 + half * 32 + group % 2 * 16 + i) >> (group % 4 // 2 * 2)
     d = _half(block + 208)
-    # int8 scales, one for 16 weights; the second weight is 64 further on.
+    # int8 scales, one per 16 weights; the second weight is 64 weights later
     sc = (block + 192 + half * 8 + group % 4).to(tl.pointer_type(tl.int8))
     q0 = (low & 15) | ((high & 3) << 4)
     q1 = (low >> 4) | (high & 48)
@@ -191,7 +193,7 @@ def _iq4_nl(row, group, i):
 def _iq4_xs(row, group, i):
     block = row + group // 8 * 136
     at = group % 8
-    head = _word(block)  # fp16 d, then two high bits of each of eight scales
+    head = _word(block)  # fp16 d, then the two high bits of eight scales
     d = (head & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     low = _word(block + 4) >> (at * 4)
     high = head >> (16 + at * 2)
@@ -218,7 +220,7 @@ def _iq4_ks(row, group, i):
 @triton.jit
 def _iq4_kss(row, group, i):
     block = row + 4 + group * 16
-    # Bit 0 of each of the eight 16-bit words: bits 0 and 16 of four 32-bit ones.
+    # the scale is bit 0 of each of eight 16-bit words: bits 0 and 16 of four 32-bit words
     s = _kss_scale(_word(block), 0) | _kss_scale(_word(block + 4), 2)
     s = s | _kss_scale(_word(block + 8), 4) | _kss_scale(_word(block + 12), 6)
     words = (block + tl.arange(0, 8) * 2).to(tl.pointer_type(tl.uint16))
