@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from deskside.errors import DesksideError
+from deskside.gguf.decoders import CODEBOOKS, unpack_kss
 from deskside.gguf.encoders import encodable, quantize
-from deskside.gguf.quants import BY_NAME, CODEBOOKS, dequantize, unpack_kss
+from deskside.gguf.quants import BY_NAME, dequantize
 
 FP16_SCALED = ("Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "IQ4_XS")
 FOUR_BIT = ("Q4_K", "IQ4_NL", "IQ4_XS", "IQ4_KS", "IQ4_KSS")

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.errors import DesksideError
-from deskside.gguf.quants import CODEBOOKS, Bytes, Floats, QuantType
+from deskside.gguf.decoders import CODEBOOKS, Bytes, Floats
+from deskside.gguf.quants import QuantType
 
 # Rows are encoded in chunks of about this many weights: the working set stays in the CPU's cache.
 _CHUNK = 1 << 17
@@ -364,7 +365,7 @@ def _iq4_ks(x: Floats) -> Bytes:
 
 
 def _iq4_kss(x: Floats) -> Bytes:
-    """See `quants.unpack_kss`: v is the prefix XOR from the top bit of a word of even parity."""
+    """See `decoders.unpack_kss`: v is the prefix XOR from the top bit of a word of even parity."""
     header, scales, index = _row_scaled(x, _even_snap)
     v = _pack_nibbles(index).view("<u2")
     for shift in (1, 2, 4, 8):

@@ -1,7 +1,7 @@
 """The quant types on torch: rows of a file's bytes to float32, on the device that holds them.
 
-One decoder a type, the twins of those in `deskside.gguf.quants`, which is the specification: tests
-compare them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
+One decoder a type, the twins of those in `deskside.gguf.decoders`, the specification: tests compare
+them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deskside.gguf.quants import CODEBOOKS, QuantType
+from deskside.gguf.decoders import CODEBOOKS
+from deskside.gguf.quants import QuantType
 
 ROUNDED = 32  # activations are rounded to 8 bits in blocks of as many
 
@@ -179,7 +180,7 @@ def _iq4_ks(b: Tensor, d: Tensor) -> Tensor:
 
 
 def _iq4_kss(b: Tensor, d: Tensor) -> Tensor:
-    """See `quants.unpack_kss`."""
+    """See `decoders.unpack_kss`."""
     words = _words(b).reshape(-1, 8, 8)
     bits = (words & 1) << torch.arange(8, device=b.device, dtype=torch.int32)
     v = words & 0xFFFE

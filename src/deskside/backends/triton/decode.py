@@ -8,8 +8,8 @@ activations at the same two places. Decoders take pointers to rows (uint8), grou
 both weights as float32 (N, G, 16). Scales depend on row and group alone, so they are read and
 unpacked once a group and then spread.
 
-The layouts are those of `deskside.gguf.quants`, the specification; the tests compare with it. Block
-starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
+The layouts are those of `deskside.gguf.decoders`, the specification; the tests compare with it.
+Block starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
 """
 
 import triton
@@ -123,7 +123,7 @@ def _k_scales(block, group):
     """Header of Q4_K and Q5_K -> (d sc, dmin m) of the lane's first and second weight.
 
     Sub-block j holds 32 weights; the lane's are j = 2t and 2t + 1. The three words of 6-bit pairs
-    have byte j & 3 of each for j and j + 4 (see `quants._k_scales`).
+    have byte j & 3 of each for j and j + 4 (see `decoders._k_scales`).
     """
     d = _half(block)
     dmin = _half(block + 2)
