@@ -14,9 +14,10 @@ import numpy as np
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.gguf.decoders import Bytes
 from deskside.gguf.encoders import encodable, quantize
 from deskside.gguf.header import show
-from deskside.gguf.quants import BY_NAME, Bytes, QuantType, dequantize, quant_type
+from deskside.gguf.quants import BY_NAME, QuantType, dequantize, quant_type
 from deskside.gguf.writer import GGUFWriter
 from deskside.progress import Progress, silent
 

@@ -148,7 +148,8 @@ def _k_scales(b: Bytes) -> tuple[Floats, Floats]:
 def _five_bits(qs: Bytes, qh: Bytes) -> Bytes:
     """qs (N, 128), qh (N, 32) -> (N, 8, 32): 32 bytes of qs per 64 weights, low nibbles
     first; bit s of qh[l] is the fifth bit of weight l of the s-th 32."""
-    return _nibbles(qs.reshape(-1, 4, 32)).reshape(-1, 8, 32) | _bits(qh, 8, 1) << 4
+    low = _nibbles(qs.reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return np.asarray(low | _bits(qh, 8, 1) << 4, np.uint8)
 
 
 def _q4_k(b: Bytes) -> Floats:
@@ -195,7 +196,8 @@ def _six_bit_scales(low: Bytes, high: Bytes) -> Floats:
     """
     four = np.stack([low & 15, low >> 4], axis=-1).reshape(len(low), -1)
     two = ((high[:, :, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3).reshape(len(high), -1)
-    return (four | two << 4).astype(np.float32) - 32
+    scales: Floats = (four | two << 4).astype(np.float32) - 32
+    return scales
 
 
 def _iq4_xs(b: Bytes) -> Floats:
