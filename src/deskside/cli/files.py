@@ -61,7 +61,9 @@ def convert(
     from deskside.convert.huggingface import convert_hf
 
     with progress_bar() as progress:
-        convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
+        notes = convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
+    for line in notes:
+        note(line)
     err.print(f"{out}: {out.stat().st_size / 1e9:.2f} GB", markup=False)
 
 

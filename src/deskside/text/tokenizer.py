@@ -221,9 +221,8 @@ def _with_control(
     Many files call them normal or user-defined. What text can become by merging stays as it is.
     """
     merged = {left + right for left, right in merges}
-    spelled = (
-        i for i in np.flatnonzero(types <= _NORMAL) if _CONTROL_SPELLING.fullmatch(pieces[i])
-    )
+    normal = np.flatnonzero(types <= _NORMAL).tolist()
+    spelled = [i for i in normal if _CONTROL_SPELLING.fullmatch(pieces[i])]
     found = [i for i in (*stop_ids, *spelled) if len(pieces[i]) > 1 and pieces[i] not in merged]
     types = types.copy()
     types[found] = CONTROL
