@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from deskside.cli.escapes import unescaped
 from deskside.cli.flags import OPTIONS
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
@@ -58,6 +60,57 @@ def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
 def test_piped_text_is_the_prompt_and_need_not_be_utf8(model: Path) -> None:
     done = deskside("run", "-m", model, "-n", "2", stdin=b"caf\xe9 \xff")
     assert done.returncode == 0 and "not all UTF-8" in done.stderr.decode()
+
+
+def prefilled(*arguments: str | Path, stdin: bytes = b"") -> int:
+    """Tokens of the prompt of `deskside run -no-cnv`."""
+    done = deskside("run", "-no-cnv", "-n", "1", "--temp", "0", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"prefill (\d+) tokens", done.stderr.decode())
+    assert found
+    return int(found[1])
+
+
+def test_escapes_of_prompts_and_stop_strings(model: Path, tmp_path: Path) -> None:
+    m, file = ("-m", model), tmp_path / "f"
+    file.write_text("a\\n\\nb")
+    real, literal = prefilled(*m, "-p", "a\n\nb"), prefilled(*m, "-p", "a\\n\\nb", "--no-escape")
+    assert real != literal
+    assert prefilled(*m, "-p", "a\\n\\nb") == prefilled(*m, "-p", "a\\n\\nb", "-e") == real
+    assert prefilled(*m, "-f", file) == real
+    assert prefilled(*m, "-f", file, "--no-escape") == literal
+    assert prefilled(*m, stdin=b"a\\n\\nb") == literal  # piped text is nobody's command line
+    with mock.patch("deskside.cli.run._main") as begun:
+        inside("run", "-p", "x", "-r", "\\n\\n", "-r", "\\x41", "--temp", "0")
+        assert begun.call_args[0][5].stop == ("\n\n", "A")
+        inside("run", "-p", "x", "-r", "\\n", "--no-escape")
+        assert begun.call_args[0][5].stop == ("\\n",)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (b"\\n\\r\\t\\'\\\"\\\\", b"\n\r\t'\"\\"),
+        (b"\\\\n", b"\\n"),
+        (b"\\xC3\\xa9\\x0", b"\xc3\xa9\\x0"),
+        (b"\\d+ \\ \\u00e9 \\xg1", b"\\d+ \\ \\u00e9 \\xg1"),
+        (b"ends in \\", b"ends in \\"),
+    ],
+)
+def test_escapes_are_llama_cpps(typed: bytes, meant: bytes) -> None:
+    assert unescaped(typed) == meant
+
+
+def test_a_prompt_of_odd_bytes(model: Path, tmp_path: Path) -> None:
+    plain = prefilled("-m", model, "-p", "what")
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfwhat")
+    assert prefilled("-m", model, "-f", tmp_path / "bom") == plain
+    assert prefilled("-m", model, stdin=b"\xef\xbb\xbfwhat") == plain
+    odd = os.fsdecode(b"caf\xe9")
+    for flag in ("-p", "-sys"):
+        done = deskside("run", "-m", model, "-n", "1", "-p", "x", flag, odd)
+        assert done.returncode == 0, done.stderr
+        assert f"{flag} is not all UTF-8" in done.stderr.decode()
 
 
 def test_context_zero_and_too_many_threads_are_defined(model: Path) -> None:

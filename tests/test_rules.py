@@ -67,6 +67,30 @@ def test_what_is_joined_is_split_again(pairs: list[tuple[str, str]]) -> None:
     assert parse_overrides([f"{r}={d}" for r, d in pairs]) == want
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"blk\.(0|1)\.exps=CUDA0,blk\.2\.exps=CUDA1",
+        r"blk\.(0|1)\.exps=CUDA0,       blk\.2\.exps=CUDA1",
+        " \t" + r"blk\.(0|1)\.exps =CUDA0 , blk\.2\.exps= CUDA1 ",
+        r"blk\.(0|1)\.exps=CUDA0," + "\n    " + r"blk\.2\.exps=CUDA1" + "\n",
+        r"blk\.(0|1)\.exps=CUDA0," + "\\\n    " + r"blk\.2\.exps=CUDA1",
+        r"blk\.(0|1)\.exps" + "\\\r\n  " + r"=CUDA0,blk\.2\." + "\\\n" + "exps=CUDA1,",
+        r"blk\.(0|1)\.exps=CUDA0" + "\n" + r"blk\.2\.exps=CUDA1, ",
+    ],
+)
+def test_white_space_around_a_rule_means_nothing(text: str) -> None:
+    want = (Override(r"blk\.(0|1)\.exps", "cuda0"), Override(r"blk\.2\.exps", "cuda1"))
+    assert parse_overrides([text]) == want
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n", ",", "=CPU", " = CPU", "exps="])
+def test_what_is_no_rule_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(DesksideError, match=r"^-ot.*expected REGEX=DEVICE") as caught:
+        parse_overrides([text])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_first_match_wins_and_flags_come_after_overrides() -> None:
     rules = Rules(parse_overrides([r"blk\.2\.ffn_.*_exps=CUDA1", "exps=CUDA0"]))
     found = decide(rules)

@@ -5,7 +5,8 @@ The first rule that names a tensor decides. The order is: `-ot` as typed, then `
 
 `-ot REGEX=DEVICE[,REGEX=DEVICE...]`: the regex is searched in the tensor's name. A rule ends at
 `=NAME` before a comma or the end, so a regex may hold commas (`{1,2}`) and equals signs. A regex
-with `=WORD,` inside must write that comma as `\\x2c`.
+with `=WORD,` inside must write that comma as `\\x2c`. Names hold no white space, so white space
+around a regex or a device means nothing. A rule may end with a line; a backslash continues one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from deskside.errors import DesksideError
 from deskside.gguf.roles import Role, role
 from deskside.machine.devices import CPU, canonical
 
-_ENTRY = re.compile(r"(?P<regex>.+?)=(?P<device>[A-Za-z]\w*)(?:,|$)", re.DOTALL)
+_ENTRY = re.compile(
+    r"\s*(?P<regex>\S.*?)\s*=[ \t]*(?P<device>[A-Za-z]\w*)[ \t]*(?:,|\r?\n|\s*$)", re.DOTALL
+)
+_CONTINUED = re.compile(r"\\\r?\n\s*")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 ALL_LAYERS = 10**6
 
@@ -66,12 +70,13 @@ class Pinned:
 def parse_overrides(arguments: Sequence[str]) -> tuple[Override, ...]:
     """The rules of all `-ot` arguments. DesksideError for a bad rule or regex."""
     found = []
-    for text in arguments:
-        at = 0
-        while at < len(text):
+    for argument in arguments:
+        text, at = _CONTINUED.sub("", argument), 0
+        while text[at:].strip():
             entry = _ENTRY.match(text, at)
             if entry is None:
-                raise DesksideError(f"-ot {text[at:]}: expected REGEX=DEVICE, such as exps=CPU")
+                bad = " ".join(text[at:].split())
+                raise DesksideError(f"-ot {bad}: expected REGEX=DEVICE, such as exps=CPU")
             regex = entry["regex"]
             try:
                 re.compile(regex)
@@ -79,7 +84,7 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[Override, ...]:
                 raise DesksideError(f"-ot {regex}: not a regex: {error}") from None
             found.append(Override(regex, canonical(entry["device"])))
             at = entry.end()
-        if not text:
+        if not text.strip():
             raise DesksideError("-ot: expected REGEX=DEVICE, such as exps=CPU")
     return tuple(found)
 

@@ -1,7 +1,7 @@
 """Decodes the quant types in torch: rows of the file's bytes to float32, on any device.
 
-`deskside.gguf.decoders` specifies the types. Here is one decoder per type; tests compare the two bit
-by bit. A decoder takes blocks, uint8 (N, block_bytes), and returns float32 (N, block).
+`deskside.gguf.decoders` specifies the types. Here is one decoder per type; tests compare the two
+bit by bit. A decoder takes blocks, uint8 (N, block_bytes), and returns float32 (N, block).
 """
 
 from __future__ import annotations
