@@ -16,6 +16,8 @@ from unittest import mock
 
 import pytest
 
+from deskside.bench.request import Request
+from deskside.cli.bench import RUNS, TARGETS, WORKLOAD
 from deskside.cli.escapes import unescaped
 from deskside.cli.flags import OPTIONS
 from deskside.engine.config import EngineConfig
@@ -203,6 +205,24 @@ def test_every_setting_has_one_flag() -> None:
     for command in ("run", "perplexity", "bench"):  # one sequence at a time
         assert b"--parallel" not in inside(command, "--help").stdout
     assert b"--parallel" in inside("plan", "--help").stdout
+
+
+def test_every_field_of_a_bench_request_has_one_flag() -> None:
+    flags = [*TARGETS, *WORKLOAD, *RUNS]
+    others = ["model", "options", "sampling"]  # flags that bench shares with other commands
+    assert sorted(flags + others) == sorted(f.name for f in fields(Request))
+
+
+def test_a_model_by_name_takes_only_flags_that_need_no_workload() -> None:
+    for given, flag in [
+        (("--no-ignore-eos",), "--ignore-eos"),
+        (("-c", "512"), "--ctx-size"),
+        (("-m", "x.gguf"), "--model"),
+        (("-dev", "cuda0"), "--device"),
+        (("-w", "article"), "--workload"),
+    ]:
+        refused("bench", "--preset", "tiny-moe", *given, part=f"{flag} has no meaning")
+    refused("bench", "--layers", "4", part="--preset NAME")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(model: Path) -> None:
