@@ -273,7 +273,8 @@ def test_delta_step(rng: np.random.Generator) -> None:
     attrs = {"k_heads": k_heads, "v_heads": v_heads, "head_dim": dim, "eps": eps}
     ssm_a = -rng.uniform(0.1, 4, v_heads).astype(np.float32)
     dt_bias = rng.standard_normal(v_heads).astype(np.float32)
-    op = SimpleNamespace(attrs=attrs, weights=(ssm_a, dt_bias), state=0)
+    read = attrs.__getitem__
+    op = SimpleNamespace(size=read, number=read, attrs=attrs, weights=(ssm_a, dt_bias), state=0)
     state = rng.standard_normal((5, v_heads, dim, dim)).astype(np.float32)
     ours = gpu(state.copy())
     slots = np.array([4, 0, 2], np.int32)
@@ -307,9 +308,8 @@ def test_decode_attention(
     n = len(lengths)
     k = random_rows(k_t.name, (5, kv_heads, n_ctx), dim, rng)
     v = random_rows(v_t.name, (5, kv_heads, n_ctx), dim, rng)
-    op = SimpleNamespace(
-        attrs={"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": scale}, state=0
-    )
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": scale}
+    op = SimpleNamespace(size=attrs.__getitem__, number=attrs.__getitem__, attrs=attrs, state=0)
     cache = SimpleNamespace(arrays=[(k, v)], k_type=k_t, v_type=v_t)
     segments = tuple(
         Segment(int(s), int(length) - 1, 1) for s, length in zip(slots, lengths, strict=True)
@@ -368,7 +368,7 @@ def test_splits_follow_the_longest_sequence() -> None:
                 4,
                 torch.zeros((2, 2), dtype=torch.int32),
             ),
-            "got 3 rows",
+            "rows of activations, not 3",
         ),
     ],
 )  # fmt: skip
