@@ -10,9 +10,9 @@ import numpy as np
 from deskside.gguf import GGUF
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
-from models import tiny
-from placements import IDS, batch, cache_options, cpu_moe
-from torch_devices import Layout, PlacedBackend, parse_devices, torch_ops
+from tests.models import tiny
+from tests.placements import IDS, batch, cache_options, cpu_moe
+from tests.torch_devices import Layout, PlacedBackend, parse_devices, torch_ops
 
 PRESET = "tiny-moe"
 TAPE = build_tape(GGUF.open(tiny(PRESET)))

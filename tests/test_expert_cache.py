@@ -19,8 +19,8 @@ from deskside.lowering.steps import Stretch
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import tiny
-from offload import (
+from tests.models import tiny
+from tests.offload import (
     EXPERT,
     N_EXPERT,
     NAMES,
@@ -34,8 +34,8 @@ from offload import (
     results,
     results_of,
 )
-from placements import IDS, batch, cache_options
-from torch_devices import ExpertCache, StreamOptions
+from tests.placements import IDS, batch, cache_options
+from tests.torch_devices import ExpertCache, StreamOptions
 
 pytestmark = pytest.mark.external
 

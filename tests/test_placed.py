@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from functools import cache as cached
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from deskside.gguf import GGUF
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import PRESETS, tiny
-from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
-from torch_devices import FakeDevice, PlacedBackend, parse_devices, placed_module
+from tests.models import PRESETS, tiny
+from tests.placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
+from tests.torch_devices import FakeDevice, PlacedBackend, parse_devices, placed_module
 
 pytestmark = pytest.mark.external
 
@@ -147,7 +148,7 @@ def test_where_no_value_rounds_the_other_way_devices_and_cpu_agree(types: str) -
 
 
 def test_generation_on_devices_gives_the_tokens_of_the_cpu() -> None:
-    options = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
+    options: dict[str, Any] = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
     expected = LLM(tiny("tiny-moe", "F32"), **options).generate(IDS, GREEDY).tokens
     llm = LLM(tiny("tiny-moe", "F32"), override_tensor=RULES, devices=DEVICES, **options)
     assert llm.generate(IDS, GREEDY).tokens == expected
@@ -263,8 +264,8 @@ def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(
         list(stream)
     assert "\n" not in str(caught.value)
     for held in llm.cache.device_states.values():
-        if held._recurrent and held._device is not device:
-            assert not held.arrays[0].any()
+        if held._recurrent and held._device is not device:  # type: ignore[attr-defined]
+            assert not held.arrays[0].any()  # type: ignore[attr-defined]
     for state, arrays in zip(llm.cache.states, llm.cache.arrays, strict=True):
         assert not (arrays and hasattr(state, "v_heads") and arrays[0].any())
     with pytest.raises(DesksideError, match="device emu1 was lost while"):

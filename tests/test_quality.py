@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from deskside.bench.quality import logprobs
 from deskside.bench.quality import perplexity as quality
 from deskside.bench.quality.logprobs import Header, LogProbs, LogProbWriter
 from deskside.errors import DesksideError
-from models import rewrite, tiny
-from test_cli import deskside, refused
+from tests.commands import deskside, refused
+from tests.models import rewrite, tiny
 
 CTX = 32
 TEXT = "".join(chr(97 + n % 26) + " word"[n % 5] for n in range(400))
@@ -211,7 +212,7 @@ def test_it_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
         LogProbWriter(path, header(4), tokens) as writer,
     ):
         writer.write(row, np.zeros(1, np.int32))
-    monkeypatch.setattr(logprobs.shutil, "disk_usage", lambda _: type("", (), {"free": 100})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 100})())
     with pytest.raises(DesksideError, match=r"f: needs 0\.00 GB.*--chunks"):
         LogProbWriter(path, header(4), tokens)
     assert not list(tmp_path.iterdir())
