@@ -1,4 +1,4 @@
-"""What commands have in common: options by their llama.cpp names, and those that do nothing."""
+"""What commands have in common: options by their llama.cpp names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ OPTIONS: dict[str, Any] = {
         show_default="4096, or the model's own if less",
     ),
     "threads": Option("-t", "--threads", help="threads; 0 = one per usable core"),
+    "threads_batch": Option(
+        "-tb", "--threads-batch", help="threads while a prompt is computed; 0 = as -t"
+    ),
     "ubatch": Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill"),
+    "batch": Option("-b", "--batch-size", help="a limit of -ub", show_default="none"),
     "parallel": Option("-np", "--parallel", help="sequences at the same time"),
     "ctk": Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32"),
     "ctv": Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32"),
@@ -77,7 +81,7 @@ OPTIONS: dict[str, Any] = {
     "max_tokens": Option(
         "-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit"
     ),
-    "temperature": Option("--temp", help="temperature; 0 = greedy"),
+    "temperature": Option("--temp", "--temperature", help="temperature; 0 = greedy"),
     "top_k": Option("--top-k", help="0 = off"),
     "top_p": Option("--top-p", help="1 = off"),
     "min_p": Option("--min-p", help="0 = off"),
@@ -181,39 +185,3 @@ def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return run
 
     return decorate
-
-
-# llama.cpp's flags that have no meaning here: accepted, so that a command line for llama-cli starts
-# deskside unchanged, with a note that they did nothing.
-IGNORED = {
-    "-fa/--flash-attn": "attention is always computed in tiles",
-    "--jinja": "the file's template is always used",
-    "-b/--batch-size": "-ub decides how many tokens are computed at once",
-    "-tb/--threads-batch": "prefill uses -t as well",
-}
-ON_OFF = ("on", "off", "auto", "1", "0")
-_TAKES_VALUE = {"-fa", "-b", "-tb"}
-
-
-def strip_ignored(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments without the flags of IGNORED, and a note for each of those."""
-    notes, kept = [], []
-    spelled = {s: names for names in IGNORED for s in names.split("/")}
-    takes_value = {s for s, names in spelled.items() if names.split("/")[0] in _TAKES_VALUE}
-    i = 0
-    while i < len(arguments):
-        flag, equals, _ = arguments[i].partition("=")
-        i += 1
-        if arguments[i - 1] == "--":
-            kept += arguments[i - 1 :]
-            break
-        if flag not in spelled:
-            kept.append(arguments[i - 1])
-            continue
-        notes.append(f"{flag} is accepted and does nothing: {IGNORED[spelled[flag]]}")
-        if flag in takes_value and not equals and i < len(arguments):
-            # -fa may stand alone.
-            if flag in ("-fa", "--flash-attn") and arguments[i] not in ON_OFF:
-                continue
-            i += 1
-    return kept, notes

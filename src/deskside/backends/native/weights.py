@@ -63,7 +63,7 @@ def load(
                 p.groups,
                 p.at,
                 p.stride,
-                host.n_threads,
+                host.most_threads,
             )
             if forget:
                 os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)

@@ -137,6 +137,7 @@ class InProcess:
                 "model": self._path,
                 "ctx": llm.ctx,
                 "threads": config.n_threads if threads else None,
+                **({"threads_batch": config.n_threads_batch} if config.threads_batch > 0 else {}),
                 "ubatch": llm.ubatch,
                 "ctk": config.ctk,
                 "ctv": config.ctv,
@@ -162,7 +163,8 @@ class InProcess:
             return None  # NumPy and other devices have other limits
         isa = llm.backend.isa
         work = Work.of(llm.tape)
-        return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
+        threads = max(config.n_threads, config.n_threads_batch)
+        return Roof(work, threads, llm.ubatch, config.ctk, config.ctv, isa)
 
     def learn(self, sample: str) -> None:
         """Its tokenizer is here."""
