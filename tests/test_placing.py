@@ -24,15 +24,15 @@ from deskside.lowering.sections import cut_by_device, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape
-from models import PRESETS, tiny
-from test_cli import deskside, refused
-from torch_devices import PlacedBackend
+from tests.commands import deskside, refused
+from tests.models import PRESETS, tiny
+from tests.torch_devices import PlacedBackend
 
 pytestmark = pytest.mark.external
 
 TWO = "emu0:300MiB,emu1:300MiB"
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
-EXACT = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
+EXACT: dict[str, Any] = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
 # The article's launch: layers dealt to two GPUs by regex, the experts that are left on the CPU.
 ARTICLE = [r"blk\.(0|1)\.ffn_.*_exps\.=CUDA0", r"blk\.(2)\.ffn_.*_exps\.=CUDA1,exps=CPU"]
 
@@ -142,7 +142,7 @@ def test_the_cpu_alone_stays_the_native_backend(tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no measured machine with a GPU
     monkeypatch.setenv("PATH", str(tmp_path))  # nor an nvidia-smi
     for options in ({}, {"devices": "none"}, {"override_tensor": "exps=CPU"}, {"cpu_moe": True}):
-        llm = LLM(tiny(), **options)  # type: ignore[arg-type]
+        llm = LLM(tiny(), **options)
         assert isinstance(llm.backend, CpuBackend) and llm.plan is None and not llm.notes
     with warnings.catch_warnings():
         warnings.simplefilter("error")

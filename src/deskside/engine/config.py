@@ -120,8 +120,8 @@ class EngineConfig:
         if self.backend not in ("cpu", "reference"):
             raise DesksideError(f"--backend {self.backend}: choose cpu or reference")
 
-    def placing(self) -> dict[str, Any]:
-        """The placement options that were given, as values that JSON can hold."""
+    def placement_options(self) -> dict[str, Any]:
+        """The placement options that were given, as JSON values. Defaults are absent."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
         return {

@@ -132,7 +132,9 @@ class LLM:
 
     def _check(self, owner: Sequence | _Raw, slot: Slot) -> None:
         if self._owners.get(slot.index) is not owner:
-            raise DesksideError("this generation was ended, because another one needed its slot")
+            raise DesksideError(
+                "this generation is over: another one took its slot, or the model was reset"
+            )
 
     def generate(
         self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams | None = None
@@ -247,7 +249,7 @@ class LLM:
         return list(self.prompt(messages, **options).tokens)
 
     def prompt(self, messages: abc.Sequence[dict[str, Any]], **options: Any) -> Prompt:
-        """As `chat`, but for `stream`: with marks, so that the next turn computes only new tokens."""
+        """As `chat`, but for `stream`: with marks, so that the next turn reuses the cache."""
         text = self.template.render(messages, **options)
         prompt = chat_prompt(self.tokenizer, text)
         with self.loaded.turn:

@@ -61,7 +61,7 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
     ctx, ubatch: in tokens, as the engine will use them. DesksideError for bad options, and for
     options that do not fit this machine; then it also says what would fit.
     """
-    if not config.placing():
+    if not config.placement_options():
         return Launch()
     if config.backend != "cpu":
         raise DesksideError(
