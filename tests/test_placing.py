@@ -20,6 +20,7 @@ from deskside.engine.config import EngineConfig
 from deskside.engine.placing import place
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.gguf.roles import Role, role
 from deskside.lowering.sections import cut_by_device, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
@@ -127,6 +128,21 @@ def test_an_offload_that_helps_nobody_is_noted(options: dict[str, Any], part: st
     assert not any(u.reserved for u in llm.plan.usage)
 
 
+@pytest.mark.parametrize("layers", [99, "all"])
+def test_all_layers_means_as_much_as_fits(layers: int | str) -> None:
+    """The article's third command line: -ngl 99, whatever the card holds."""
+    tape = build_tape(GGUF.open(tiny("tiny-moe")))
+    launch = place(tape, EngineConfig(devices="emu0:4MiB", gpu_layers=layers), 512, 64)
+    assert launch.plan is not None and f"-ngl {layers}: not all" in launch.notes[0]
+    for name, device in launch.plan.placement.items():
+        if device == "cpu" and role(name) is not Role.EMBEDDING:
+            assert str(launch.plan.kinds[name]) in launch.notes[0]
+    roomy = place(tape, EngineConfig(devices="emu0:1GiB", gpu_layers=layers), 512, 64)
+    assert not roomy.notes and roomy.plan is not None
+    on_cpu = {role(name) for name, d in roomy.plan.placement.items() if d == "cpu"}
+    assert on_cpu == {Role.EMBEDDING}
+
+
 def test_a_plan_hops_as_often_as_it_reckons() -> None:
     """The search counts changes of device along the tape; sections are what runs."""
     tape = build_tape(GGUF.open(tiny("tiny-moe")))
@@ -226,7 +242,7 @@ def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
         ({"devices": "emu0:1GiB", "gpu_layers": "some"}, "-ngl some"),
         ({"devices": "emu0:1GiB", "n_cpu_moe": -1}, "--n-cpu-moe -1"),
         ({"devices": "emu0:1GiB", "margin": "2GiB"}, "nothing is left"),
-        ({"devices": "emu0:4MiB", "gpu_layers": "all"}, "emu0 lacks"),
+        ({"devices": "emu0:4MiB", "gpu_layers": 3}, "emu0 lacks"),
         ({"devices": "emu0:1GiB", "backend": "reference"}, "--backend reference"),
         ({"devices": "emu0:1GiB", "stream_experts": "0"}, "--stream-experts 0"),
         ({"devices": "emu0:1GiB", "stream_experts": "x"}, "--stream-experts x"),
