@@ -1,4 +1,4 @@
-"""One thread at a time, and no step half done."""
+"""A lock for the steps of a model. It also delays Ctrl-C until a step is whole."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class Turn:
-    """A block that no other thread's turn overlaps; a thread may enter again within its own.
+    """A reentrant lock that delays Ctrl-C.
 
-    Ctrl-C raises KeyboardInterrupt behind the outermost block, a second one at once. In threads
-    other than the main one, and where somebody else handles the signal, nothing changes.
+    The first Ctrl-C raises KeyboardInterrupt after the outermost block, a second one at once. This
+    holds in the main thread, if SIGINT has Python's default handler; otherwise Ctrl-C is untouched.
     """
 
     def __init__(self) -> None:
