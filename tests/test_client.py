@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench_servers import serving
 from deskside.errors import DesksideError
 from deskside.server.client import Wire, is_loopback
+from tests.bench_servers import serving
 
 UNUSABLE = {
     "HTTP_PROXY": "http://127.0.0.1:9",  # nobody listens

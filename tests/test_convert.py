@@ -20,7 +20,7 @@ from deskside.convert.huggingface import convert_hf
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.text.tokenizer import Tokenizer
-from hf_checkpoints import (
+from tests.hf_checkpoints import (
     CONTROL_TOKEN,
     EXPERTS,
     HEAD_DIM,

@@ -17,8 +17,8 @@ from deskside.bench.quality import logprobs
 from deskside.bench.quality import perplexity as quality
 from deskside.bench.quality.logprobs import Header, LogProbs, LogProbWriter
 from deskside.errors import DesksideError
-from models import rewrite, tiny
-from test_cli import deskside, refused
+from tests.commands import deskside, refused
+from tests.models import rewrite, tiny
 
 CTX = 32
 TEXT = "".join(chr(97 + n % 26) + " word"[n % 5] for n in range(400))

@@ -132,7 +132,7 @@ def test_tensor_split_deals_out_runs_of_layers() -> None:
         (lambda: parse_overrides(["exps=CUDA7"]), GPUS, "there is no device cuda7"),
         (lambda: parse_overrides(["exps=CPU", "up_exps=CUDA0"]), GPUS, "contradicts -ot exps=cpu"),
         (lambda: Rules(parse_overrides(["exps=CUDA0"]), cpu_moe=True), GPUS, "contradicts -ot"),
-        (lambda: Rules(cpu_moe=True, n_cpu_moe=2), GPUS, "two different things"),
+        (lambda: Rules(cpu_moe=True, n_cpu_moe=2), GPUS, "contradict each other"),
         (lambda: Rules(n_cpu_moe=-1), GPUS, "expected a number of layers"),
         (lambda: Rules(tensor_split=(1,)), GPUS, "1 shares, but there are 2 GPUs"),
         (lambda: Rules(main_gpu=2), GPUS, "counted from 0"),

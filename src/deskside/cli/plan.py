@@ -73,7 +73,7 @@ def plan(
         raise DesksideError("--out says where --emit writes: give --emit as well")
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
+    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel", ENGINE.parallel)
     config = EngineConfig(**engine, **placing)
     ours, wishes, options = planned(
         config,
