@@ -19,6 +19,7 @@ from deskside.bench.record import Ceiling, OpProfile, Record, Run, Target
 from deskside.bench.report import tables
 from deskside.bench.report import write as report
 from deskside.bench.report.verdict import REASONS
+from deskside.errors import DesksideError
 from deskside.machine.watch import Load
 from tests.commands import inside, refused
 from tests.records import make_record

@@ -11,15 +11,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deskside.errors import DesksideError
 from deskside.progress import Progress
 
 CHUNK = 16 << 20
 
 
+<<<<<<< HEAD
 class Target:
     """Where an output goes: the plain file at `path`, or what it links to; a pipe or a character
     device such as /dev/null is written to as it is. DesksideError for anything else."""
+=======
+def read_at(fd: int, offset: int, to: NDArray[np.uint8]) -> None:
+    """Fill `to` (contiguous) with a file's bytes from `offset` on; OSError where it ends before."""
+    done = 0
+    while done < len(to):
+        got = os.preadv(fd, [to[done:].data], offset + done)
+        if got == 0:
+            raise OSError("ends early: it was cut off after it was opened")
+        done += got
+
+
+class WholeFile:
+    """A binary file that grows under a temporary name until `keep` puts it in place.
+
+    DesksideError, which names `path`, where it cannot be written. Whoever opens one must call
+    `discard` in the end, kept or not.
+    """
+>>>>>>> quants
 
     def __init__(self, path: Path) -> None:
         self.path = path
