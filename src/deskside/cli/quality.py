@@ -1,4 +1,4 @@
-"""`deskside perplexity` and `deskside predict`."""
+"""`deskside perplexity`: its flags, and its result as text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def perplexity(
     text_file: Annotated[Path | None, Option("-f", "--file", help="the same by a flag")] = None,
     model: Model = None,
     window: Given,
-    chunks: Annotated[int | None, Option("--chunks", help="score only so many windows")] = None,
+    chunks: Annotated[int | None, Option("--chunks", help="score only this many windows")] = None,
     save: Annotated[
         Path | None,
         Option("--save-logits", metavar="REF", help="write the log-probabilities as a reference"),
@@ -50,7 +50,7 @@ def perplexity(
     as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
     placing: Given,
 ) -> None:
-    """How well a model predicts a text; with --kl, how far it is from a reference run."""
+    """Measure how well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__
     from deskside.bench.quality import perplexity as quality
     from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
@@ -59,7 +59,7 @@ def perplexity(
     from deskside.engine.config import demo_model
 
     if save is not None and kl is not None:
-        raise DesksideError("--save-logits and --kl are for two runs: first write, then compare")
+        raise DesksideError("use --save-logits in a first run, and --kl in a second one")
     if (file is None) == (text_file is None):
         raise DesksideError("give one text: perplexity FILE, or -f FILE")
     file = file or text_file
