@@ -20,11 +20,6 @@ from deskside.progress import Progress
 CHUNK = 16 << 20
 
 
-<<<<<<< HEAD
-class Target:
-    """Where an output goes: the plain file at `path`, or what it links to; a pipe or a character
-    device such as /dev/null is written to as it is. DesksideError for anything else."""
-=======
 def read_at(fd: int, offset: int, to: NDArray[np.uint8]) -> None:
     """Fill `to` (contiguous) with a file's bytes from `offset` on; OSError where it ends before."""
     done = 0
@@ -35,13 +30,9 @@ def read_at(fd: int, offset: int, to: NDArray[np.uint8]) -> None:
         done += got
 
 
-class WholeFile:
-    """A binary file that grows under a temporary name until `keep` puts it in place.
-
-    DesksideError, which names `path`, where it cannot be written. Whoever opens one must call
-    `discard` in the end, kept or not.
-    """
->>>>>>> quants
+class Target:
+    """Where an output goes: the plain file at `path`, or what it links to; a pipe or a character
+    device such as /dev/null is written to as it is. DesksideError for anything else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
