@@ -122,7 +122,7 @@ def test_values_are_never_eaten(pairs: list[tuple[str, str]]) -> None:
 def test_what_is_unknown_is_refused_and_what_does_nothing_is_noted() -> None:
     refused("run", "-rtx", part="-rtx: deskside run has no such flag; did you mean")
     refused("run", "-hx", part="-hx: deskside run")
-    refused("-hx", part="-hx: deskside has no such flag")
+    refused("-hx", part="-hx: no such flag before a command")
     refused("run", "-c4096", part="-c4096: a value stands apart: -c 4096")
     refused("run", "-pps", part="-pps: it is the flag of a measurement")
     refused("run", "--lora", "x", part="--lora: a model is run as its file says")

@@ -144,9 +144,9 @@ def _words(group: Any, given: list[str]) -> list[str]:
         return given
     name = given[0]
     if name not in group.commands:
-        # Typer would cut -hx up as well; what is no flag it refuses itself.
-        if name.startswith("-"):
-            arguments.Command("", arguments.flags_of(group)).read(given[:1])
+        # Typer would cut up -hx here as well.
+        if name.startswith("-") and name.partition("=")[0] not in arguments.flags_of(group):
+            raise DesksideError(f"{name}: no such flag before a command; see deskside --help")
         return given
     read = arguments.commands(group.commands)[name].read(given[1:])
     if read.unused:

@@ -112,7 +112,7 @@ class Command:
         return None if name in self.others else PEERS.get(name)
 
     def _unknown(self, name: str, joined: Sequence[str]) -> str:
-        command = f"deskside {self.name}".strip()
+        command = f"deskside {self.name}"
         if name in self.others:
             return f"{name} has no meaning in {command}"
         text = "".join([name, *(f"={value}" for value in joined)])
