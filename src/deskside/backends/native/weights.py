@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from deskside import _native
 from deskside.errors import DesksideError
+from deskside.gguf import TensorInfo
 from deskside.lowering.panels import layout, matrices
 from deskside.lowering.steps import Step
 from deskside.machine import pages
@@ -64,9 +65,10 @@ def load(
                 p.at,
                 p.stride,
                 host.n_threads,
+                *((info.stride,) if info.stride else ()),
             )
             if forget:
-                os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+                _forget(fd, info)
             done += info.nbytes
         progress("loading", done, whole)
     except BaseException as error:
@@ -81,6 +83,14 @@ def load(
         for fd in files.values():
             os.close(fd)
     return weights
+
+
+def _forget(fd: int, info: TensorInfo) -> None:
+    """Let go of the file's pages, but not of those of rows between the matrices."""
+    runs = info.n_matrices if info.stride else 1
+    for i in range(runs):
+        at = info.offset + i * info.matrix_stride
+        os.posix_fadvise(fd, at, info.nbytes // runs, os.POSIX_FADV_DONTNEED)
 
 
 def _arena(total: int, reserve: int, host: HostOptions) -> _native.Arena:
