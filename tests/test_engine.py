@@ -106,7 +106,7 @@ def test_a_stream_ends_when_another_generation_begins(llm: LLM) -> None:
     first = llm.stream(IDS, GREEDY)
     next(first)
     llm.generate(IDS[:5], GREEDY)
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         next(first)
 
 

@@ -81,7 +81,9 @@ def logits(path: Path, **options: Any) -> np.ndarray:
 def test_joined_tensors_give_the_same_numbers(fused: Callable[..., Path], preset: str) -> None:
     path = fused(preset)
     names = GGUF.open(path).tensors
-    assert not any(re.search(r"ffn_(gate|up)(_exps|_shexp)?\.|attn_[qkv]\.", name) for name in names)
+    assert not any(
+        re.search(r"ffn_(gate|up)(_exps|_shexp)?\.|attn_[qkv]\.", name) for name in names
+    )
     assert np.array_equal(logits(path), logits(tiny(preset)))
 
 
@@ -315,7 +317,9 @@ def test_blocks_of_multi_token_prediction_are_kept_and_not_run(tmp_path: Path, t
         out = rewrite(out, tmp_path / "silent.gguf", metadata={key: None})
     tape = build_tape(GGUF.open(out))
     n = sum(name.startswith("blk.4.") for name in after.tensors)
-    assert tape.notes == (f"left out tensors that text does not need: multi-token prediction ({n})",)
+    assert tape.notes == (
+        f"left out tensors that text does not need: multi-token prediction ({n})",
+    )
     assert not any(name.startswith("blk.4.") for name in tape.weights())
     assert EngineConfig(ctx=64).ctx == 64
     assert LLM(out, ctx=64, threads=1).generate(IDS).tokens

@@ -1,4 +1,4 @@
-"""One thread at a time, and no step half done."""
+"""A lock for the steps of a model. It also delays Ctrl-C until a step is whole."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from deskside.errors import DesksideError
 
 
 class Turn:
-    """A block that no other thread's turn overlaps; a thread may enter again within its own.
+    """A reentrant lock that delays Ctrl-C.
 
-    Ctrl-C raises KeyboardInterrupt behind the outermost block, a second one at once. In threads
-    other than the main one, and where somebody else handles the signal, nothing changes.
+    The first Ctrl-C raises KeyboardInterrupt after the outermost block, a second one at once. This
+    holds in the main thread, if SIGINT has Python's default handler; otherwise Ctrl-C is untouched.
 
-    A process forked after this one was made gets a DesksideError: its model's threads are not here.
+    A process forked after this one was made gets a DesksideError: the model's threads stay behind.
     """
 
     def __init__(self) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deskside.errors import DesksideError
+from deskside.gguf.interleave import INTERLEAVED, Interleave
 from deskside.gguf.quants import TYPES, UNSUPPORTED, QuantType
 
 MAGIC = b"GGUF"
@@ -49,6 +50,9 @@ class TensorInfo:
 
     A tensor may be rows of another: source is that one's name, and stride the bytes from one matrix
     (of an expert) to the next where the other's rows lie between them, else 0.
+
+    interleaved: how the file mixes the rows of `type`, if it does. `GGUF.raw` has them plain; who
+    reads the file itself takes them apart with it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     path: Path
     offset: int
+    interleaved: Interleave | None = None
     source: str = ""
     stride: int = 0
 
@@ -89,7 +94,13 @@ class TensorInfo:
         return self.stride or self.matrix_bytes
 
     def rows(self, name: str, first: int, n: int) -> TensorInfo:
-        """Rows `first` to `first + n` of each matrix, as a tensor `name`."""
+        """Rows `first` to `first + n` of each matrix, as a tensor `name`. DesksideError where the
+        file mixes them with others."""
+        if self.interleaved and (first % self.interleaved.rows or n % self.interleaved.rows):
+            raise DesksideError(
+                f"{self.path}: tensor {show(self.name)} mixes {self.interleaved.rows} rows, so its "
+                f"rows {first} to {first + n} cannot be told apart"
+            )
         return replace(
             self,
             name=name,
@@ -351,16 +362,25 @@ def _tensor_info(at: Cursor, entry: _Entry) -> TensorInfo:
     if kind in UNSUPPORTED:
         reason = f"has type {UNSUPPORTED[kind]} (id {kind}), which is not supported"
         raise _unusable(at, name, reason)
-    if kind not in TYPES:
+    interleaved = INTERLEAVED.get(kind)
+    t = interleaved.type if interleaved else TYPES.get(kind)
+    if t is None:
         raise _unusable(at, name, f"has the unknown type id {kind}")
-    if shape[0] % TYPES[kind].block:
+    if shape[0] % t.block:
         raise _unusable(
             at,
             name,
             f"has rows of {shape[0]} weights, not a multiple of the "
-            f"{TYPES[kind].block} weights of a {TYPES[kind].name} block",
+            f"{t.block} weights of a {t.name} block",
         )
-    return TensorInfo(name, TYPES[kind], shape, at.path, offset)
+    if interleaved and not interleaved.fits(shape[0], math.prod(shape[1:2])):
+        raise _unusable(
+            at,
+            name,
+            f"has {math.prod(shape[1:2])} rows of {shape[0]} weights, which "
+            f"{interleaved.name} cannot hold: it mixes {interleaved.rows} rows",
+        )
+    return TensorInfo(name, t, shape, at.path, offset, interleaved)
 
 
 def _placed(

@@ -44,6 +44,8 @@ class GGUF:
     _odd: dict[str, Any] = field(default_factory=dict, repr=False)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
     _read: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+    # The interleaved tensor that was read last, in plain rows: callers ask piece by piece.
+    _plain: tuple[str, NDArray[np.uint8]] | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = True) -> GGUF:
@@ -103,15 +105,30 @@ class GGUF:
 
     def raw(self, tensor: str | TensorInfo) -> NDArray[np.uint8]:
         """The stored bytes: uint8 (n_rows, row_bytes), read-only. A view of the mapped file, or of
-        memory after `read_in`; a copy of rows that do not follow each other."""
+        memory after `read_in`; a copy of rows that do not follow each other, and of interleaved ones,
+        which it has plain."""
         t = self.tensor(tensor) if isinstance(tensor, str) else tensor
         if t.name in self._read:
             return self._read[t.name]
-        return self.matrices(t).reshape(t.n_rows, t.row_bytes)
+        data = self._stored(t)
+        if t.interleaved is None:
+            return data.reshape(t.n_rows, t.row_bytes)
+        last = self._plain
+        if last is None or last[0] != t.name:
+            last = t.name, t.interleaved.plain(data.reshape(t.n_rows, t.row_bytes))
+            last[1].flags.writeable = False
+            self._plain = last
+        return last[1]
 
     def matrices(self, tensor: str | TensorInfo) -> NDArray[np.uint8]:
-        """As `raw`, but always a view of the mapped file: (matrices, rows, row_bytes)."""
+        """As `raw`, but (matrices, rows, row_bytes), and a view of the mapped file also where other
+        rows lie between the matrices."""
         t = self.tensor(tensor) if isinstance(tensor, str) else tensor
+        if t.interleaved is None and t.name not in self._read:
+            return self._stored(t)
+        return self.raw(t).reshape(t.n_matrices, -1, t.row_bytes)
+
+    def _stored(self, t: TensorInfo) -> NDArray[np.uint8]:
         n, rows = t.n_matrices, t.matrix_bytes // t.row_bytes
         whole = (n - 1) * t.matrix_stride + t.matrix_bytes
         flat = np.frombuffer(self._maps[t.path], np.uint8, whole, t.offset)
