@@ -53,7 +53,15 @@ def flags(plan: Plan) -> Flags:
     notes = []
     if elsewhere:
         notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
-    return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+    stored = {name: w.source or name for name, w in plan.tape.weights().items()}
+    places: dict[str, set[str]] = {}
+    for name, own in stored.items():
+        places.setdefault(own, set()).add(plan.placement[name])
+    if torn := [own for own, devices in places.items() if len(devices) > 1]:
+        notes.append(f"{torn[0]} is one tensor in the file; the plan has its parts on two devices")
+    in_file = {stored[name]: device for name, device in moved.items()}
+    overrides = _compact(in_file, set(stored.values()))
+    return Flags(count, split, tuple(overrides), tuple(notes))
 
 
 def _gpu_layers(mixer: Sequence[str], head: str) -> int:

@@ -72,7 +72,9 @@ class _Search:
         self.names = [d.name for d in machine.devices]
         self.gpus = self.names[1:]
         n_layers = 1 + max(op.layer for op in tape.ops)
-        self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
+        weights = tape.weights()
+        sources = {name: w.source for name, w in weights.items() if w.source}
+        self.pinned = apply(rules, list(weights), n_layers, self.gpus, sources)
         self.grouping: Grouping = group_units(tape, self.pinned.devices)
         k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
         self.speed = SpeedModel(self.grouping, machine, k, v)
