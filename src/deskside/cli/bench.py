@@ -61,7 +61,8 @@ REQUEST = Request()
     workload=flags(REQUEST, *WORKLOAD, options=WORKLOAD),
     engine=flags(
         ENGINE,
-        *("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages"),
+        *("ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
+        *("isa", "numa", "huge_pages"),
         unset=True,
         ctx={"help": None, "show_default": "what the workload needs"},
     ),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
@@ -19,7 +19,7 @@ Text = str | None
 @takes(
     engine=flags(
         ENGINE,
-        *("ctx", "parallel", "ubatch", "threads", "ctk", "ctv"),
+        *("ctx", "parallel", "ubatch", "batch", "threads", "threads_batch", "ctk", "ctv"),
         ctx={"help": "context of one sequence; 0 = the model's own"},
         threads={"help": "0 = one per core of the machine"},
     ),
@@ -27,6 +27,10 @@ Text = str | None
 )
 def plan(
     *,
+    source: Annotated[
+        Text,
+        Argument(metavar="MODEL.gguf|PRESET", help="as -m or as --preset", show_default=False),
+    ] = None,
     model: Annotated[
         Path | None,
         Option(
@@ -73,9 +77,13 @@ def plan(
         raise DesksideError(f"--emit {emit}: choose from {', '.join(plan_emit.KINDS)}")
     if out is not None and emit is None:
         raise DesksideError("--out is the folder for --emit: give --emit as well")
+    if source is not None:
+        model, preset = _named(source, model, preset)
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
     ctx, parallel = engine.pop("ctx", None), engine.pop("parallel", ENGINE.parallel)
+    if ctx and parallel > 1:
+        console.note(f"-c {ctx} is the context of one sequence; llama.cpp divides it by -np")
     config = EngineConfig(**engine, **placing)
     ours, wishes, options = planned(
         config,
@@ -106,6 +114,20 @@ def plan(
         for line in lines(placed):
             print(line)
     return 0
+
+
+def _named(source: str, model: Path | None, preset: str | None) -> tuple[Path | None, str | None]:
+    """Of a word without a flag: the file, or the preset if it is the name of one."""
+    from deskside.convert.synth import PRESETS
+
+    if model is not None or preset is not None:
+        raise DesksideError(f"{source} and {model or preset} are two models: give one of them")
+    if source in PRESETS:
+        return None, source
+    if not Path(source).exists():
+        known = ", ".join(PRESETS)
+        raise DesksideError(f"{source}: no such file, and no preset; the presets are {known}")
+    return Path(source), None
 
 
 def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:

@@ -26,12 +26,15 @@ if TYPE_CHECKING:
         "ctx",
         ctx={"help": "tokens of a window; 0 = the model's context", "show_default": "512"},
     ),
-    engine=flags(ENGINE, "threads", "ubatch", "ctk", "ctv", "isa"),
+    engine=flags(ENGINE, "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv", "isa"),
     placing=flags(ENGINE, *PLACING),
 )
 def perplexity(
     *,
-    file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
+    file: Annotated[
+        Path | None, Argument(help="text in UTF-8; - reads stdin", show_default=False)
+    ] = None,
+    text_file: Annotated[Path | None, Option("-f", "--file", help="the same by a flag")] = None,
     model: Model = None,
     window: Given,
     chunks: Annotated[int | None, Option("--chunks", help="score only this many windows")] = None,
@@ -57,6 +60,9 @@ def perplexity(
 
     if save is not None and kl is not None:
         raise DesksideError("use --save-logits in a first run, and --kl in a second one")
+    if (file is None) == (text_file is None):
+        raise DesksideError("give one text: perplexity FILE, or -f FILE")
+    file = file or text_file
     piped = str(file) == "-"
     text, name = quality.read_text(
         None if piped else file, sys.stdin.buffer.read() if piped and sys.stdin else b""

@@ -220,7 +220,9 @@ def check_values(file: GGUF, tape: Tape) -> None:
 
 
 def _host_options(config: EngineConfig) -> HostOptions:
-    return HostOptions(config.n_threads, config.isa, config.huge_pages, config.numa)
+    return HostOptions(
+        config.n_threads, config.isa, config.huge_pages, config.numa, config.n_threads_batch
+    )
 
 
 def _cache_options(config: EngineConfig, ctx: int) -> dict[str, Any]:

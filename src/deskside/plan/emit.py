@@ -216,7 +216,9 @@ def arguments(plan: Plan, kind: str, model: str) -> list[str]:
     # llama.cpp's -c counts all sequences together
     words = ["-m", model, "-c", str(o.ctx * (o.parallel if theirs else 1))]
     words += ["-np" if theirs else "--parallel", str(o.parallel), "-ub", str(o.ubatch)]
-    words += ["-t", str(o.threads), "-ctk", o.ctk, "-ctv", o.ctv]
+    words += ["-t", str(o.threads)]
+    words += ["-tb", str(o.threads_batch)] if o.threads_batch else []
+    words += ["-ctk", o.ctk, "-ctv", o.ctv]
     if theirs and o.ubatch > 2048:
         words += ["-b", str(o.ubatch)]
     if plan.machine.gpus:

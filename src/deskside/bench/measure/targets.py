@@ -141,6 +141,7 @@ class InProcess:
                 "model": self._path,
                 "ctx": llm.ctx,
                 "threads": config.n_threads if threads else None,
+                **({"threads_batch": config.n_threads_batch} if config.threads_batch > 0 else {}),
                 "ubatch": llm.ubatch,
                 "ctk": config.ctk,
                 "ctv": config.ctv,
@@ -166,7 +167,8 @@ class InProcess:
             return None  # the limits of NumPy and of other devices are not known here
         isa = llm.backend.isa
         work = Work.of(llm.tape)
-        return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
+        threads = max(config.n_threads, config.n_threads_batch)
+        return Roof(work, threads, llm.ubatch, config.ctk, config.ctv, isa)
 
     def learn(self, sample: str) -> None:
         """Do nothing, because the tokenizer is in this process."""
