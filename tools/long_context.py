@@ -166,9 +166,9 @@ def whole(n_ctx: int, kind: str, folder: Path) -> str:
     wanted = ReferenceBackend(file, llm.tape).run(batch, own)[0]
     relative = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
     return (
-        f"4 layers of `tiny-moe`, random float32 weights, {kind} KV: {n_ctx:,} tokens in {seconds:.0f} s."
-        f" The last token's logits are {relative:.1e} (relative L2) from the "
-        "reference backend's on the same cache."
+        f"4 layers of `tiny-moe`, random float32 weights, {kind} KV: {n_ctx:,} tokens in "
+        f"{seconds:.0f} s. The last token's logits are {relative:.1e} (relative L2) from those of "
+        "the reference backend on the same cache."
     )
 
 
