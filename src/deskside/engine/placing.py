@@ -139,7 +139,7 @@ def plan_for(
 
 
 def _on_cpu(launch: Launch) -> str:
-    """What a plan leaves on the CPU except embeddings: "routed experts of layers 0-34"."""
+    """What a plan leaves on the CPU besides the embedding: "routed experts of layers 0-34"."""
     assert launch.plan is not None
     layers: dict[str, set[int]] = {}
     for name, device in launch.plan.placement.items():
