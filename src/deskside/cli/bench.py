@@ -84,7 +84,8 @@ def bench(
         Option("--preset", help="predict this model's speed from slices, as `deskside predict`"),
     ] = None,
     layers: Annotated[
-        str | None, Option("--layers", help="layers of the slices: auto, or such as 4,8,12")
+        str | None,
+        Option("--layers", help="layers of the slices of --preset: auto, or such as 4,8,12"),
     ] = None,
     workload: Given,
     engine: Given,
