@@ -20,7 +20,7 @@ from deskside.gguf.quants import BY_NAME
 from deskside.gguf.writer import GGUFWriter
 from deskside.models import build_tape
 from deskside.plan.rules import Rules, apply, parse_overrides
-from models import PRESETS, rewrite, tiny
+from tests.models import PRESETS, rewrite, tiny
 
 IDS = np.random.default_rng(3).integers(0, 2000, 20).tolist()
 ARCH = "qwen35moe"
