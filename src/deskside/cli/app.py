@@ -15,7 +15,6 @@ from deskside.cli.flags import strip_ignored
 from deskside.errors import DesksideError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
