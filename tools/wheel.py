@@ -28,6 +28,8 @@ DIST = ROOT / "dist"
 # In the folder that scikit-build-core ignores, for the next sdist to leave it out.
 WORK = ROOT / "build" / "release"
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "make")
+# What scripts call that pip, uv and typer write.
+SYSTEM = ("bash", "dirname", "env", "realpath", "sh")
 FIRST_ANSWER_SECONDS = 20  # issue 12: the first answer after the installation
 PROMPT = ("-p", "What does os.path.join do?", "-n", "40", "--temp", "0")
 
@@ -70,7 +72,7 @@ def script(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Clean:
-    """A folder with a new environment in it, and nothing else to find: no compiler, no checkout."""
+    """A folder with a new environment and few other programs: no compiler, no checkout."""
 
     folder: Path
 
@@ -78,20 +80,30 @@ class Clean:
     def bin(self) -> Path:
         return self.folder / "venv" / "bin"
 
-    def path(self) -> dict[str, str]:
-        return {"PATH": str(self.bin), "HOME": str(self.folder), "LANG": "C.UTF-8"}
+    @property
+    def path(self) -> str:
+        return f"{self.bin}{os.pathsep}{self.folder / 'system'}"
+
+    def make(self) -> None:
+        run(sys.executable, "-m", "venv", self.bin.parent)
+        (self.folder / "system").mkdir()
+        for name in SYSTEM:
+            (self.folder / "system" / name).symlink_to(shutil.which(name) or name)
+        found = [name for name in COMPILERS if shutil.which(name, path=self.path)]
+        expect(not found, f"compilers on PATH: {found}")
 
     def installer(self) -> dict[str, str]:
         """What an installer may know besides: where packages come from, and its cache."""
         kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "PYTHONPATH")}
-        return kept | {"PATH": str(self.bin)}
+        return kept | {"PATH": self.path}
 
     def output(self, *words: str | Path, seconds: float = 120, **more: str) -> str:
         """What a command says. Ends this program where the command fails or takes longer."""
         name = " ".join(str(word) for word in words)[:100]
+        bare = {"PATH": self.path, "HOME": str(self.folder), "LANG": "C.UTF-8"}
         try:
             done = subprocess.run(
-                [str(word) for word in words], env=self.path() | more, cwd=self.folder, text=True,
+                [str(word) for word in words], env=bare | more, cwd=self.folder, text=True,
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -112,9 +124,7 @@ def check(wheel: Path) -> None:
         expect(name in names, f"{wheel.name} has no {name}")
     with tempfile.TemporaryDirectory() as folder:
         clean = Clean(Path(folder))
-        run(sys.executable, "-m", "venv", clean.bin.parent)
-        found = [name for name in COMPILERS if shutil.which(name, path=str(clean.bin))]
-        expect(not found, f"compilers on PATH: {found}")
+        clean.make()
         with step("installed with pip, no compiler on PATH"):
             run(clean.bin / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:", wheel,
                 env=clean.installer())  # fmt: skip
@@ -125,15 +135,7 @@ def check(wheel: Path) -> None:
             with step(works.__doc__ or ""):
                 works(clean)
         with step("uvx --from WHEEL deskside run"):
-            words: list[str | Path] = [
-                script("uvx"),
-                "--python",
-                sys.executable,
-                "--from",
-                wheel,
-                "deskside",
-                "run",
-            ]
+            words = (script("uvx"), "--python", sys.executable, "--from", wheel, "deskside", "run")
             again = clean.output(*words, *PROMPT, seconds=600, **clean.installer())
         expect(again == first, f"uvx answers {again!r}, the environment {first!r}")
 
@@ -169,12 +171,10 @@ def library(clean: Clean) -> None:
 def completion(clean: Clean) -> None:
     """shell completion"""
     name = clean.bin / "deskside"
-    bash = shutil.which("bash") or "bash"
-    path = f"{clean.bin}:{os.defpath}"  # what typer writes calls `env`
-    clean.output(bash, "-c", f"{name} --install-completion; true")
+    clean.output("bash", "-c", f"{name} --install-completion; true")
     (installed,) = clean.folder.glob(".bash_completions/*")
     line = f". {installed}; COMP_WORDS=(deskside ru); COMP_CWORD=1; _deskside_completion deskside"
-    said = clean.output(bash, "-c", f'{line}; echo "${{COMPREPLY[@]}}"', PATH=path)
+    said = clean.output("bash", "-c", f'{line}; echo "${{COMPREPLY[@]}}"')
     expect(said.split() == ["run"], f"deskside ru completes to {said!r}")
 
 

@@ -1,5 +1,5 @@
-"""A plan as the command line of llama.cpp's or ik_llama.cpp's server, as a Podman quadlet with its
-Containerfile, or as a systemd unit for deskside.
+"""A plan as the command line of llama.cpp's or ik_llama.cpp's server, as a Podman quadlet or as a
+systemd unit for deskside.
 
 llama.cpp gives a layer's tensors and cache to the device that `-ngl` and `--tensor-split` deal it;
 `-ot` then moves single tensors. So the layers' mixers decide the split, and what lies elsewhere
@@ -258,12 +258,12 @@ def _unit_words(words: Sequence[str]) -> str:
 
 
 def _podman(plan: Plan, model: str) -> dict[str, str]:
-    """Quadlet and Containerfile. The model's folder is mounted read-only at /models."""
+    """A quadlet. The model's folder is mounted read-only at /models."""
     folder, _, file = model.rpartition("/")
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
-    names = ("deskside.container", "Containerfile")
-    return {name: _render(name, plan, words=words, file=file, folder=folder) for name in names}
+    name = "deskside.container"
+    return {name: _render(name, plan, words=words, file=file, folder=folder)}
 
 
 def _systemd(plan: Plan, model: str) -> dict[str, str]:
