@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -194,6 +196,28 @@ def test_closed_streams_are_no_traceback(model: Path) -> None:
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     done = subprocess.run(["sh", "-c", line + " -p x >&-"], capture_output=True)
     assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+def test_the_package_is_a_program() -> None:
+    said = [
+        subprocess.run([*words, "--version"], capture_output=True, check=True, timeout=60).stdout
+        for words in (COMMAND, [sys.executable, "-m", "deskside"])
+    ]
+    assert said[0] == said[1] == f"deskside {version('deskside')}\n".encode()
+    assert (resources.files("deskside") / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "typed, word", [("deskside qu", "quantize"), ("deskside run --top-", "--top-k")]
+)
+def test_a_shell_completes_commands_and_flags(typed: str, word: str) -> None:
+    asked = {
+        "_DESKSIDE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
+    }
+    done = subprocess.run(COMMAND, env=os.environ | asked, capture_output=True, timeout=60)
+    assert word in done.stdout.decode().split() and not done.stderr
 
 
 def test_help_and_version() -> None:

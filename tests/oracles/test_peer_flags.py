@@ -18,7 +18,7 @@ PROGRAMS = range(1, 17)  # enum llama_example
 def listed() -> dict[str, int]:
     """Flags of llama.cpp in our list, and how many values follow each."""
     text = LISTS.read_text().partition("[llama.cpp]")[2].partition("[ik_llama.cpp]")[0]
-    found = {}
+    found: dict[str, int] = {}
     for line in text.splitlines():
         names = [word for word in line.split() if word.startswith("-")]
         found |= dict.fromkeys(names, len(line.split()) - len(names))
@@ -33,7 +33,7 @@ def printed(program: int) -> dict[str, int]:
         text=True,
         check=False,
     )
-    found = {}
+    found: dict[str, int] = {}
     for line in done.stdout.splitlines():
         if not line.startswith("-") or line.startswith("-----"):
             continue

@@ -17,7 +17,6 @@ from deskside.cli import arguments, bench, doctor, files, plan, predict, quality
 from deskside.errors import DesksideError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
