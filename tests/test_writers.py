@@ -247,7 +247,7 @@ LEFT_OUT = (
 
 
 def test_tensors_of_parts_that_are_not_run_get_one_note(tmp_path: Path) -> None:
-    more = {name: np.full((2, 3), 0.5, np.float32) for name in LEFT_OUT}
+    more: dict[str, np.ndarray] = {name: np.full((2, 3), 0.5, np.float32) for name in LEFT_OUT}
     more["blk.0.attn_qkv.scale"] = np.ones(1, np.float32)
     path = with_more(tmp_path / "m.gguf", more, unknown=(*LEFT_OUT[:2], "blk.4.attn_q.weight"))
     file = GGUF.open(path)

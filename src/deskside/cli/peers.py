@@ -224,7 +224,7 @@ _REFUSED = {
 
 
 def _read(text: str, refusal: str = "") -> dict[str, Peer]:
-    found = {}
+    found: dict[str, Peer] = {}
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     for entry in ",".join(lines).split(","):
         names = [word for word in entry.split() if word.startswith("-")]
