@@ -46,6 +46,7 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     continues  the prompt is put behind the item before and its answer, which a cache may hold
     thinking   so many first tokens of the answer are thinking, which chat templates leave out of
                the prompts that continue it
+    representative   the report shows it among the few that stand for all
     tree       the item stands for as many as it takes to read all of the text in order, each of
                `prompt` tokens
     """
@@ -56,6 +57,7 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     continues: bool = False
     thinking: Annotated[int, Meta(ge=0)] = 0
     tree: bool = False
+    representative: bool = False
 
 
 class Workload(Struct, frozen=True, forbid_unknown_fields=True):
