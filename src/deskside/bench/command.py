@@ -120,7 +120,7 @@ def _open(
         else:
             # The second one is loaded when the first one already has its share of the memory.
             others = [file for other, file in files.items() if other != name]
-            target = targets.load(
+            target = loaded = targets.load(
                 files[name],
                 task.workload,
                 beside=others[0] if others and not opened else None,
@@ -128,6 +128,8 @@ def _open(
                 progress=progress,
                 **side.options,
             )
+            for line in loaded.llm.notes:
+                note(line)
         stack.callback(target.close)
         opened[name] = target
     return opened

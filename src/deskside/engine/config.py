@@ -131,6 +131,16 @@ class EngineConfig:
         """Threads to run: at most one a core, for more would only wait for each other."""
         return min(self.threads or usable_cores(), usable_cores())
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: what was asked for and is done otherwise."""
+        if self.threads <= usable_cores():
+            return []
+        return [
+            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
+            f"{self.n_threads} threads run; more would only wait for each other"
+        ]
+
 
 def demo_model() -> Path:
     """The model that comes with the package."""
