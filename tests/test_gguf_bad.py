@@ -110,7 +110,7 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "zero dimension": (file_of([], [info(ne=(32, 0))]), ("'w'", "shape (32, 0)")),
     "shape product": (file_of([], [info(ne=(2**32, 2**32, 2))]), ("'w'", "shape")),
     "unknown type": (file_of([], [info(kind=77)]), ("'w'", "type id 77")),
-    "known type": (file_of([], [info(kind=220)]), ("'w'", "IQ4_NL_R4", "220", "not supported")),
+    "known type": (file_of([], [info(kind=399)]), ("'w'", "Q8_K_R8", "399", "not supported")),
     "row length": (file_of([], [info(ne=(48, 2), kind=8)]), ("'w'", "48", "32", "Q8_0")),
     "row length of a row type": (file_of([], [info(ne=(128,), kind=146)]), ("'w'", "IQ4_KSS")),
     "odd offset": (file_of([], [info(offset=4)]), ("'w'", "offset 4", "alignment 32")),

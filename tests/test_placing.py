@@ -247,7 +247,7 @@ def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
         ({"devices": "emu0:1GiB", "stream_experts": "0"}, "--stream-experts 0"),
         ({"devices": "emu0:1GiB", "stream_experts": "x"}, "--stream-experts x"),
         ({"devices": "emu0:1GiB", "expert_cache": "x"}, "--expert-cache 'x'"),
-        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "that holds no expert"),
+        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "holds no expert"),
         ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "2GiB"}, "emu0 lacks"),
         ({"devices": 3}, "devices is 3"),
         ({"cpu_moe": 1}, "cpu_moe is 1"),

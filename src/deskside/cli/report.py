@@ -1,4 +1,4 @@
-"""`deskside compare` and `deskside report`: what records say, without measuring anything."""
+"""`deskside compare` and `deskside report`. They read records and measure nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(
         str | None, Argument(metavar="B.json", help="candidate; or an entry of the gallery")
     ] = None,
     threshold: Annotated[
-        float, Option("--threshold", metavar="PCT", help="slower by more is a regression")
+        float, Option("--threshold", metavar="PCT", help="per cent slower that make a regression")
     ] = 5.0,
     as_json: Annotated[bool, Option("--json", help="print the comparison as JSON")] = False,
     list_: Annotated[
@@ -41,8 +41,8 @@ def compare(
     """Compare two records of `bench`, both sides of one made with --vs, or a record with what
     others published (`compare RECORD.json article`).
 
-    In one record A is the candidate. Exit code 1 if the candidate is slower beyond the threshold, 2
-    for bad input. Beside published figures nothing is judged."""
+    Within one record, side A is the candidate. Exit code 1 if the candidate is slower by more than
+    the threshold, 2 for bad input. Beside published figures nothing is judged."""
     from deskside.bench.record import Record
     from deskside.bench.report import compare as comparing
 

@@ -75,7 +75,7 @@ def run(
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
-    """llama.cpp's form: TOKEN_ID, then + or -, then the bias."""
+    """Parse llama.cpp's form of a bias: TOKEN_ID, then + or -, then a number."""
     for sign in "+-":
         token, found, bias = entry.partition(sign)
         if found:
@@ -98,7 +98,7 @@ def _main(
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
     if system is not None and not chat:
-        raise DesksideError("-sys is a chat message; it has no place with --no-chat")
+        raise DesksideError("-sys is a message of a chat: leave it out, or leave out --no-chat")
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
@@ -126,7 +126,7 @@ def _main(
 
 
 class _Conversation:
-    """Messages so far; an answer that was stopped stays in them as far as it came."""
+    """The messages of a chat. If an answer is stopped, its text so far is kept."""
 
     def __init__(
         self, llm: LLM, system: str | None, think: bool | None, params: SamplingParams
@@ -149,7 +149,7 @@ class _Conversation:
             self.messages = [*messages, answer]
 
     def loop(self) -> None:
-        with contextlib.suppress(ImportError):  # gives input() its line editing
+        with contextlib.suppress(ImportError):  # adds line editing to input()
             import readline  # noqa: F401
 
         while True:
@@ -161,7 +161,7 @@ class _Conversation:
             except KeyboardInterrupt:
                 err.print(f"\n{HELP}", style="dim")
                 continue
-            # Surrogates stand for bytes that were not UTF-8.
+            # Bytes that are not UTF-8 arrive as surrogates.
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             if text == "/exit":
                 return
@@ -179,7 +179,7 @@ class _Conversation:
 
 
 def _show(stream: Stream, pieces: list[str]) -> None:
-    """Print an answer as it comes, then its figures; Ctrl-C ends it. Text goes to `pieces`."""
+    """Print an answer as it comes, then its speeds. Ctrl-C ends it. `pieces` collects the text."""
     stopped = False
     try:
         for chunk in stream:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from deskside.errors import DesksideError
+from deskside.gguf.interleave import INTERLEAVED, Interleave
 from deskside.gguf.quants import TYPES, UNSUPPORTED, QuantType
 
 MAGIC = b"GGUF"
@@ -45,13 +46,18 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. shape: in ggml order. offset: absolute, in the file `path`."""
+    """Where a tensor lies. shape: in ggml order. offset: absolute, in the file `path`.
+
+    interleaved: how the file mixes the rows of `type`, if it does. `GGUF.raw` has them plain; who
+    reads the file itself takes them apart with it.
+    """
 
     name: str
     type: QuantType
     shape: tuple[int, ...]
     path: Path
     offset: int
+    interleaved: Interleave | None = None
 
     @property
     def row_len(self) -> int:
@@ -249,14 +255,21 @@ def _tensor_info(at: Cursor, i: int) -> TensorInfo:
     kind, offset = at.u32(what), at.u64(what)
     if kind in UNSUPPORTED:
         raise at.fail(f"{what} has type {UNSUPPORTED[kind]} (id {kind}), which is not supported")
-    if kind not in TYPES:
+    interleaved = INTERLEAVED.get(kind)
+    t = interleaved.type if interleaved else TYPES.get(kind)
+    if t is None:
         raise at.fail(f"{what} has the unknown type id {kind}")
-    if shape[0] % TYPES[kind].block:
+    if shape[0] % t.block:
         raise at.fail(
             f"{what} has rows of {shape[0]} weights, not a multiple of the "
-            f"{TYPES[kind].block} weights of a {TYPES[kind].name} block"
+            f"{t.block} weights of a {t.name} block"
         )
-    return TensorInfo(name, TYPES[kind], shape, at.path, offset)
+    if interleaved and not interleaved.fits(shape[0], math.prod(shape[1:2])):
+        raise at.fail(
+            f"{what} has {math.prod(shape[1:2])} rows of {shape[0]} weights, which "
+            f"{interleaved.name} cannot hold: it mixes {interleaved.rows} rows"
+        )
+    return TensorInfo(name, t, shape, at.path, offset, interleaved)
 
 
 def _placed(
@@ -274,7 +287,7 @@ def _placed(
             f"tensor {show(info.name)} ends at byte {start + info.nbytes}, but the file "
             f"has {size} bytes: it is truncated or damaged, fetch it again"
         )
-    return TensorInfo(info.name, info.type, info.shape, info.path, start)
+    return replace(info, offset=start)
 
 
 def _check_names_and_overlap(at: Cursor, tensors: list[TensorInfo]) -> None:

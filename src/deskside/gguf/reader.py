@@ -40,6 +40,8 @@ class GGUF:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
     _read: dict[str, NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+    # The interleaved tensor that was read last, in plain rows: callers ask piece by piece.
+    _plain: tuple[str, NDArray[np.uint8]] | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, path: str | Path, *, complete: bool = True) -> GGUF:
@@ -94,12 +96,20 @@ class GGUF:
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The stored bytes: uint8 (n_rows, row_bytes), read-only. A view of the mapped file, or of
-        memory after `read_in`."""
+        memory after `read_in`. An interleaved tensor is a copy, of plain rows."""
         if name in self._read:
             return self._read[name]
         t = self.tensor(name)
         flat = np.frombuffer(self._maps[t.path], np.uint8, t.nbytes, t.offset)
-        return flat.reshape(t.n_rows, t.row_bytes)
+        data = flat.reshape(t.n_rows, t.row_bytes)
+        if t.interleaved is None:
+            return data
+        last = self._plain
+        if last is None or last[0] != name:
+            last = name, t.interleaved.plain(data)
+            last[1].flags.writeable = False
+            self._plain = last
+        return last[1]
 
     def read_in(self, names: Iterable[str]) -> None:
         """Read these tensors into memory. `raw` returns that memory from now on."""
