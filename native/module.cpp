@@ -559,6 +559,11 @@ NB_MODULE(_native, m) {
            "cpus"_a = std::vector<int>())
       .def_prop_ro("nodes_error", &deskside::PyReader::nodes_error);
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
   nb::class_<deskside::PyWeights>(m, "Weights")

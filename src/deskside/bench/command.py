@@ -125,7 +125,7 @@ def _open(
         else:
             # While the first one loads, leave room for the second.
             others = [file for other, file in files.items() if other != name]
-            target = targets.load(
+            target = loaded = targets.load(
                 files[name],
                 task.workload,
                 beside=others[0] if others and not opened else None,
@@ -133,6 +133,8 @@ def _open(
                 progress=progress,
                 **side.options,
             )
+            for line in loaded.llm.notes:
+                note(line)
         stack.callback(target.close)
         opened[name] = target
     return opened

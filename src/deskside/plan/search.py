@@ -25,7 +25,7 @@ from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
-from deskside.plan.speed import SpeedModel, predict
+from deskside.plan.speed import SpeedModel, predict, replays
 from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
@@ -271,6 +271,7 @@ class _Search:
             self.grouping.kinds,
             self._usage(placement, states, taken),
             tuple(rates),
+            tuple(replays(self.speed, atoms, self.machine.published, o.ctx, o.ubatch)),
         )
 
     def _reason(self, i: int, device: int) -> str:
