@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 
 from deskside.cli import app as cli
-from deskside.cli.flags import OPTIONS
+from deskside.cli.flags import OPTIONS, ModelFlags
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 from models import rewrite, tiny
@@ -183,7 +183,7 @@ def test_help_and_version() -> None:
 
 
 def test_every_setting_has_one_flag() -> None:
-    settings = [*fields(EngineConfig), *fields(SamplingParams)]
+    settings = [*fields(ModelFlags), *fields(EngineConfig), *fields(SamplingParams)]
     assert set(OPTIONS) == {setting.name for setting in settings}
     for command in ("run", "perplexity", "bench"):  # one sequence at a time
         assert b"--parallel" not in inside(command, "--help").stdout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -29,8 +29,8 @@ DRAWN_PER_SECOND = 1.0
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
-def main(request: Request) -> int:
-    """Returns the exit code."""
+def main(request: Request, fetch: Callable[[], object] = lambda: None) -> int:
+    """Returns the exit code. fetch: brings the model's file, once the flags make sense."""
     if request.list:
         show_workloads()
         return 0
@@ -38,9 +38,10 @@ def main(request: Request) -> int:
         raise DesksideError("--resume goes on with a record, --replay repeats one: use one of them")
     record = None if request.resume is None else Record.load(request.resume)
     task = task_of(request, record)
+    out = _out(request, request.out)
+    fetch()
     files = {name: GGUF.open(side.where) for name, side in task.sides.items() if not side.is_server}
     task = _fitted(task, request, files)
-    out = _out(request, request.out)
     with ExitStack() as stack:
         with progress_bar() as progress:
             opened = _open(task, request, files, progress, stack)

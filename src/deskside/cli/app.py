@@ -12,6 +12,7 @@ import typer
 from deskside import console
 from deskside.cli import bench, doctor, files, plan, predict, quality, report, run
 from deskside.cli.flags import strip_ignored
+from deskside.cli.list import list_
 from deskside.errors import DesksideError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     run.run,
     bench.bench,
     plan.plan,
+    list_,
     files.synth,
     files.convert,
     files.quantize,
@@ -35,7 +37,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     doctor.doctor,
 ]
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 # The class of all wrong command lines; typer exports only this child of it, and bundles its own
 # click in some versions.

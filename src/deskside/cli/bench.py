@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import ENGINE, SAMPLING, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, SAMPLING, Given, flags, takes
+from deskside.cli.model import FLAGS, fetched, hub_model
 from deskside.cli.predict import predict
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
@@ -19,6 +20,7 @@ LONG = {"ctx": "ctx-size", "devices": "device", "temperature": "temp"}
 
 # None has a default: a workload and a record have values of their own.
 @takes(
+    model=FLAGS,
     engine=flags(
         ENGINE,
         *("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages"),
@@ -35,7 +37,7 @@ LONG = {"ctx": "ctx-size", "devices": "device", "temperature": "temp"}
 )
 def bench(
     *,
-    model: Model = None,
+    model: Given,
     endpoint: Annotated[
         str | None, Option("--endpoint", metavar="URL", help="measure a server instead")
     ] = None,
@@ -132,14 +134,16 @@ def bench(
     from deskside.bench import command
     from deskside.bench.request import Request
 
-    return command.main(Request(**given))
+    remote = hub_model(model)
+    given["model"] = model.get("model") if remote is None else remote.path
+    return command.main(Request(**given), lambda: remote and fetched(remote))
 
 
 def _predict(preset: str | None, given: dict[str, Any]) -> int:
     """`bench --preset`: a workload needs a whole model, so only some flags have a meaning."""
     if preset is None:
         raise DesksideError("--layers belongs to --preset NAME, such as qwen3.5-397b-a17b")
-    given |= given.pop("options") | given.pop("sampling")
+    given |= given.pop("model") | given.pop("options") | given.pop("sampling")
     taken = {name: given.pop(name, None) for name in ("layers", "threads", "ubatch", "isa", "out")}
     repeats, kv, v = given.pop("runs"), given.pop("ctk", None), given.pop("ctv", None)
     if kv != v and None not in (kv, v):

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -14,8 +15,28 @@ from typer import Option
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 
-# By the fields of EngineConfig and SamplingParams that they set, which give type and default.
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model: a file here, or one of a hub."""
+
+    model: Path | None = None
+    hf_repo: str | None = None
+    hf_file: str | None = None
+
+
+# By the fields of ModelFlags, EngineConfig and SamplingParams that they set, which give type and
+# default.
 OPTIONS: dict[str, Any] = {
+    "model": Option("-m", "--model", help="GGUF file; without it the bundled demo model"),
+    "hf_repo": Option(
+        *("-hf", "-hfr", "--hf-repo"),
+        metavar="USER/REPO[:QUANT]",
+        help="a model of the hub, fetched once; QUANT as in its file's name, else Q4_K_M",
+    ),
+    "hf_file": Option(
+        "-hff", "--hf-file", metavar="NAME", help="of which file of --hf-repo, instead of QUANT"
+    ),
     "ctx": Option(
         "-c",
         "--ctx-size",
@@ -89,13 +110,11 @@ OPTIONS: dict[str, Any] = {
     "ignore_eos": Option("--ignore-eos", help="never end of itself"),
     "stop": Option("-r", "--stop", "--reverse-prompt", help="end at this text"),
 }
+MODEL = ModelFlags()
 ENGINE = EngineConfig()
 SAMPLING = SamplingParams(seed=-1)
 
 # Flags that commands give themselves.
-Model = Annotated[
-    Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
-]
 Threads = Annotated[int, OPTIONS["threads"]]
 Ubatch = Annotated[int, OPTIONS["ubatch"]]
 Isa = Annotated[str | None, OPTIONS["isa"]]
@@ -108,7 +127,7 @@ Group = list[inspect.Parameter]
 
 
 def flags(
-    source: EngineConfig | SamplingParams,
+    source: ModelFlags | EngineConfig | SamplingParams,
     *names: str,
     unset: bool = False,
     **changes: Mapping[str, Any],

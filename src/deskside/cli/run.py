@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
+from deskside.cli.model import FLAGS, model_file
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -21,6 +22,7 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 
 
 @takes(
+    model=FLAGS,
     engine=flags(ENGINE, "ctx", "threads", "ubatch", "ctk", "ctv"),
     sampling=flags(
         SAMPLING,
@@ -31,7 +33,7 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 )
 def run(
     *,
-    model: Model = None,
+    model: Given,
     prompt: Annotated[
         str | None, Option("-p", "--prompt", help="answer this and exit; without it: chat")
     ] = None,
@@ -69,7 +71,7 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 
 
 def _main(
-    model: Path | None,
+    model: Given,
     prompt: str | None,
     file: Path | None,
     system: str | None,
@@ -91,7 +93,7 @@ def _main(
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
-    path = model or demo_model()
+    path = model_file(model) or demo_model()
     with progress_bar() as progress:
         llm = LLM(path, progress=progress, **options)
     for line in llm.notes:
