@@ -38,7 +38,7 @@ class Request:
 
 class Hub(ThreadingHTTPServer):
     """cuts: bytes after which each coming answer of a file breaks off. statuses: of coming requests
-    for a file. info: what the list of files is instead. Files come from another host name, as from
+    for a file. list_status: of every request for a list. info: what the list of files is instead. Files come from another host name, as from
     a CDN. pause: set when half of a file was sent; the rest never comes."""
 
     daemon_threads = True
@@ -50,6 +50,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.cuts: list[int] = []
         self.statuses: list[int] = []
+        self.list_status: int | None = None
         self.info: bytes | None = None
         self.ranges = True
         self.chunked = False
@@ -123,7 +124,9 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def list(self, name: str, token: str | None) -> None:
-        if self.server.info is not None:
+        if self.server.list_status is not None:
+            self.reply(self.server.list_status, X_Error_Message="maintenance")
+        elif self.server.info is not None:
             self.reply(200, self.server.info)
         elif self.may(name, token, file=False):
             repo = self.server.repos[name]

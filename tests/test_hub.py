@@ -473,6 +473,15 @@ def test_a_hub_that_is_away_is_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch
     refused("user/none", "user/none", "http://127.0.0.1:9 cannot be reached")
 
 
+def test_a_hub_that_fails_is_told(hub: Hub) -> None:
+    path = find(REPO).fetch()
+    hub.list_status = 503
+    refused("user/none", f"{hub.url} answered 503: maintenance")
+    assert find(REPO).fetch() == path  # from the cache
+    hub.list_status = 418
+    refused(REPO, "answered 418: maintenance")
+
+
 def test_loopback_is_never_asked_through_a_proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

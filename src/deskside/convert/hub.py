@@ -121,7 +121,7 @@ class HubModel:
 
         def report(nbytes: int) -> None:
             now = done + nbytes
-            progress(f"fetching, {now / 1e9:.1f} of {total / 1e9:.1f} GB", now, total)
+            progress(f"fetching, {size_text(now)} of {size_text(total)}", now, total)
 
         for file in files.values():
             self._download_one(file, say, report)
