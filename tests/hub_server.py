@@ -37,9 +37,12 @@ class Request:
 
 
 class Hub(ThreadingHTTPServer):
-    """cuts: bytes after which each coming answer of a file breaks off. statuses: of coming requests
-    for a file. list_status: of every request for a list. info: what the list of files is instead. Files come from another host name, as from
-    a CDN. pause: set when half of a file was sent; the rest never comes."""
+    """Files come from another host name than lists, as from a CDN.
+
+    cuts: bytes after which each coming answer of a file breaks off. statuses: of coming requests
+    for a file. list_status: of every request for a list. info: what the list of files is instead.
+    pause: set when half of a file was sent; the rest never comes.
+    """
 
     daemon_threads = True
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
 from deskside.bench.measure.arrivals import Arrivals, timed
 from deskside.bench.measure.endpoint import LlamaServer, OpenAIServer, connect, is_local
 from deskside.bench.measure.loop import characterise
@@ -19,8 +18,9 @@ from deskside.bench.record import Record, Run
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
 from deskside.machine import rates
-from models import tiny
-from test_cli import inside, refused
+from tests.bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
+from tests.commands import inside, refused
+from tests.models import tiny
 
 WORKLOAD = Workload(
     "w",

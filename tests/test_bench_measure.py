@@ -32,8 +32,8 @@ from deskside.gguf import GGUF
 from deskside.machine import rates, watch
 from deskside.models import build_tape
 from deskside.tape.cost import Work
-from models import tiny
-from test_cli import COMMAND, inside, refused
+from tests.commands import COMMAND, inside, refused
+from tests.models import tiny
 
 SMALL = Workload(
     "small",
@@ -292,7 +292,7 @@ def test_a_failed_run_is_recorded_and_made_again_on_resume(
     target: InProcess, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.json"
-    record = characterise(SMALL, {"A": Failing(target, {1, 3})}, path)  # type: ignore[dict-item]
+    record = characterise(SMALL, {"A": Failing(target, {1, 3})}, path)
     errors = [r.error for r in record.runs]
     assert errors[0] is None and errors[1] == "it broke" and errors[3] == "it broke"
     assert errors[2] is None and errors[4] is not None and "talk on" in errors[4]

@@ -6,13 +6,14 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from deskside import LLM, DesksideError, SamplingParams
 from deskside.machine.system import usable_cores
-from models import rewrite, tiny
+from tests.models import rewrite, tiny
 
 IDS = np.random.default_rng(1).integers(0, 2000, 40).tolist()
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
@@ -160,7 +161,7 @@ def test_zero_tokens_may_be_asked_for(llm: LLM) -> None:
         ({"speed": 11}, "speed"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, object], part: str) -> None:
+def test_bad_options_are_named(options: dict[str, Any], part: str) -> None:
     with pytest.raises(DesksideError, match=part):
         LLM(tiny(), **options)
 

@@ -25,7 +25,7 @@ from deskside.convert.hub import cached, find
 from deskside.convert.hub_choice import choose, quant_of
 from deskside.convert.hub_http import HubFile
 from deskside.errors import DesksideError
-from deskside.gguf import GGUF
+from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.writer import GGUFWriter
 from tests.commands import command
 from tests.hub_server import COMMIT, Hub, Repo, etag, serving
@@ -130,8 +130,8 @@ def test_what_is_not_one_model_lists_what_there_is(
 def test_a_shard_means_all_shards() -> None:
     shards = [f"IQ4_KSS/M-IQ4_KSS-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
     files = files_of(shards[2], shards[0], "M-Q8_0.gguf", shards[1])
-    for given_ in ({"quant": "IQ4_KSS"}, {"file": shards[1]}, {"file": Path(shards[2]).name}):
-        assert [f.name for f in choose(files, REPO, **given_)] == shards
+    for quant, file in (("IQ4_KSS", None), (None, shards[1]), (None, Path(shards[2]).name)):
+        assert [f.name for f in choose(files, REPO, quant, file)] == shards
 
 
 @given(st.lists(st.sampled_from(QUANTS), min_size=1, unique=True), st.sampled_from(QUANTS))
@@ -532,7 +532,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A small model in three shards, the first of which has keys alone."""
     folder, model = tmp_path_factory.mktemp("shards"), GGUF.open(tiny())
     infos = list(model.tensors.values())
-    parts = ([], infos[: len(infos) // 2], infos[len(infos) // 2 :])
+    parts: tuple[list[TensorInfo], ...] = ([], infos[: len(infos) // 2], infos[len(infos) // 2 :])
     found = {}
     for no, part in enumerate(parts):
         keys = {**(model.typed_metadata() if no == 0 else {}), "split.no": no, "split.count": 3}
@@ -633,10 +633,10 @@ def test_run_bench_and_perplexity_fetch(
     code, out, _ = command(capsys, *words)
     assert code == 0 and "PPL = " in out
     hub.requests.clear()
-    words = ("bench", "-hf", "user/tiny:BF16", "--workload", "none")
-    code, _, err = command(capsys, *words)
+    bench = ("bench", "-hf", "user/tiny:BF16", "-w")
+    code, _, err = command(capsys, *bench, "none")
     assert code == 2 and "none" in err and hub.sent() == []  # before any download
-    code, _, err = command(capsys, *words[:3], "-w", "chat", "--out", str(tmp_path / "a.json"))
+    code, _, err = command(capsys, *bench, "chat", "--out", str(tmp_path / "a.json"))
     assert code == 2 and "this is not a GGUF file" in err and len(hub.sent()) == 1
 
 

@@ -23,7 +23,7 @@ from deskside.plan.emit import KINDS, emit
 from deskside.plan.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
 from tests.commands import command
 from tests.models import tiny
-from tests.test_plan import machine, memory_of, options, tape_of
+from tests.plans import machine, memory_of, options, tape_of
 
 BOX = "epyc-9175f-1x96gb"
 

@@ -20,8 +20,8 @@ from deskside.bench.report.compare import (
     compare,
 )
 from deskside.errors import DesksideError
-from records import make_record
-from test_cli import inside
+from tests.commands import inside
+from tests.records import make_record
 
 
 def quantity(c: Comparison, key: str) -> Quantity:

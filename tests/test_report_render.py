@@ -20,8 +20,8 @@ from deskside.bench.report import tables
 from deskside.bench.report import write as report
 from deskside.bench.report.verdict import REASONS
 from deskside.machine.watch import Load
-from records import make_record
-from test_cli import inside, refused
+from tests.commands import inside, refused
+from tests.records import make_record
 
 DOCS = Path(__file__).parents[1] / "docs"
 EVIL = "<script>alert(1)</script>\"'&|`*_[x](y)\n# h\x1b[31m"

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands import command
 from deskside import LLM, SamplingParams
 from deskside.bench.record import Record
 from deskside.bench.workload import Workload
@@ -22,6 +21,7 @@ from deskside.gguf import GGUF
 from deskside.text.chat import ChatTemplate
 from deskside.text.prompt import Prompt, chat_prompt
 from deskside.text.tokenizer import Tokenizer
+from tests.commands import command
 
 
 @cache

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def kernels() -> None:
     from deskside.backends.torch import quants as tq
     from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME, dequantize
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     junit = WORK / "junit.xml"
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if has("xdist") else []
@@ -191,12 +192,17 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
     from deskside.machine.host import HostOptions
     from deskside.models import build_tape
     from deskside.tape.cache import Cache
-    from models import tiny
+    from tests.models import tiny
 
     preset, types, kv, bound = model
     file = GGUF.open(tiny(preset, types))
     tape = build_tape(file)
-    shape = {"n_slots": 3, "n_ctx": 128, "k_type": quant_type(kv), "v_type": quant_type(kv)}
+    shape: dict[str, Any] = {
+        "n_slots": 3,
+        "n_ctx": 128,
+        "k_type": quant_type(kv),
+        "v_type": quant_type(kv),
+    }
     plain = Cache(tape.states, **shape)
     reference = session(ReferenceBackend(file, tape), plain)
 
@@ -334,10 +340,13 @@ def launches() -> None:
 
     from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     rng = np.random.default_rng(2)
-    cuda = lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()  # noqa: E731
+
+    def cuda(x: Any) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
     for name in ("IQ4_NL", "Q6_K", "IQ4_KSS"):
         for rows in (1, 5, 65):
             x = cuda(rng.standard_normal((rows, 256)).astype(np.float32))
@@ -347,7 +356,10 @@ def launches() -> None:
             x = cuda(rng.standard_normal((tokens, 256)).astype(np.float32))
             ids = cuda(rng.integers(-1, 5, (tokens, 2)).astype(np.int32))
             tk.experts_matmul(x, w, name, 256, 19, ids, w)
-    f = lambda *shape: cuda(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+
+    def f(*shape: int) -> Any:
+        return cuda(rng.standard_normal(shape).astype(np.float32))
+
     slots = cuda(np.array([2, 0], np.int32))
     tk.delta_step(
         f(2, 8 * 64), f(2, 4), f(2, 4), -f(4).abs(), f(4), f(3, 4, 64, 64), slots,
@@ -371,7 +383,7 @@ def bandwidth() -> None:
 
     from deskside.backends.triton import launch as tk
     from deskside.backends.triton.decode import PAIR
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     a, b = (torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(2))
     copy = 2 * a.numel() / gpu_seconds(lambda: b.copy_(a))
@@ -381,7 +393,7 @@ def bandwidth() -> None:
         w = torch.from_numpy(random_rows(name, (512,), n, rng)).cuda().repeat(rows // 512, 1)
         for m in (1, 4, 512) if name in ("IQ4_NL", "Q8_0") else (1,):
             x = torch.randn(m, n, device="cuda")
-            seconds = gpu_seconds(lambda x=x, w=w, name=name: tk.matmul(x, w, name, n, rows))
+            seconds = gpu_seconds(partial(tk.matmul, x, w, name, n, rows))
             if m < 100:
                 rate = w.numel() / seconds
                 beside = f"{rate / copy:.0%} of a copy"
@@ -406,14 +418,15 @@ def decode() -> None:
     from deskside.backends.experts.resident import ExpertCache
 
     path = slice_of("35b", wait=60)
-    for way, options in {
+    ways: dict[str, dict[str, Any]] = {
         "gpu": {},
         "cpu-moe": {"moe": True},
         "cpu": {"cpu": True},
         "cpu-moe, a core spare": {"moe": True, "spare": 1},
         "gpu without graphs": {"graphs": False},
         "cpu-moe, 4 GiB of experts": {"moe": True, "expert_cache": ExpertCache(DEVICE, 4 << 30)},
-    }.items():
+    }
+    for way, options in ways.items():
         measure("decode", way, path, options)
 
 
@@ -425,11 +438,12 @@ def stream() -> None:
 
     path = slice_of("397b", wait=60)
     long = 4096 if has_cuda() else 64
-    for way, options in {
+    ways: dict[str, dict[str, Any]] = {
         "cpu-moe": {"moe": True, "prompt": min(512, long)},
         "streamed": {"moe": True, "prompt": long, "stream": StreamOptions(DEVICE, 33, 256 << 20)},
         "cpu": {"cpu": True, "prompt": min(512, long)},
-    }.items():
+    }
+    for way, options in ways.items():
         measure("stream", way, path, options)
 
 
@@ -506,7 +520,7 @@ def placed(
         table = kernels_there() if kernels else NONE
         device = TorchDevice(DEVICE, torch.device("cuda", 0), kernels=table, graphs=graphs)
     else:
-        from torch_devices import FakeDevice
+        from tests.torch_devices import FakeDevice
 
         device = FakeDevice(DEVICE, 8 << 30, graphs=graphs)
     host = ("token_embd", "_exps") if moe else ("token_embd",)
@@ -520,7 +534,7 @@ def placed(
 
 def session(backend: Any, cache: Any) -> list[Any]:
     """A prompt in two steps, tokens one by one (run, captured, replayed), sequences together."""
-    from placements import IDS, batch
+    from tests.placements import IDS, batch
 
     steps = [batch((0, 0, IDS[:23]), outputs=[]), batch((0, 23, IDS[23:42]))]
     steps += [batch((0, 42 + i, IDS[42 + i : 43 + i])) for i in range(5)]
@@ -552,7 +566,8 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     prompt = options.pop("prompt", 512 if has_cuda() else 32)
     kv = quant_type("q8_0")
     shape = {"n_slots": 1, "n_ctx": prompt + 128, "k_type": kv, "v_type": kv}
-    backend = cache = None
+    backend: Any = None
+    cache: Any = None
     began = time.perf_counter()
     try:
         if options.pop("cpu", False):
@@ -630,7 +645,7 @@ def file_bytes(path: Path) -> int:
 def slice_of(kind: str, wait: float, first: bool = False) -> Path:
     """The last slice that is written, or the first; `wait` seconds for one. Tiny without a GPU."""
     if not has_cuda():
-        from models import tiny
+        from tests.models import tiny
 
         return tiny("tiny-moe")
     until = time.monotonic() + wait

@@ -32,7 +32,7 @@ from deskside.engine import LLM
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
-from deskside.machine import watch as measure
+from deskside.machine import rates
 from deskside.machine.descriptions import store, this_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Options, make_plan
@@ -55,8 +55,8 @@ def measured_machine(threads: int, samples: int = 3) -> Machine:
     """This machine with bandwidth and 8-bit arithmetic measured now."""
     base = this_machine(threads)
     when = f"measured {datetime.date.today()}"
-    bandwidth = statistics.median(measure.bandwidth(threads) for _ in range(samples))
-    compute = statistics.median(measure.compute(threads) for _ in range(samples))
+    bandwidth = statistics.median(rates.bandwidth(threads) for _ in range(samples))
+    compute = statistics.median(rates.compute(threads) for _ in range(samples))
     cpu = replace(base.cpu, bandwidth=Figure(bandwidth, when), compute=Figure(compute, when))
     return replace(base, devices=(cpu, *base.gpus))
 

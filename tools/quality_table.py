@@ -25,7 +25,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
-F32_KV = {"ctk": "f32", "ctv": "f32"}
+F32_KV: dict[str, Any] = {"ctk": "f32", "ctv": "f32"}
 
 
 @dataclass

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from deskside import _native
 from deskside.backends.native.program import KERNEL_TYPES
-from deskside.gguf.quants import BY_NAME, QuantType
-from deskside.lowering.steps import FLOAT_TYPES
+from deskside.gguf.quants import BY_NAME, FLOAT_TYPES, QuantType
 from deskside.machine import rates, watch
 from deskside.machine.system import usable_cores
 from tools.compare import machine

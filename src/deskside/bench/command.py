@@ -16,8 +16,9 @@ from deskside.bench.measure import loop as measure
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.profile import profile
 from deskside.bench.record import Record
-from deskside.bench.request import Request, Task, task_of
+from deskside.bench.request import Request
 from deskside.bench.shown import show, show_workloads
+from deskside.bench.task import Task, task_of
 from deskside.console import err, note, printable, progress_bar
 from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -78,8 +81,33 @@ def _note_warning(
         _show_warning(message, category, filename, lineno, file, line)
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came: what is half written goes, as after Ctrl-C. number: which of them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the cleaning short
+    raise Terminated(number)
+
+
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2, an interruption exit code 130."""
+    """Entry point: bad input is one line and exit code 2, an interruption exit code 130. SIGTERM
+    and SIGHUP end the process as they would have, but after it has cleaned up."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
+    try:
+        _main()
+    except Terminated as terminated:
+        signal.signal(terminated.number, signal.SIG_DFL)
+        os.kill(os.getpid(), terminated.number)
+
+
+def _main() -> None:
     if sys.stdout is None or sys.stderr is None:
         sys.exit(2)  # closed: nobody could read a result or a reason
     arguments = sys.argv[1:]

@@ -6,37 +6,18 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
 
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-@dataclass(frozen=True)
-class ModelFlags:
-    """Which model: a file here, or one of a hub."""
-
-    model: Path | None = None
-    hf_repo: str | None = None
-    hf_file: str | None = None
-
-
-# By the fields of ModelFlags, EngineConfig and SamplingParams that they set, which give type and
-# default.
+# By the fields of EngineConfig and SamplingParams that they set, which give type and default.
 OPTIONS: dict[str, Any] = {
-    "model": Option("-m", "--model", help="GGUF file; without it the bundled demo model"),
-    "hf_repo": Option(
-        *("-hf", "-hfr", "--hf-repo"),
-        metavar="USER/REPO[:QUANT]",
-        help="a model of the hub, fetched once; QUANT as in its file's name, else Q4_K_M",
-    ),
-    "hf_file": Option(
-        "-hff", "--hf-file", metavar="NAME", help="of which file of --hf-repo, instead of QUANT"
-    ),
     "ctx": Option(
         "-c",
         "--ctx-size",
@@ -110,7 +91,6 @@ OPTIONS: dict[str, Any] = {
     "ignore_eos": Option("--ignore-eos", help="never end of itself"),
     "stop": Option("-r", "--stop", "--reverse-prompt", help="end at this text"),
 }
-MODEL = ModelFlags()
 ENGINE = EngineConfig()
 SAMPLING = SamplingParams(seed=-1)
 
@@ -127,13 +107,15 @@ Group = list[inspect.Parameter]
 
 
 def flags(
-    source: ModelFlags | EngineConfig | SamplingParams,
+    source: DataclassInstance,
     *names: str,
     unset: bool = False,
+    options: Mapping[str, Any] = OPTIONS,
     **changes: Mapping[str, Any],
 ) -> Group:
     """Flags for fields of `source`, whose values are the defaults; with `unset` none has one.
 
+    options: each field's flag.
     changes: what a command says differently of a field's flag, such as {"help": "…"}.
     """
     hints = get_type_hints(type(source))
@@ -142,7 +124,7 @@ def flags(
         kind, default = _kind(hints[name]), getattr(source, name)
         if unset or get_origin(kind) is list:
             default = False if kind is bool else None
-        option = copy.copy(OPTIONS[name])
+        option = copy.copy(options[name])
         vars(option).update(changes.get(name, {}))
         shown: Any = Annotated[kind if default is not None else kind | None, option]
         group.append(
@@ -151,6 +133,13 @@ def flags(
             )
         )
     return group
+
+
+def spelled(option: Any) -> list[str]:
+    """The names of an option, such as -c and --ctx-size, in the order that it declares them."""
+    # Typer takes the first one for a default until it builds the command.
+    names = [option.default, *(option.param_decls or ())]
+    return [name.partition("/")[0] for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
 def _kind(hint: Any) -> Any:
@@ -164,7 +153,7 @@ def _kind(hint: Any) -> Any:
 def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: a command's parameters of these names become the flags of the groups.
 
-    Each such parameter gets a dict: the fields whose flags have a value other than None and False.
+    Each such parameter gets a dict: the fields whose flags have another value than their default.
     The command takes keywords alone.
     """
 
@@ -179,8 +168,8 @@ def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         @functools.wraps(command)
         def run(**given: Any) -> Any:
             for name, group in groups.items():
-                values = {flag.name: given.pop(flag.name) for flag in group}
-                given[name] = {n: v for n, v in values.items() if v is not None and v is not False}
+                values = [(flag, given.pop(flag.name)) for flag in group]
+                given[name] = {flag.name: v for flag, v in values if v != flag.default}
             return command(**given)
 
         run.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]

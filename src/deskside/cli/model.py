@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deskside.cli.flags import MODEL, Given, flags
+from typer import Option
+
+from deskside.cli.flags import Given, Group, flags
 from deskside.console import note, progress_bar
 from deskside.errors import DesksideError
 
 if TYPE_CHECKING:
     from deskside.convert.hub import HubModel
 
-FLAGS = flags(MODEL, "model", "hf_repo", "hf_file")
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """A file here, or a model of a hub; without any the bundled demo model."""
+
+    model: Path | None = None
+    hf_repo: str | None = None
+    hf_file: str | None = None
+
+
+# By the fields of ModelFlags that they set.
+MODEL: dict[str, Any] = {
+    "model": Option("-m", "--model", help="GGUF file; without it the bundled demo model"),
+    "hf_repo": Option(
+        *("-hf", "-hfr", "--hf-repo"),
+        metavar="USER/REPO[:QUANT]",
+        help="a model of the hub, fetched once; QUANT as in its file's name, else Q4_K_M",
+    ),
+    "hf_file": Option(
+        "-hff", "--hf-file", metavar="NAME", help="of which file of --hf-repo, instead of QUANT"
+    ),
+}
+
+
+def model_flags(**helps: str) -> Group:
+    """helps: what a command says of a flag instead."""
+    changes: dict[str, Any] = {name: {"help": text} for name, text in helps.items()}
+    return flags(ModelFlags(), *MODEL, options=MODEL, **changes)
 
 
 def model_file(given: Given) -> Path | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from deskside.cli.flags import ENGINE, MODEL, Given, flags, takes
-from deskside.cli.model import hub_model
+from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.cli.model import hub_model, model_flags
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
 
@@ -21,11 +21,9 @@ Text = str | None
 
 
 @takes(
-    model=flags(
-        MODEL,
-        *("model", "hf_repo", "hf_file"),
-        model={"help": "GGUF file; its header is enough, as of one being fetched"},
-        hf_repo={"help": "a model of the hub: its headers alone are fetched"},
+    model=model_flags(
+        model="GGUF file; its header is enough, as of one being fetched",
+        hf_repo="a model of the hub: its headers alone are fetched",
     ),
     engine=flags(
         ENGINE,
@@ -80,7 +78,7 @@ def plan(
         raise DesksideError("--out says where --emit writes: give --emit as well")
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
+    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel", ENGINE.parallel)
     config = EngineConfig(**engine, **placing)
     ours, wishes, options = planned(
         config,

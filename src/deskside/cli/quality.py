@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
-from deskside.cli.model import FLAGS, model_file
+from deskside.cli.model import model_file, model_flags
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @takes(
-    model=FLAGS,
+    model=model_flags(),
     window=flags(
         ENGINE,
         "ctx",

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from deskside.cli.escapes import as_bytes, as_text
 from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
-from deskside.cli.model import FLAGS, model_file
+from deskside.cli.model import model_file, model_flags
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -22,7 +23,7 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 
 
 @takes(
-    model=FLAGS,
+    model=model_flags(),
     engine=flags(ENGINE, "ctx", "threads", "ubatch", "ctk", "ctv"),
     sampling=flags(
         SAMPLING,
@@ -47,6 +48,10 @@ def run(
     think: Annotated[
         bool | None, Option("--think/--no-think", help="enable_thinking of the chat template")
     ] = None,
+    escape: Annotated[
+        bool,
+        Option("-e", "--escape/--no-escape", help=r"\n, \t, \xHH and such in -p, -f and -r"),
+    ] = True,
     n_predict: Annotated[int, OPTIONS["max_tokens"]] = -1,
     engine: Given,
     sampling: Given,
@@ -54,8 +59,21 @@ def run(
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
     bias = dict(map(_logit_bias, sampling.get("logit_bias", ())))
-    params = SamplingParams(**{**sampling, "max_tokens": n_predict, "logit_bias": bias})
-    _main(model, prompt, file, system, not no_chat, think, params, {**engine, **placing})
+    stop = [as_text(as_bytes(text), "-r", escape=escape) for text in sampling.get("stop", ())]
+    params = SamplingParams(
+        **{**sampling, "max_tokens": n_predict, "logit_bias": bias, "stop": stop}
+    )
+    if prompt is not None and file is not None:
+        raise DesksideError("-p and -f both give a prompt; use one of them")
+    if file is not None:
+        prompt = as_text(file.read_bytes(), str(file), escape=escape)
+    elif prompt is not None:
+        prompt = as_text(as_bytes(prompt), "-p", escape=escape)
+    elif sys.stdin is None or not sys.stdin.isatty():
+        prompt = as_text(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
+    if system is not None:
+        system = as_text(as_bytes(system), "-sys")
+    _main(model, prompt, system, not no_chat, think, params, {**engine, **placing})
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
@@ -73,19 +91,12 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 def _main(
     model: Given,
     prompt: str | None,
-    file: Path | None,
     system: str | None,
     chat: bool,
     think: bool | None,
     params: SamplingParams,
     options: dict[str, Any],
 ) -> None:
-    if prompt is not None and file is not None:
-        raise DesksideError("-p and -f both give a prompt; use one of them")
-    if file is not None:
-        prompt = _decode(file.read_bytes(), str(file))
-    elif prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
-        prompt = _decode(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
     if system is not None and not chat:
@@ -200,11 +211,3 @@ def _figures(t: Timings, reason: str) -> str:
         decode += f" at {t.decode_rate:.1f} tok/s"
     first = f"first token after {t.first_seconds:.2f} s"
     return " | ".join((prefill, first, decode, f"ended by {reason}"))
-
-
-def _decode(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        note(f"{source} is not all UTF-8; the rest is read as \N{REPLACEMENT CHARACTER}")
-        return raw.decode("utf-8", "replace")

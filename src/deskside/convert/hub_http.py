@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -29,6 +28,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from deskside.errors import DesksideError
 from deskside.gguf.header import Header, Truncated
+from deskside.machine.loopback import is_loopback
 
 PIECE = 16 << 30  # bytes of one request; a CDN answers with no more than 50 GB
 CHUNK = 1 << 20
@@ -90,11 +90,7 @@ def headers() -> dict[str, str]:
 def exempt_loopback(endpoint: str) -> None:
     """Have a hub on this machine asked directly, whatever proxies the environment names."""
     host = urlsplit(endpoint).hostname or ""
-    try:
-        local = ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if local:
+    if is_loopback(host):
         before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         hosts = dict.fromkeys((*before.split(","), host, *_LOOPBACK))
         os.environ["no_proxy"] = ",".join(filter(None, hosts))

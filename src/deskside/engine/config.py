@@ -116,8 +116,8 @@ class EngineConfig:
         if self.backend not in ("cpu", "reference"):
             raise DesksideError(f"--backend {self.backend}: choose cpu or reference")
 
-    def placing(self) -> dict[str, Any]:
-        """The options that say where tensors go, as far as they were given, fit for JSON."""
+    def placement_options(self) -> dict[str, Any]:
+        """The options of placement that were given, as JSON values. Defaults are absent."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
         return {

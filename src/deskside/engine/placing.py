@@ -21,6 +21,7 @@ from deskside.plan import DoesNotFit, Options, Plan, make_plan, rules
 from deskside.plan.remedies import remedies
 from deskside.plan.speed import LONG_PROMPT
 from deskside.plan.stream import StreamPlan, plan_stream
+from deskside.plan.table import ranges
 from deskside.tape import Tape
 
 _NO_GPU = "does nothing: there is no GPU to use"
@@ -55,7 +56,7 @@ def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
     """The plan of a model under an engine's options; nothing is loaded. ctx, ubatch: tokens, as the
     engine will have them. DesksideError for options that make no sense or cannot be met, with the
     ways out."""
-    if not config.placing():
+    if not config.placement_options():
         return Launch()
     if config.backend != "cpu":
         raise DesksideError(
@@ -111,7 +112,42 @@ def planned(
 def plan_for(
     tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
 ) -> Launch:
-    """As `place`, of a machine and rules that are known; DoesNotFit."""
+    """As `place`, of a machine and rules that are known; DoesNotFit.
+
+    `-ngl` above the layer count, which includes the head, asks for as much as fits. If not all
+    fits, the planner selects, and a note says what stays on the CPU. A smaller number is a rule.
+    """
+    try:
+        return _plan_for(tape, config, machine, wishes, options)
+    except DoesNotFit:
+        layers = 1 + max(op.layer for op in tape.ops)
+        if wishes.gpu_layers is None or wishes.gpu_layers <= layers:
+            raise
+    launch = _plan_for(tape, config, machine, replace(wishes, gpu_layers=None), options)
+    launch.notes.append(
+        f"-ngl {config.gpu_layers}: not all of it fits; on the CPU stay {_on_cpu(launch)}"
+    )
+    return launch
+
+
+def _on_cpu(launch: Launch) -> str:
+    """What a plan leaves on the CPU, such as "routed experts of layers 0-34, embedding"."""
+    assert launch.plan is not None
+    layers: dict[str, set[int]] = {}
+    for name, device in launch.plan.placement.items():
+        if device == CPU and launch.plan.kinds[name] != Role.EMBEDDING:
+            found = layers.setdefault(launch.plan.kinds[name], set())
+            layer = rules.layer_of(name)
+            if layer is not None:
+                found.add(layer)
+    return ", ".join(
+        f"{kind} of layers {ranges(sorted(at))}" if at else kind for kind, at in layers.items()
+    )
+
+
+def _plan_for(
+    tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
+) -> Launch:
     size = parse_size(config.expert_cache, "--expert-cache") if config.expert_cache else 0
     min_tokens = _stream_from(config)
     if not size and min_tokens is None:

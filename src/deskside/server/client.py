@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deskside.errors import DesksideError
+from deskside.machine.loopback import is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -55,12 +57,21 @@ class Wire:
             if parsed.scheme not in ("http", "https") or not parsed.host:
                 raise httpx.InvalidURL("expected http://HOST:PORT")
             self.host = parsed.host
+        except (httpx.InvalidURL, UnicodeEncodeError) as failure:
+            raise DesksideError(f"--endpoint {url}: {failure}") from None
+        try:
             self._client = httpx.Client(
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
+                trust_env=not is_loopback(self.host),  # a proxy leads elsewhere
             )
-        except (httpx.InvalidURL, UnicodeEncodeError) as failure:
-            raise DesksideError(f"--endpoint {url}: {failure}") from None
+        except UnicodeEncodeError:
+            raise DesksideError("--api-key: holds more than ASCII") from None
+        except (httpx.InvalidURL, ValueError, ImportError, OSError) as failure:
+            raise DesksideError(
+                f"--endpoint {url}: a proxy or certificate of the environment ({_proxies()}) "
+                f"cannot be used: {' '.join(str(failure).split())}"
+            ) from None
         self._failures = httpx.HTTPError, httpx.InvalidURL, httpx.StreamError
 
     def get(self, path: str) -> Any:
@@ -158,6 +169,13 @@ class Wire:
 
     def close(self) -> None:
         self._client.close()
+
+
+def _proxies() -> str:
+    """The variables that httpx read."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    found = {name.upper() for name, value in os.environ.items() if name.upper() in names and value}
+    return ", ".join(sorted(found)) or "none is set"
 
 
 def number(data: Any, key: str) -> float | None:

@@ -144,7 +144,7 @@ class InProcess:
                 "numa": config.numa,
                 "huge_pages": config.huge_pages,
                 "backend": config.backend,
-                **config.placing(),
+                **config.placement_options(),
             },
             files=self._files,
             architecture=str(llm.file.get("general.architecture", "")),

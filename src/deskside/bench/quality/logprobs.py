@@ -24,7 +24,6 @@ second order: at most step ** 2 / 8.
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +105,16 @@ class LogProbWriter:
         self.path = path
         self.header = header
         self._file = WholeFile(path)
+        target = self._file.target
         try:
-            free = shutil.disk_usage(path.absolute().parent).free
-            other = path.exists() and _beginning(path) != MAGIC
+            other = target.is_plain and path.exists() and _beginning(path) != MAGIC
         except OSError as error:
-            raise self._file.failure(error) from None
+            raise target.failure(error) from None
         if other:
             raise DesksideError(
                 f"{path}: exists, and --save-logits did not write it; name another file"
             )
-        if header.nbytes > free:
-            raise DesksideError(
-                f"{path}: needs {header.nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB "
-                "free; score fewer windows (--chunks)"
-            )
+        target.need_room(header.nbytes, "score fewer windows (--chunks)")
         self._tokens = tokens
         self._left = header.rows
 
