@@ -19,7 +19,8 @@ CDN = "/cdn/"
 @dataclass
 class Repo:
     """files: what is listed. small: kept in git itself, as files below 10 MB may be.
-    sent: other bytes than listed, by name. gated, private: who may see what without `token`."""
+    sent: other bytes than listed, by name. gated: files need the hub's `granted` token, with
+    another account's it is 403. private: nobody sees it without a token."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
@@ -41,7 +42,8 @@ class Hub(ThreadingHTTPServer):
 
     cuts: bytes after which each coming answer of a file breaks off. statuses: of coming requests
     for a file. list_status: of every request for a list. info: what the list of files is instead.
-    pause: set when half of a file was sent; the rest never comes.
+    skip: bytes that every range starts too late. pause: set when half of a file was sent; the rest
+    never comes.
     """
 
     daemon_threads = True
@@ -50,6 +52,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[str, Repo] = {}
         self.token = "hf_right"
+        self.granted = "hf_granted"
         self.requests: list[Request] = []
         self.cuts: list[int] = []
         self.statuses: list[int] = []
@@ -57,6 +60,7 @@ class Hub(ThreadingHTTPServer):
         self.info: bytes | None = None
         self.ranges = True
         self.chunked = False
+        self.skip = 0
         self.pause: threading.Event | None = None
 
     def handle_error(self, *_: Any) -> None:
@@ -113,15 +117,16 @@ class Handler(BaseHTTPRequestHandler):
     def may(self, name: str, token: str | None, file: bool) -> bool:
         """Whether the repo is shown; else the hub's answer has been sent."""
         repo = self.server.repos.get(name)
-        known = token == self.server.token
+        known = token in (self.server.token, self.server.granted)
         if token is not None and not known:
             message = "Invalid credentials in Authorization header"
             self.reply(401, X_Error_Message=message)
         elif repo is None or (repo.private and not known):
             # so that nobody learns which private repos there are
             self.reply(404 if known else 401, X_Error_Code="RepoNotFound")
-        elif repo.gated and file and not known:
-            self.reply(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
+        elif repo.gated and file and token != self.server.granted:
+            status = 403 if known else 401
+            self.reply(status, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
         else:
             return True
         return False
@@ -169,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         start, end = 0, len(data)
         if asked is not None:
             first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(len(data), int(last) + 1)
+            start, end = int(first) + self.server.skip, min(len(data), int(last) + 1)
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         else:

@@ -294,6 +294,15 @@ def test_other_bytes_than_listed_are_never_taken(
     assert path.read_bytes() == repo.files["Model-Q4_K_M.gguf"]
 
 
+def test_other_ranges_than_asked_for_are_refused(hub: Hub) -> None:
+    hub.skip = 100
+    refused(REPO, "sends other bytes than it is asked for")
+    with pytest.raises(DesksideError, match="other bytes"):
+        find(REPO).header()
+    hub.skip = 0
+    assert find(REPO).fetch().is_file()
+
+
 def test_a_wrong_checksum_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.repos[REPO].sent["Model-Q4_K_M.gguf"] = noise(77)
     refused(REPO, "Model-Q4_K_M.gguf: its checksum is", "the hub lists", "fetch it again")
@@ -407,7 +416,9 @@ def test_a_gated_repo_says_what_to_do(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     refused(REPO, f"gated: accept the terms on {hub.url}/{REPO}", "HF_TOKEN")
     with pytest.raises(DesksideError, match="gated"):
         find(REPO).header()
-    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setenv("HF_TOKEN", hub.token)  # of an account that has not accepted
+    refused(REPO, "gated: accept the terms", "HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", hub.granted)
     assert find(REPO).fetch().is_file()
 
 

@@ -99,8 +99,6 @@ class HubModel:
                 if _size(self._path(file)) != file.size:
                     _link(self._blob(file), self._path(file))
             _write_ref(self.folder, self.files[0].commit)
-        except HfHubHTTPError:
-            raise
         except OSError as error:
             name = error.filename or self.folder
             raise DesksideError(f"{name}: cannot be written: {error.strerror}") from None

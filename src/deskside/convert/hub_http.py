@@ -185,7 +185,7 @@ def pull(file: HubFile, into: Partial, end: int, say: Say) -> None:
 
     DesksideError where the hub refuses, sends another file, or brings no byte in TRIES tries.
     """
-    failed = best = 0
+    failed, best = 0, into.size
     while into.size < end:
         stop = min(end, into.size + PIECE)
         reason, wait = "the answer ended too soon", 0.0
@@ -222,7 +222,7 @@ def _receive(file: HubFile, into: Partial, stop: int) -> None:
                 wait = float(asked) if asked.isdecimal() else 0.0
                 raise _Interrupted(f"status {response.status_code}", wait)
             hf_raise_for_status(response)
-            if _start(file, response) != into.size:
+            if not _goes_on(file, response, into.size):
                 into.restart()
             for data in response.iter_bytes(CHUNK):
                 if into.size + len(data) > file.size:
@@ -238,22 +238,22 @@ def _receive(file: HubFile, into: Partial, stop: int) -> None:
         raise _Interrupted(str(error) or type(error).__name__) from None
 
 
-def _start(file: HubFile, response: httpx2.Response) -> int:
-    """Where an answer's bytes start: 0 from a server that knows no ranges.
+def _goes_on(file: HubFile, response: httpx2.Response, at: int) -> bool:
+    """Whether an answer's bytes are those from `at` on; else they are the file from its start.
 
-    DesksideError if it is of a file of another size than was listed.
+    DesksideError for other bytes, and for a file of another size than was listed.
     """
-    start, size = 0, response.headers.get("Content-Length", str(file.size))
+    size = response.headers.get("Content-Length", str(file.size))
     if response.status_code == 206:
         found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if found is None:
-            raise DesksideError(f"{file}: {file.endpoint} does not say which bytes it sends")
-        start, size = int(found[1]), found[3]
+        if found is None or int(found[1]) != at:
+            raise DesksideError(f"{file}: {file.endpoint} sends other bytes than it is asked for")
+        size = found[3]
     if size != str(file.size):
         raise DesksideError(
             f"{file}: {file.endpoint} lists {file.size} bytes, but sends a file of {size}"
         )
-    return start
+    return response.status_code == 206
 
 
 def download(file: HubFile, blob: Path, partly: Path, say: Say, report: Report) -> None:
