@@ -23,6 +23,7 @@ from deskside.bench.request import Request
 from deskside.cli.bench import RUNS, TARGETS, WORKLOAD
 from deskside.cli.escapes import unescaped
 from deskside.cli.flags import OPTIONS
+from deskside.cli.model import MODEL, ModelFlags
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 from tests.commands import COMMAND, deskside, inside, refused
@@ -230,6 +231,7 @@ def test_help_and_version() -> None:
 def test_every_setting_has_one_flag() -> None:
     settings = [*fields(EngineConfig), *fields(SamplingParams)]
     assert set(OPTIONS) == {setting.name for setting in settings}
+    assert list(MODEL) == [field.name for field in fields(ModelFlags)]
     for command in ("run", "perplexity", "bench"):  # one sequence at a time
         assert b"--parallel" not in inside(command, "--help").stdout
     assert b"--parallel" in inside("plan", "--help").stdout

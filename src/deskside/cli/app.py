@@ -14,6 +14,7 @@ import typer
 
 from deskside import console
 from deskside.cli import arguments, bench, doctor, files, plan, predict, quality, report, run
+from deskside.cli.list import list_
 from deskside.errors import DesksideError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     run.run,
     bench.bench,
     plan.plan,
+    list_,
     files.synth,
     files.convert,
     files.quantize,
@@ -36,7 +38,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     doctor.doctor,
 ]
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 # The base class of click's usage errors. Typer exports only this subclass, and some versions of
 # typer bundle their own click.
