@@ -93,9 +93,13 @@ class PyArena {
     arena_ = std::make_shared<Arena>(bytes, kind);
   }
 
+  // group_bytes: from one matrix to the next in the file; -1 where nothing lies between them.
   PyWeights from_file(int fd, int64_t offset, int type, int64_t cols, int64_t rows, int64_t groups,
-                      int64_t at, int64_t stride, int n_threads) {
-    return fill({nullptr, fd, offset}, type, cols, rows, groups, at, stride, n_threads);
+                      int64_t at, int64_t stride, int n_threads, int64_t group_bytes) {
+    const int64_t own = rows * (panel_bytes(type, cols) / kPanelRows);
+    if (group_bytes == -1) group_bytes = own;
+    require(group_bytes >= own, "pack: the matrices overlap");
+    return fill({nullptr, fd, offset, group_bytes}, type, cols, rows, groups, at, stride, n_threads);
   }
 
   PyWeights from_array(Bytes data, int type, int64_t cols, int64_t groups, int64_t at,
@@ -104,7 +108,8 @@ class PyArena {
             "pack: rows do not divide by groups");
     require(int64_t(data.shape(1)) * kPanelRows == panel_bytes(type, cols),
             "pack: rows of a wrong length");
-    return fill({data.data(), -1, 0}, type, cols, int64_t(data.shape(0)) / groups, groups, at,
+    const int64_t rows = int64_t(data.shape(0)) / groups;
+    return fill({data.data(), -1, 0, rows * int64_t(data.shape(1))}, type, cols, rows, groups, at,
                 stride, n_threads);
   }
 
@@ -554,6 +559,11 @@ NB_MODULE(_native, m) {
            "cpus"_a = std::vector<int>())
       .def_prop_ro("nodes_error", &deskside::PyReader::nodes_error);
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
   nb::class_<deskside::PyWeights>(m, "Weights")
@@ -563,7 +573,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<int64_t, const std::string&, const std::vector<int>&, bool>(), "bytes"_a,
            "pages"_a = "auto", "nodes"_a = std::vector<int>(), "strict"_a = false)
       .def("from_file", &deskside::PyArena::from_file, "fd"_a, "offset"_a, "type"_a, "cols"_a,
-           "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a)
+           "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a, "group_bytes"_a = -1)
       .def("from_array", &deskside::PyArena::from_array, "data"_a, "type"_a, "cols"_a, "groups"_a,
            "at"_a, "stride"_a, "n_threads"_a)
       .def_prop_ro("nbytes", &deskside::PyArena::nbytes)

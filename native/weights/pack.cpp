@@ -316,7 +316,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
         const int64_t group = task / tasks_per_group, p0 = task % tasks_per_group * per_task;
         const int64_t p1 = std::min(p0 + per_task, panels);
         const int64_t r0 = p0 * kPanelRows, n = std::min(p1 * kPanelRows, rows) - r0;
-        const int64_t at = (group * rows + r0) * row_bytes;
+        const int64_t at = group * from.group_bytes + r0 * row_bytes;
         const uint8_t* source = buffer.data();
         if (from.memory)
           source = from.memory + at;

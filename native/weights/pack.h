@@ -16,11 +16,12 @@ struct Source {
   const uint8_t* memory;
   int fd;
   int64_t offset;
+  int64_t group_bytes;  // from one matrix to the next
 };
 
-// Packs `groups` matrices of `rows` rows, which follow each other in the source. Panels are written
-// from `to` on, `stride` bytes apart. A matrix's last panel is padded with zero rows. Throws
-// std::runtime_error if the file ends early or cannot be read.
+// Packs `groups` matrices of `rows` rows. Panels are written from `to` on, `stride` bytes apart. A
+// matrix's last panel is padded with zero rows. Throws std::runtime_error if the file ends early or
+// cannot be read.
 void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t groups, uint8_t* to,
           int64_t stride, int n_threads);
 

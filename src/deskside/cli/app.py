@@ -14,10 +14,10 @@ import typer
 
 from deskside import console
 from deskside.cli import arguments, bench, doctor, files, plan, predict, quality, report, run
+from deskside.cli.list import list_
 from deskside.errors import DesksideError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,6 +27,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     run.run,
     bench.bench,
     plan.plan,
+    list_,
     files.synth,
     files.convert,
     files.quantize,
@@ -37,7 +38,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     doctor.doctor,
 ]
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 # The base class of click's usage errors. Typer exports only this subclass, and some versions of
 # typer bundle their own click.

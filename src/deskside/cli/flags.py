@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
@@ -115,9 +114,6 @@ ENGINE = EngineConfig()
 SAMPLING = SamplingParams(seed=-1)
 
 # Flags for the signatures of commands.
-Model = Annotated[
-    Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
-]
 Threads = Annotated[int, OPTIONS["threads"]]
 Ubatch = Annotated[int, OPTIONS["ubatch"]]
 Isa = Annotated[str | None, OPTIONS["isa"]]

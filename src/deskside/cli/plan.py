@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.cli.model import hub_model, model_flags, named
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
+
+if TYPE_CHECKING:
+    from deskside.convert.hub import HubModel
 
 Text = str | None
 
 
 @takes(
+    model=model_flags(
+        model="GGUF file; its header is enough, as of one being fetched",
+        hf_repo="a model of the hub: its headers alone are fetched",
+    ),
     engine=flags(
         ENGINE,
         *("ctx", "parallel", "ubatch", "batch", "threads", "threads_batch", "ctk", "ctv"),
@@ -31,12 +39,7 @@ def plan(
         Text,
         Argument(metavar="MODEL.gguf|PRESET", help="as -m or as --preset", show_default=False),
     ] = None,
-    model: Annotated[
-        Path | None,
-        Option(
-            "-m", "--model", help="GGUF file; a header is enough, as of a file being downloaded"
-        ),
-    ] = None,
+    model: Given,
     preset: Annotated[
         Text, Option("--preset", help="a model by name instead, such as qwen3.5-397b-a17b")
     ] = None,
@@ -104,7 +107,12 @@ def plan(
     if svg is not None:
         svg.write_text(picture(made, name), encoding="utf-8")
     if emit is not None:
-        _emit(plan_emit.emit(made, emit, str((model or Path(f"{preset}.gguf")).absolute())), out)
+        _emit(
+            plan_emit.emit(
+                made, emit, str(Path(f"{preset}.gguf" if preset else file.path).absolute())
+            ),
+            out,
+        )
     elif as_json:
         values = plan_table.to_dict(made, name, known)
         offload = dataclasses.asdict(placed.offload) if placed.offload else None
@@ -116,35 +124,48 @@ def plan(
     return 0
 
 
-def _named(source: str, model: Path | None, preset: str | None) -> tuple[Path | None, str | None]:
+def _named(source: str, model: Given, preset: str | None) -> tuple[Given, str | None]:
     """Of a word without a flag: the file, or the preset if it is the name of one."""
     from deskside.convert.synth import PRESETS
 
-    if model is not None or preset is not None:
-        raise DesksideError(f"{source} and {model or preset} are two models: give one of them")
+    if preset is not None:
+        raise DesksideError(f"{source} and --preset {preset} are two models: give one of them")
     if source in PRESETS:
-        return None, source
+        return named(None, model), source
     if not Path(source).exists():
         known = ", ".join(PRESETS)
         raise DesksideError(f"{source}: no such file, and no preset; the presets are {known}")
-    return Path(source), None
+    return named(Path(source), model), None
 
 
-def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
+def _model(model: Given, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
     from deskside.convert.quantize import parse_rule
     from deskside.convert.synth import outline
     from deskside.engine.config import demo_model
     from deskside.gguf import GGUF
 
-    if model is not None and preset is not None:
-        raise DesksideError("-m and --preset are two models: give one of them")
+    if model and preset is not None:
+        raise DesksideError("-m, -hf and --preset are two models: give one of them")
     if preset is not None:
         rules = [parse_rule(entry) for entry in types or ()]
         return outline(preset, types=rules).gguf(), preset
     if types:
         raise DesksideError("--tensor-type is for --preset only: a file already has its types")
-    path = model or demo_model()
+    remote = hub_model(model)
+    if remote is not None:
+        return _remote(remote), remote.path.name
+    path = model.get("model") or demo_model()
     return GGUF.open(path, complete=False), path.name
+
+
+def _remote(model: HubModel) -> Any:
+    """The headers of a model of the hub; says what is still to be fetched."""
+    from deskside.console import note
+    from deskside.convert.hub_choice import size_text
+
+    file, missing = model.header(note), sum(f.size for f in model.missing)
+    note(f"{model}; {size_text(missing)} to fetch" if missing else f"{model}; is in the cache")
+    return file
 
 
 def _preset_of(file: Any) -> str | None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from deskside.cli.flags import ENGINE, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.cli.model import model_file, model_flags
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @takes(
+    model=model_flags(),
     window=flags(
         ENGINE,
         "ctx",
@@ -35,7 +37,7 @@ def perplexity(
         Path | None, Argument(help="text in UTF-8; - reads stdin", show_default=False)
     ] = None,
     text_file: Annotated[Path | None, Option("-f", "--file", help="the same by a flag")] = None,
-    model: Model = None,
+    model: Given,
     window: Given,
     chunks: Annotated[int | None, Option("--chunks", help="score only this many windows")] = None,
     save: Annotated[
@@ -68,9 +70,10 @@ def perplexity(
         None if piped else file, sys.stdin.buffer.read() if piped and sys.stdin else b""
     )
     reference = None if kl is None else LogProbs.open(kl)
+    path = model_file(model) or demo_model()
     with progress_bar() as progress, ExitStack() as stack:
         llm = LLM(
-            model or demo_model(),
+            path,
             progress=progress,
             **{"ctx": quality.WINDOW, **window, **engine, **placing},
         )

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from deskside.cli.escapes import as_bytes, as_text
-from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
+from deskside.cli.model import model_file, model_flags, named
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -24,6 +25,7 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 
 
 @takes(
+    model=model_flags(),
     engine=flags(ENGINE, "ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
     sampling=flags(
         SAMPLING,
@@ -37,7 +39,7 @@ def run(
     source: Annotated[
         Path | None, Argument(metavar="MODEL.gguf", help="as -m", show_default=False)
     ] = None,
-    model: Model = None,
+    model: Given,
     prompt: Annotated[
         str | None,
         Option("-p", "--prompt", help="answer this and exit, or go on with -cnv; without it: chat"),
@@ -93,10 +95,8 @@ def run(
         system = as_text(_read(system_file), str(system_file))
     elif system is not None:
         system = as_text(as_bytes(system), "-sys")
-    if source is not None and model is not None:
-        raise DesksideError(f"{source} and -m {model} are two models: give one of them")
     turns = Turns(chat is not False, single or (prompt is not None and chat is None))
-    _main(source or model, prompt, system, turns, think, params, {**engine, **placing})
+    _main(named(source, model), prompt, system, turns, think, params, {**engine, **placing})
 
 
 def _read(file: Path) -> bytes:
@@ -125,7 +125,7 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 
 
 def _main(
-    model: Path | None,
+    model: Given,
     prompt: str | None,
     system: str | None,
     turns: Turns,
@@ -140,7 +140,7 @@ def _main(
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
-    path = model or demo_model()
+    path = model_file(model) or demo_model()
     with progress_bar() as progress:
         llm = LLM(path, progress=progress, **options)
     for line in llm.notes:

@@ -149,6 +149,16 @@ class EngineConfig:
         """The same while a prompt is computed."""
         return min(self.threads_batch, usable_cores()) if self.threads_batch > 0 else self.n_threads
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: what was asked for and is done otherwise."""
+        if self.threads <= usable_cores():
+            return []
+        return [
+            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
+            f"{self.n_threads} threads run; more would only wait for each other"
+        ]
+
 
 def demo_model() -> Path:
     """The model file that comes with the package; DesksideError if it is missing."""

@@ -127,7 +127,7 @@ class Loaded:
         """Raise the DesksideError for NaN logits. It names a damaged tensor, if there is one."""
         for slot in self.slots:
             slot.clear()
-        self.file.check_values(self.tape.weights())
+        self.file.check_values(self.tape.weights().values())
         raise DesksideError(f"{self.file.path}: the model computed NaN; its weights may be damaged")
 
 
@@ -168,7 +168,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
     if config.mlock and launch.plan is not None:
         need_lockable(launch.plan.usage[0].held)
     if config.no_mmap or config.mlock:
-        file.read_in(w.name for op in tape.ops if op.kind == "embed" for w in op.weights)
+        file.read_in(w for op in tape.ops if op.kind == "embed" for w in op.weights)
     check_values(file, tape)
     ubatch = min(config.ubatch, ctx) if plan is None else plan.options.ubatch
     if plan is None:
@@ -191,7 +191,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
         ubatch=ubatch,
         max_outputs=max_outputs,
         plan=plan,
-        notes=launch.notes,
+        notes=[*config.notes, *tape.notes, *launch.notes],
         offloads=plan is not None and launch.offload is not None,
         banned=tokenizer.banned(tape.n_vocab),
         _rows=np.empty((config.parallel, tape.n_vocab), np.float32),
@@ -216,7 +216,7 @@ def check_values(file: GGUF, tape: Tape) -> None:
     weights = tape.weights()
     if sum(w.nbytes for w in weights.values()) > CHECK_BYTES:
         weights = {name: w for name, w in weights.items() if w.type.name == "F32"}
-    file.check_values(weights)
+    file.check_values(weights.values())
 
 
 def _host_options(config: EngineConfig) -> HostOptions:

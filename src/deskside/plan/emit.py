@@ -1,7 +1,7 @@
 """Emits a plan as a command line or as unit files.
 
-The command line is for llama.cpp's or ik_llama.cpp's server. The files are a Podman quadlet with
-its Containerfile, or a systemd unit; both start deskside.
+The command line is for llama.cpp's or ik_llama.cpp's server. The files are a Podman quadlet or
+a systemd unit; both start deskside.
 
 In llama.cpp, `-ngl` and `--tensor-split` give each layer's tensors and cache to a device. `-ot`
 then moves single tensors. So the layers' mixers decide the split. Tensors elsewhere become `-ot`
@@ -53,7 +53,15 @@ def flags(plan: Plan) -> Flags:
     notes = []
     if elsewhere:
         notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
-    return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+    stored = {name: w.source or name for name, w in plan.tape.weights().items()}
+    places: dict[str, set[str]] = {}
+    for name, own in stored.items():
+        places.setdefault(own, set()).add(plan.placement[name])
+    if torn := [own for own, devices in places.items() if len(devices) > 1]:
+        notes.append(f"{torn[0]} is one tensor in the file; the plan has its parts on two devices")
+    in_file = {stored[name]: device for name, device in moved.items()}
+    overrides = _compact(in_file, set(stored.values()))
+    return Flags(count, split, tuple(overrides), tuple(notes))
 
 
 def _gpu_layers(mixer: Sequence[str], head: str) -> int:
@@ -274,12 +282,12 @@ def _unit_words(words: Sequence[str]) -> str:
 
 
 def _podman(plan: Plan, model: str) -> dict[str, str]:
-    """The quadlet and its Containerfile. The model's folder is mounted read-only at /models."""
+    """A quadlet. The model's folder is mounted read-only at /models."""
     folder, _, file = model.rpartition("/")
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
-    names = ("deskside.container", "Containerfile")
-    return {name: _render(name, plan, words=words, file=file, folder=folder) for name in names}
+    name = "deskside.container"
+    return {name: _render(name, plan, words=words, file=file, folder=folder)}
 
 
 def _systemd(plan: Plan, model: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from deskside.errors import DesksideError
 from deskside.lowering.memory import StepShape
 from deskside.machine.devices import Device, Machine
 from deskside.plan.rules import Rules
-from deskside.plan.speed import Rate
+from deskside.plan.speed import Rate, Replayed
 from deskside.tape import Tape
 from deskside.tape.cache import kv_type
 
@@ -87,7 +87,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement that fits. placement, reasons, kinds: by tensor name. state_devices: by state."""
+    """A placement that fits. placement, reasons, kinds: by tensor name. state_devices: by state.
+
+    replayed: what others published for this machine, where the context holds it.
+    """
 
     tape: Tape
     options: Options
@@ -99,6 +102,7 @@ class Plan:
     kinds: Mapping[str, str]
     usage: tuple[Usage, ...]
     rates: tuple[Rate, ...]
+    replayed: tuple[Replayed, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:

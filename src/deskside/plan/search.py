@@ -25,7 +25,7 @@ from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
-from deskside.plan.speed import SpeedModel, predict
+from deskside.plan.speed import SpeedModel, predict, replays
 from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
@@ -72,7 +72,9 @@ class _Search:
         self.names = [d.name for d in machine.devices]
         self.gpus = self.names[1:]
         n_layers = 1 + max(op.layer for op in tape.ops)
-        self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
+        weights = tape.weights()
+        sources = {name: w.source for name, w in weights.items() if w.source}
+        self.pinned = apply(rules, list(weights), n_layers, self.gpus, sources)
         self.grouping: Grouping = group_units(tape, self.pinned.devices)
         k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
         self.speed = SpeedModel(self.grouping, machine, k, v)
@@ -269,6 +271,7 @@ class _Search:
             self.grouping.kinds,
             self._usage(placement, states, taken),
             tuple(rates),
+            tuple(replays(self.speed, atoms, self.machine.published, o.ctx, o.ubatch)),
         )
 
     def _reason(self, i: int, device: int) -> str:

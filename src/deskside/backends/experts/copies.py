@@ -77,7 +77,7 @@ class Source:
         if (weights := self.packed.get(info.name)) is not None:
             weights.unpack(expert, to.reshape(info.shape[1], info.row_bytes))
         else:
-            self._read(info, info.offset + expert * len(to), to)
+            self._read(info, info.offset + expert * info.matrix_stride, to)
 
     def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
         try:

@@ -200,12 +200,12 @@ class _Lowering:
 
     def floats(self, info: TensorInfo) -> NDArray[np.float32]:
         """A small tensor in float32, in NumPy's order of dimensions."""
-        return np.ascontiguousarray(self.file.dequantized(info.name))
+        return np.ascontiguousarray(self.file.dequantized(info))
 
     def embed(self, op: NativeOp) -> None:
         (info,) = op.op.weights
         (out,) = self.places(op)
-        self.program.embed(self.file.raw(info.name), info.type.id, info.row_len, out)
+        self.program.embed(self.file.raw(info), info.type.id, info.row_len, out)
 
     def rms_norm(self, op: NativeOp) -> None:
         x, out = self.places(op)

@@ -19,6 +19,7 @@ import numpy as np
 from deskside import _native
 from deskside.errors import DesksideError
 from deskside.files import read_at
+from deskside.gguf import TensorInfo
 from deskside.lowering.panels import PanelRange, layout, matrices
 from deskside.lowering.steps import Step
 from deskside.machine import pages
@@ -59,7 +60,7 @@ def load(
             progress("loading", done, whole)
             weights[info.name] = _packed(arena, fd, p, host.most_threads)
             if forget:
-                os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+                _forget(fd, info)
             done += info.nbytes
         progress("loading", done, whole)
     except BaseException as error:
@@ -76,14 +77,24 @@ def load(
     return weights
 
 
+def _forget(fd: int, info: TensorInfo) -> None:
+    """Let go of the file's pages, but not of those of rows between the matrices."""
+    runs = info.n_matrices if info.stride else 1
+    for i in range(runs):
+        at = info.offset + i * info.matrix_stride
+        os.posix_fadvise(fd, at, info.nbytes // runs, os.POSIX_FADV_DONTNEED)
+
+
 def _packed(arena: _native.Arena, fd: int, p: PanelRange, threads: int) -> _native.Weights:
     """A tensor's panels from its file. An interleaved one is taken apart in memory first."""
     info, place = p.info, (p.groups, p.at, p.stride, threads)
     type_id, n = info.type.id, info.row_len
     if info.interleaved is None:
-        return arena.from_file(fd, info.offset, type_id, n, p.rows, *place)
-    stored = np.empty(info.nbytes, np.uint8)
-    read_at(fd, info.offset, stored)
+        between = (info.stride,) if info.stride else ()
+        return arena.from_file(fd, info.offset, type_id, n, p.rows, *place, *between)
+    stored = np.empty((info.n_matrices, info.matrix_bytes), np.uint8)
+    for i, matrix in enumerate(stored):
+        read_at(fd, info.offset + i * info.matrix_stride, matrix)
     data = info.interleaved.plain(stored.reshape(info.n_rows, info.row_bytes))
     return arena.from_array(data, type_id, n, *place)
 
