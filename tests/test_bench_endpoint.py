@@ -338,7 +338,7 @@ def test_which_servers_and_models_there_are(
     with pytest.raises(DesksideError, match="--endpoint http://"):
         connect("http://")
     for url in ("http://me:secret@127.0.0.1:1", "http://127.0.0.1:1/?key=secret"):
-        with pytest.raises(DesksideError, match="would be recorded; use --api-key") as failure:
+        with pytest.raises(DesksideError, match="must not be in it; use --api-key") as failure:
             connect(url)
         assert "secret" not in str(failure.value)
     assert is_local("localhost") and is_local("127.0.0.1") and not is_local("example.org")

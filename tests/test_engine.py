@@ -106,7 +106,7 @@ def test_a_stream_ends_when_another_generation_begins(llm: LLM) -> None:
     first = llm.stream(IDS, GREEDY)
     next(first)
     llm.generate(IDS[:5], GREEDY)
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         next(first)
 
 
@@ -218,3 +218,32 @@ def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(engine, "available_memory", lambda: 100_000)
     with pytest.raises(DesksideError, match=r"-c 4096 needs .* GB"):
         LLM(tiny())
+
+
+def test_a_forked_process_gets_one_error_and_may_load_anew() -> None:
+    llm = LLM(tiny(), threads=2, ctx=64)
+    want = llm.generate("a", GREEDY).tokens
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:  # a thread that computes while another one forks
+        with llm.loaded.turn:
+            held.set()
+            let_go.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            llm.generate("a", GREEDY)
+        except DesksideError as error:
+            anew = LLM(tiny(), threads=2, ctx=64).generate("a", GREEDY).tokens
+            code = 0 if "before a fork" in str(error) and anew == want else 2
+        finally:
+            os._exit(code)
+    let_go.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert llm.generate("a", GREEDY).tokens == want

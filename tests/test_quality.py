@@ -237,8 +237,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         writer.write(np.log(np.full((6, 4), 0.25)), np.zeros(6, np.int32))
     good = path.read_bytes()
     for bad, said in (
-        (good[:-1], "cut short"),
-        (good + b"x", "cut short"),
+        (good[:-1], "is it truncated"),
+        (good + b"x", "is it truncated"),
         (b"", "not a file"),
         (b"GGUF" + good[4:], "not a file"),
         (good[:8] + b"\x02" + good[9:], "version 2"),
@@ -288,7 +288,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     refused(*run, "--chunks", "0", part="--chunks 0")
     refused(*run, "--kl", text, part="t.txt: not a file that --save-logits wrote")
     refused(*run, "--kl", ref, part="--chunks 2")
-    refused(*run, "--kl", ref, "--save-logits", ref, part="--save-logits and --kl")
+    refused(*run, "--kl", ref, "--save-logits", ref, part="--save-logits in a first run")
     refused(*run[:4], "-c", "64", "--kl", ref, part="use -c 32")
     refused("perplexity", "-", *run[2:], "--kl", ref, "--chunks", "2",
             stdin=b"other " * 99, part="window 1 has other tokens")  # fmt: skip

@@ -374,7 +374,7 @@ def test_splits_follow_the_longest_sequence() -> None:
                 4,
                 torch.zeros((2, 2), dtype=torch.int32),
             ),
-            "got 3 rows",
+            "rows of activations, not 3",
         ),
     ],
 )  # fmt: skip

@@ -97,6 +97,7 @@ class Program:
         profile: bool = False,
         begin: int = 0,
         end: int = -1,
+        threads: int = 0,
     ) -> list[float]: ...
     @property
     def activations(self) -> NDArray[np.float32]: ...

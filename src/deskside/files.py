@@ -11,10 +11,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deskside.errors import DesksideError
 from deskside.progress import Progress
 
 CHUNK = 16 << 20
+
+
+def read_at(fd: int, offset: int, to: NDArray[np.uint8]) -> None:
+    """Fill `to` (contiguous) with a file's bytes from `offset` on; OSError where it ends before."""
+    done = 0
+    while done < len(to):
+        got = os.preadv(fd, [to[done:].data], offset + done)
+        if got == 0:
+            raise OSError("ends early: it was cut off after it was opened")
+        done += got
 
 
 class Target:

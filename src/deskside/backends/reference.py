@@ -31,7 +31,7 @@ class BatchStep:
     batch: Batch
     cache: Cache
     weight: Callable[[TensorInfo], Matrix]
-    raw: Callable[[TensorInfo], NDArray[np.uint8]]
+    matrices: Callable[[TensorInfo], NDArray[np.uint8]]
 
     def positions(self) -> NDArray[np.int64]:
         """The position of each token in its sequence: (tokens,)."""
@@ -50,8 +50,8 @@ class ReferenceBackend:
         step = BatchStep(
             batch,
             cache,
-            weight=lambda info: self.file.dequantized(info.name),
-            raw=lambda info: self.file.raw(info.name),
+            weight=self.file.dequantized,
+            matrices=self.file.matrices,
         )
         values: dict[int, Matrix] = {}
         for op in self.tape.ops:
@@ -82,7 +82,7 @@ def softplus(x: Matrix) -> Matrix:
 def embed(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """y = row `token` of the embedding matrix."""
     (info,) = op.weights
-    rows = step.raw(info)[step.batch.tokens]
+    rows = step.matrices(info)[0][step.batch.tokens]
     return [dequantize(rows, info.type, info.row_len)]
 
 
@@ -284,8 +284,7 @@ def experts(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 
 
 def _expert(info: TensorInfo, e: int, step: BatchStep) -> Matrix:
-    rows = info.shape[1]
-    return dequantize(step.raw(info)[e * rows : (e + 1) * rows], info.type, info.row_len)
+    return dequantize(step.matrices(info)[e], info.type, info.row_len)
 
 
 def take_rows(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:

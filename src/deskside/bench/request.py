@@ -14,7 +14,7 @@ WHERE = ("model", "endpoint", "endpoint_model")
 
 @dataclass(frozen=True)
 class Request:
-    """The flags of `deskside bench`; None where one was not given."""
+    """The flags of `deskside bench`; None for a flag that was not given."""
 
     model: Path | None = None
     endpoint: str | None = None
@@ -43,6 +43,6 @@ class Request:
     no_report: bool = False
 
     def given(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the flags that the command line had."""
+        """The flags among `names` that were given, with their values."""
         found = {name: getattr(self, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What `deskside bench` measures, as flags or a record that is resumed or replayed say."""
+"""What `deskside bench` measures. Flags say so, or a record that is resumed or replayed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_WORKLOAD = "article"
 
 @dataclass(frozen=True)
 class Side:
-    """A target to be: a model file with engine options, or a server's URL and model."""
+    """A target before it is opened: a model file with options, or a server's URL and model."""
 
     where: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure, whether flags or a record said so."""
+    """What to measure: a workload, the targets by side, and the seed of prompts."""
 
     workload: Workload
     sides: Mapping[str, Side]
@@ -43,15 +43,15 @@ class Task:
 
 
 def task_of(request: Request, resumed: Record | None) -> Task:
-    """From the flags, or from the record that is resumed without further flags or replayed.
+    """The task that the flags describe, or the record that they resume or replay.
 
-    DesksideError for what would fail only after everything has been measured.
+    DesksideError for bad flags, also for those that would fail only after the last run.
     """
     if not 0 < request.timeout < math.inf:
         raise DesksideError(f"--timeout {request.timeout:g}: expected seconds, more than 0")
     task = _task(request, resumed)
     if request.profile and all(side.is_server for side in task.sides.values()):
-        raise DesksideError("--profile: a server does not tell the time of its steps")
+        raise DesksideError("--profile: a server does not report the time of its steps")
     return task
 
 
@@ -65,7 +65,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
         if other:
             raise DesksideError(
                 f"--replay repeats what {request.replay} says; {_flag(other[0])} "
-                "has no place beside it"
+                "cannot be combined with it"
             )
         task = _of_record(Record.load(request.replay), str(request.replay))
         if request.model is None and request.endpoint is None:
@@ -79,7 +79,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
         sides["B"] = other_side if other_side.is_server else Side(request.vs, options)
     if options and all(side.is_server for side in sides.values()):
         flag = _flag(next(iter(options)))
-        raise DesksideError(f"{flag}: a server's own affair; start the server with it")
+        raise DesksideError(f"{flag} does not reach a server; start the server with it")
     seed = request.seed or 0
     if seed < 0:
         raise DesksideError(f"-s {seed}: expected 0 or more, so that the runs can be repeated")
@@ -87,7 +87,7 @@ def _task(request: Request, resumed: Record | None) -> Task:
 
 
 def _flag(name: str) -> str:
-    """How the command line spells a field of the request."""
+    """The flag of a field of the request."""
     short = {"ctx": "-c", "ubatch": "-ub", "ctk": "-ctk", "ctv": "-ctv"}
     short |= {
         "temperature": "--temp",
@@ -104,7 +104,7 @@ def _first(request: Request, options: dict[str, Any]) -> Side:
             raise DesksideError("--endpoint-model needs --endpoint")
         return Side(str(request.model or demo_model()), options)
     if request.model is not None:
-        raise DesksideError("-m and --endpoint are two things to measure; compare them with --vs")
+        raise DesksideError("-m and --endpoint are two targets; compare them with --vs")
     if not endpoint.is_url(request.endpoint):
         raise DesksideError(f"--endpoint {request.endpoint}: expected http://HOST:PORT")
     return Side(request.endpoint, {}, request.endpoint_model)
@@ -137,7 +137,7 @@ def _of_record(record: Record, source: str) -> Task:
     workload = Workload.from_dict(data, f"{source}: workload")
     sides = {side: _side(target, source) for side, target in record.targets.items()}
     if "A" not in sides:
-        raise DesksideError(f"{source}: does not say what was measured: targets has no A")
+        raise DesksideError(f"{source}: does not say what was measured: targets.A is missing")
     return Task(workload, sides, record.seed)
 
 

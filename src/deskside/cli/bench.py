@@ -13,54 +13,58 @@ from deskside.cli.predict import predict
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
-# By the fields of Request that they set, which give type and default.
+# Flags by the field of Request that they set. The field gives type and default.
 TARGETS: dict[str, Any] = {
     "endpoint": Option("--endpoint", metavar="URL", help="measure a server instead"),
     "endpoint_model": Option("--endpoint-model", help="which of the server's models"),
-    "api_key": Option("--api-key", envvar="DESKSIDE_API_KEY", help="of the server; not recorded"),
-    "timeout": Option("--timeout", help="seconds that a server may be silent, prefill included"),
-    "vs": Option("--vs", metavar="URL_OR_FILE", help="measure this as well, in turns: A B, B A, …"),
+    "api_key": Option(
+        "--api-key", envvar="DESKSIDE_API_KEY", help="key of the server; not recorded"
+    ),
+    "timeout": Option("--timeout", help="seconds a server may be silent, prefill included"),
+    "vs": Option("--vs", metavar="URL_OR_FILE", help="measure this as well, by turns: A B, B A, …"),
 }
 WORKLOAD: dict[str, Any] = {
     "workload": Option("-w", "--workload", metavar="NAME_OR_FILE", show_default="article"),
-    "list": Option("--list", help="show the workloads that come along"),
-    "runs": Option("--runs", help="times that the whole workload is run"),
+    "list": Option("--list", help="show the workloads of the package"),
+    "runs": Option("--runs", help="times to run the whole workload"),
     "warmup": Option(
         "--warmup",
         metavar="auto|N",
-        help="runs that only warm up; auto = none, the report finds what was warm-up",
+        help="runs that only warm up; auto = none, and the report finds the warm-up",
     ),
     "scale": Option("--scale", help="shrink prompts and answers to this share"),
-    "max_prompt": Option("--max-prompt", help="cut prompts to so many tokens"),
-    "max_tokens": Option("--max-tokens", help="cut answers to so many tokens"),
+    "max_prompt": Option("--max-prompt", help="cut prompts to this many tokens"),
+    "max_tokens": Option("--max-tokens", help="cut answers to this many tokens"),
     "text": Option("--text", help="folder to cut prompts from", show_default="stdlib"),
 }
 RUNS: dict[str, Any] = {
-    "seed": Option("-s", "--seed", help="of prompts and sampling", show_default="0"),
+    "seed": Option("-s", "--seed", help="seed of prompts and sampling", show_default="0"),
     "ignore_eos": Option(
-        "--ignore-eos/--no-ignore-eos", help="whether answers have their full length"
+        "--ignore-eos/--no-ignore-eos",
+        help="generate answers in full length",
     ),
-    "out": Option("--out", help="JSON to write", show_default="MODEL-WORKLOAD-DATE.json"),
-    "force": Option("--force", help="overwrite it"),
-    "resume": Option("--resume", metavar="JSON", help="go on with a record"),
+    "out": Option("--out", help="JSON file to write", show_default="MODEL-WORKLOAD-DATE.json"),
+    "force": Option("--force", help="overwrite the file of --out"),
+    "resume": Option("--resume", metavar="JSON", help="continue a record"),
     "replay": Option(
-        "--replay", metavar="JSON", help="repeat a record; -m or --endpoint: on another"
+        "--replay", metavar="JSON", help="repeat a record; on another target with -m or --endpoint"
     ),
-    "no_hash": Option("--no-hash", help="leave out the model files' SHA-256"),
-    "profile": Option("--profile", help="also time every sort of step of the model"),
-    "no_report": Option("--no-report", help="write the JSON alone"),
+    "no_hash": Option("--no-hash", help="do not hash the model files"),
+    "profile": Option("--profile", help="also time each kind of step of the model"),
+    "no_report": Option("--no-report", help="write only the JSON"),
 }
 REQUEST = Request()
 
 
-# None has a default: a workload and a record have values of their own.
+# Engine and sampling flags have no default, because a workload or a record may set these values.
 @takes(
     model=model_flags(),
     targets=flags(REQUEST, *TARGETS, options=TARGETS),
     workload=flags(REQUEST, *WORKLOAD, options=WORKLOAD),
     engine=flags(
         ENGINE,
-        *("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages"),
+        *("ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
+        *("isa", "numa", "huge_pages"),
         unset=True,
         ctx={"help": None, "show_default": "what the workload needs"},
     ),
@@ -79,12 +83,11 @@ def bench(
     targets: Given,
     preset: Annotated[
         str | None,
-        Option(
-            "--preset", help="predict this model's speed from slices, as `deskside predict` does"
-        ),
+        Option("--preset", help="predict this model's speed from slices, as `deskside predict`"),
     ] = None,
     layers: Annotated[
-        str | None, Option("--layers", help="of the slices of --preset: auto, or such as 4,8,12")
+        str | None,
+        Option("--layers", help="layers of the slices of --preset: auto, or such as 4,8,12"),
     ] = None,
     workload: Given,
     engine: Given,
@@ -94,7 +97,7 @@ def bench(
 ) -> int:
     """Measure a model or a server on a workload, and write a report.
 
-    Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C; what was measured is kept.
+    Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C. Finished runs are always kept.
     """
     request = {**targets, **workload, **runs}
     options = {**engine, **placing}
@@ -111,7 +114,7 @@ def bench(
 
 
 def _predict(preset: str, layers: str | None, given: dict[str, Any]) -> int:
-    """`bench --preset`: a workload needs a whole model, so only some flags have a meaning."""
+    """`bench --preset`. It runs no workload, so it refuses flags that need one."""
     taken: dict[str, Any] = {
         name: given.pop(name) for name in ("threads", "ubatch", "isa", "out") if name in given
     }

@@ -24,7 +24,7 @@ def synth(
     seed: Annotated[int, Option("-s", "--seed")] = 0,
     mtp: Annotated[bool, Option("--mtp", help="add multi-token-prediction tensors")] = False,
 ) -> None:
-    """Write a model with random weights at true shapes: for measuring, before any download."""
+    """Write a model with random weights at true shapes, to measure before a download."""
     from deskside.convert.quantize import parse_rule
     from deskside.convert.recipes import writable
     from deskside.convert.synth import synth_file

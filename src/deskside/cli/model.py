@@ -45,6 +45,16 @@ def model_flags(**helps: str) -> Group:
     return flags(ModelFlags(), *MODEL, options=MODEL, **changes)
 
 
+def with_source(source: Path | None, given: Given) -> Given:
+    """The flags and a file that stands without one, of which only one may be there."""
+    if source is None:
+        return given
+    if given:
+        other = next(iter(given.values()))
+        raise DesksideError(f"{source} and {other} are two models: give one of them")
+    return {"model": source}
+
+
 def model_file(given: Given) -> Path | None:
     """The file that the flags name, fetched if it must be; None without any of them."""
     model = hub_model(given)

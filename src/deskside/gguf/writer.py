@@ -188,5 +188,5 @@ class GGUFWriter:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(raw)) + raw

@@ -53,7 +53,15 @@ def flags(plan: Plan) -> Flags:
     notes = []
     if elsewhere:
         notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
-    return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+    stored = {name: w.source or name for name, w in plan.tape.weights().items()}
+    places: dict[str, set[str]] = {}
+    for name, own in stored.items():
+        places.setdefault(own, set()).add(plan.placement[name])
+    if torn := [own for own, devices in places.items() if len(devices) > 1]:
+        notes.append(f"{torn[0]} is one tensor in the file; the plan has its parts on two devices")
+    in_file = {stored[name]: device for name, device in moved.items()}
+    overrides = _compact(in_file, set(stored.values()))
+    return Flags(count, split, tuple(overrides), tuple(notes))
 
 
 def _gpu_layers(mixer: Sequence[str], head: str) -> int:
@@ -208,7 +216,9 @@ def arguments(plan: Plan, kind: str, model: str) -> list[str]:
     # llama.cpp's -c counts all sequences together
     words = ["-m", model, "-c", str(o.ctx * (o.parallel if theirs else 1))]
     words += ["-np" if theirs else "--parallel", str(o.parallel), "-ub", str(o.ubatch)]
-    words += ["-t", str(o.threads), "-ctk", o.ctk, "-ctv", o.ctv]
+    words += ["-t", str(o.threads)]
+    words += ["-tb", str(o.threads_batch)] if o.threads_batch else []
+    words += ["-ctk", o.ctk, "-ctv", o.ctv]
     if theirs and o.ubatch > 2048:
         words += ["-b", str(o.ubatch)]
     if plan.machine.gpus:

@@ -22,6 +22,8 @@ class Options:
     parallel  sequences
     reserved  bytes by device for offloaded experts: staging slots and expert cache
     shapes    the steps that run; () for one of `ubatch` tokens
+    threads_batch
+              threads while a prompt is computed; 0 for as many as `threads`
     The rest is as in `EngineConfig`.
     """
 
@@ -31,6 +33,7 @@ class Options:
     ctk: str = "f16"
     ctv: str = "f16"
     threads: int = 1
+    threads_batch: int = 0
     mmap: bool = True
     mlock: bool = False
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -42,6 +45,11 @@ class Options:
                 raise DesksideError(f"{flag} {value}: expected at least 1")
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
+
+    @property
+    def most_threads(self) -> int:
+        """Threads that have work memory."""
+        return max(self.threads, self.threads_batch)
 
     @property
     def resident(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from deskside.errors import DesksideError
 from deskside.gguf.roles import Role, role
@@ -122,8 +123,17 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def apply(rules: Rules, names: Sequence[str], n_layers: int, gpus: Sequence[str]) -> Pinned:
+def apply(
+    rules: Rules,
+    names: Sequence[str],
+    n_layers: int,
+    gpus: Sequence[str],
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> Pinned:
     """Apply the rules to the tensors `names` of a model of `n_layers` layers.
+
+    sources: of tensors that are rows of another one in the file, that one's name. A rule may mean
+    them by it.
 
     DesksideError for a device that does not exist, for a rule that decides nothing, and for rules
     that contradict each other.
@@ -137,7 +147,9 @@ def apply(rules: Rules, names: Sequence[str], n_layers: int, gpus: Sequence[str]
             devices[name], reasons[name] = device, reason
 
     for rule in rules.overrides:
-        matching = [n for n in names if re.search(rule.regex, n)]
+        matching = [
+            n for n in names if any(re.search(rule.regex, s) for s in (n, sources.get(n, n)))
+        ]
         free = [n for n in matching if n not in devices]
         if not matching:
             raise DesksideError(f"{rule}: matches no tensor of this model, such as {names[-1]}")

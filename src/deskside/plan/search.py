@@ -50,7 +50,7 @@ def make_plan(
         raise DesksideError(
             f"-c {options.ctx} is more than the model's context of {tape.n_ctx_train} tokens"
         )
-    memory = memory or Memory(tape, threads=options.threads, ubatch=options.ubatch)
+    memory = memory or Memory(tape, threads=options.most_threads, ubatch=options.ubatch)
     search = _Search(tape, machine, rules, options, memory)
     while True:
         plan = search.plan(*search.best())
@@ -72,7 +72,9 @@ class _Search:
         self.names = [d.name for d in machine.devices]
         self.gpus = self.names[1:]
         n_layers = 1 + max(op.layer for op in tape.ops)
-        self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
+        weights = tape.weights()
+        sources = {name: w.source for name, w in weights.items() if w.source}
+        self.pinned = apply(rules, list(weights), n_layers, self.gpus, sources)
         self.grouping: Grouping = group_units(tape, self.pinned.devices)
         k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
         self.speed = SpeedModel(self.grouping, machine, k, v)
@@ -254,7 +256,7 @@ class _Search:
         in_order = self.tape.weights()
         o = self.options
         shapes = o.shapes or (StepShape(o.ubatch),)
-        taken, sections = buffers(self.tape, placement, shapes, threads=o.threads)
+        taken, sections = buffers(self.tape, placement, shapes, threads=o.most_threads)
         homes = state_homes(sections)
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)

@@ -27,6 +27,7 @@ from torch import Tensor
 from deskside import _native
 from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
+from deskside.files import read_at
 from deskside.gguf import TensorInfo
 from deskside.lowering.scratch import BORDER
 from deskside.tape import Op
@@ -76,7 +77,7 @@ class Source:
         if (weights := self.packed.get(info.name)) is not None:
             weights.unpack(expert, to.reshape(info.shape[1], info.row_bytes))
         else:
-            self._read(info, info.offset + expert * len(to), to)
+            self._read(info, info.offset + expert * info.matrix_stride, to)
 
     def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
         try:
@@ -84,14 +85,11 @@ class Source:
                 if info.path not in self._files:
                     self._files[info.path] = os.open(info.path, os.O_RDONLY)
                 fd = self._files[info.path]
-            done = 0
-            while done < len(to):
-                got = os.preadv(fd, [to[done:].data], offset + done)
-                if got == 0:
-                    raise OSError("ends early: the file was cut off after it was opened")
-                done += got
+            read_at(fd, offset, to)
         except OSError as error:
             raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+        if info.interleaved:
+            to[:] = info.interleaved.plain(to.reshape(-1, info.row_bytes)).reshape(-1)
 
     def close(self) -> None:
         while self._files:

@@ -49,6 +49,7 @@ class CpuBackend:
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
+        self._host = host
         self._cache: Cache | None = None
         try:
             _native.choose(host.isa or "")
@@ -67,10 +68,10 @@ class CpuBackend:
         reserve += 4 * arena
         try:
             try:
-                self.program = _native.Program(host.n_threads, max_tokens, arena, host.isa or "")
+                self.program = _native.Program(host.most_threads, max_tokens, arena, host.isa or "")
             except RuntimeError as error:  # from the system
                 raise DesksideError(
-                    f"-t {host.n_threads}: the system starts no more threads: {error}; lower it"
+                    f"-t {host.most_threads}: the system starts no more threads: {error}; lower it"
                 ) from None
             self.weights = load(
                 self.steps, host, reserve=reserve, progress=progress, packed=packed or {}
@@ -152,7 +153,12 @@ class CpuBackend:
             self._bind(cache)
         cache.check(batch)
         segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
-        return self.program.run(batch.tokens, segments, batch.outputs, logits, profile, begin, end)
+        threads = self._host.n_threads
+        if any(s.n > 1 for s in batch.segments):
+            threads = self._host.n_threads_batch or threads
+        return self.program.run(
+            batch.tokens, segments, batch.outputs, logits, profile, begin, end, threads
+        )
 
     def _bind(self, cache: Cache) -> None:
         types = (cache.k_type.id, cache.v_type.id)
@@ -194,12 +200,12 @@ class _Lowering:
 
     def floats(self, info: TensorInfo) -> NDArray[np.float32]:
         """A small tensor in float32, in NumPy's order of dimensions."""
-        return np.ascontiguousarray(self.file.dequantized(info.name))
+        return np.ascontiguousarray(self.file.dequantized(info))
 
     def embed(self, op: NativeOp) -> None:
         (info,) = op.op.weights
         (out,) = self.places(op)
-        self.program.embed(self.file.raw(info.name), info.type.id, info.row_len, out)
+        self.program.embed(self.file.raw(info), info.type.id, info.row_len, out)
 
     def rms_norm(self, op: NativeOp) -> None:
         x, out = self.places(op)

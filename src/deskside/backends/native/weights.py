@@ -3,7 +3,7 @@
 Matrices are in one arena of huge pages, in panels of 16 rows (native/weights/panel.h). They take as
 many bytes as in the file, plus the padding of each last panel. A swiglu's gate and up alternate
 panel by panel, so that a thread reads one stream. A tensor is read and packed in pieces, so no
-second copy of it is ever in memory.
+second copy of it is in memory, unless its rows are interleaved in the file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
+
 from deskside import _native
 from deskside.errors import DesksideError
-from deskside.lowering.panels import layout, matrices
+from deskside.files import read_at
+from deskside.gguf import TensorInfo
+from deskside.lowering.panels import PanelRange, layout, matrices
 from deskside.lowering.steps import Step
 from deskside.machine import pages
 from deskside.machine.host import HostOptions
@@ -54,19 +58,9 @@ def load(
                 files[info.path] = os.open(info.path, os.O_RDONLY)
             fd = files[info.path]
             progress("loading", done, whole)
-            weights[info.name] = arena.from_file(
-                fd,
-                info.offset,
-                info.type.id,
-                info.row_len,
-                p.rows,
-                p.groups,
-                p.at,
-                p.stride,
-                host.n_threads,
-            )
+            weights[info.name] = _packed(arena, fd, p, host.most_threads)
             if forget:
-                os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+                _forget(fd, info)
             done += info.nbytes
         progress("loading", done, whole)
     except BaseException as error:
@@ -81,6 +75,28 @@ def load(
         for fd in files.values():
             os.close(fd)
     return weights
+
+
+def _forget(fd: int, info: TensorInfo) -> None:
+    """Let go of the file's pages, but not of those of rows between the matrices."""
+    runs = info.n_matrices if info.stride else 1
+    for i in range(runs):
+        at = info.offset + i * info.matrix_stride
+        os.posix_fadvise(fd, at, info.nbytes // runs, os.POSIX_FADV_DONTNEED)
+
+
+def _packed(arena: _native.Arena, fd: int, p: PanelRange, threads: int) -> _native.Weights:
+    """A tensor's panels from its file. An interleaved one is taken apart in memory first."""
+    info, place = p.info, (p.groups, p.at, p.stride, threads)
+    type_id, n = info.type.id, info.row_len
+    if info.interleaved is None:
+        between = (info.stride,) if info.stride else ()
+        return arena.from_file(fd, info.offset, type_id, n, p.rows, *place, *between)
+    stored = np.empty((info.n_matrices, info.matrix_bytes), np.uint8)
+    for i, matrix in enumerate(stored):
+        read_at(fd, info.offset + i * info.matrix_stride, matrix)
+    data = info.interleaved.plain(stored.reshape(info.n_rows, info.row_bytes))
+    return arena.from_array(data, type_id, n, *place)
 
 
 def _arena(total: int, reserve: int, host: HostOptions) -> _native.Arena:

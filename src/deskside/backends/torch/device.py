@@ -158,13 +158,14 @@ class TorchDevice:
         self.expect("weights and work memory", whole + work)
         done = 0
         for info in infos:
-            raw = file.raw(info.name)
+            # (rows, row bytes) of a matrix; (experts, rows, row bytes) of experts'
+            raw = file.matrices(info) if len(info.shape) > 2 else file.raw(info)
             if self.name == HOST_TORCH:  # no copy: it reads the mapped file
                 self.weights[info.name] = _mapped(raw)
                 continue
             with self.guard(f"loading {info.name}"):
                 held = torch.empty(raw.shape, dtype=torch.uint8, device=self.device)
-                rows = max(1, COPY // info.row_bytes)
+                rows = max(1, COPY // raw[0].nbytes)
                 for i in range(0, len(raw), rows):
                     progress(f"loading to {self.name}", done, whole)
                     held[i : i + rows].copy_(_mapped(raw[i : i + rows]))

@@ -474,11 +474,11 @@ def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tens
         return step.kernels.pairs(x, w, info, ids, None).reshape(n, -1)
     if n * top_k <= FEW_PAIRS:
         per_pair = x.repeat_interleave(top_k, dim=0)
-        matrices = w.reshape(-1, rows, w.shape[1])
+        matrices = w.reshape(-1, rows, w.shape[-1])
         return gathered(per_pair, ids.reshape(-1).long(), matrices, info).reshape(n, -1)
-    out = x.new_empty(n, top_k, rows)
+    matrices, out = w.reshape(-1, rows, w.shape[-1]), x.new_empty(n, top_k, rows)
     for e, token, slot in by_expert(ids):
-        out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.kernels)
+        out[token, slot] = multiply(x[token], matrices[e], info, step.kernels)
     return out.reshape(n, -1)
 
 
@@ -492,13 +492,13 @@ def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: Torc
         y = step.kernels.pairs(h, w, info, ids, None).reshape(n, top_k, rows)
         return (p[:, :, None] * y).sum(1)
     if n * top_k <= FEW_PAIRS:
-        matrices = w.reshape(-1, rows, w.shape[1])
+        matrices = w.reshape(-1, rows, w.shape[-1])
         y = gathered(h, ids.reshape(-1).long(), matrices, info).reshape(n, top_k, rows)
         return (p[:, :, None] * y).sum(1)
     h = h.reshape(n, top_k, info.row_len)
-    out = h.new_zeros(n, rows)
+    matrices, out = w.reshape(-1, rows, w.shape[-1]), h.new_zeros(n, rows)
     for e, token, slot in by_expert(ids):
-        y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.kernels)
+        y = multiply(h[token, slot], matrices[e], info, step.kernels)
         # a token has an expert at most once, so its sum runs by ascending id of the experts
         out[token] += p[token, slot][:, None] * y
     return out

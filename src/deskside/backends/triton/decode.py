@@ -1,7 +1,7 @@
 """Decodes quantised weights inside Triton kernels: one decoder per type, for the file's own bytes.
 
 A row of n weights has n / 2 *lanes*, and 16 lanes are a *group*. A lane is two weights, at index
-`first` and at `first` + PAIR. In types of up to 6 bits, the two share a byte of the file. A sum may
+`first` and at `first` + PAIR. In most small types, the two share a byte of the file. A sum may
 run over k in any order, so kernels need not interleave the two. They read the activations at the
 same two indices.
 

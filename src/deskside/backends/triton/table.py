@@ -23,7 +23,7 @@ def triton_kernels() -> Kernels:
 
     def pairs(x: Tensor, w: Tensor, info: TensorInfo, ids: Tensor, up: Tensor | None) -> Tensor:
         rows = info.shape[1]
-        w, up = (m if m is None else m.view(-1, rows, w.shape[1]) for m in (w, up))
+        w, up = (m if m is None else m.view(-1, rows, w.shape[-1]) for m in (w, up))
         name = info.type.name
         y: Tensor = launch.experts_matmul(x.contiguous(), w, name, info.row_len, rows, ids, up)
         return y
