@@ -45,14 +45,14 @@ def model_flags(**helps: str) -> Group:
     return flags(ModelFlags(), *MODEL, options=MODEL, **changes)
 
 
-def named(source: Path | None, given: Given) -> Given:
-    """The flags with the file that a word without a flag names; DesksideError for two models."""
+def with_source(source: Path | None, given: Given) -> Given:
+    """The flags and a file that stands without one, of which only one may be there."""
     if source is None:
         return given
-    for name in MODEL:
-        if name in given:
-            raise DesksideError(f"{source} and {given[name]} are two models: give one of them")
-    return {**given, "model": source}
+    if given:
+        other = next(iter(given.values()))
+        raise DesksideError(f"{source} and {other} are two models: give one of them")
+    return {"model": source}
 
 
 def model_file(given: Given) -> Path | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
-from deskside.cli.model import hub_model, model_flags, named
+from deskside.cli.model import hub_model, model_flags
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
 
@@ -22,7 +22,7 @@ Text = str | None
 
 @takes(
     model=model_flags(
-        model="GGUF file; its header is enough, as of one being fetched",
+        model="GGUF file; a header is enough, as of a file being downloaded",
         hf_repo="a model of the hub: its headers alone are fetched",
     ),
     engine=flags(
@@ -128,14 +128,15 @@ def _named(source: str, model: Given, preset: str | None) -> tuple[Given, str | 
     """Of a word without a flag: the file, or the preset if it is the name of one."""
     from deskside.convert.synth import PRESETS
 
-    if preset is not None:
-        raise DesksideError(f"{source} and --preset {preset} are two models: give one of them")
+    if model or preset is not None:
+        other = preset or next(iter(model.values()))
+        raise DesksideError(f"{source} and {other} are two models: give one of them")
     if source in PRESETS:
-        return named(None, model), source
+        return {}, source
     if not Path(source).exists():
         known = ", ".join(PRESETS)
         raise DesksideError(f"{source}: no such file, and no preset; the presets are {known}")
-    return named(Path(source), model), None
+    return {"model": Path(source)}, None
 
 
 def _model(model: Given, preset: str | None, types: list[str] | None) -> tuple[Any, str]:

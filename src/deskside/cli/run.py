@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from deskside.cli.escapes import as_bytes, as_text
 from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
-from deskside.cli.model import model_file, model_flags, named
+from deskside.cli.model import model_file, model_flags, with_source
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -95,8 +95,9 @@ def run(
         system = as_text(_read(system_file), str(system_file))
     elif system is not None:
         system = as_text(as_bytes(system), "-sys")
+    model = with_source(source, model)
     turns = Turns(chat is not False, single or (prompt is not None and chat is None))
-    _main(named(source, model), prompt, system, turns, think, params, {**engine, **placing})
+    _main(model, prompt, system, turns, think, params, {**engine, **placing})
 
 
 def _read(file: Path) -> bytes:

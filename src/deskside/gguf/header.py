@@ -116,16 +116,16 @@ def show(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
+class Truncated(DesksideError):
+    """The bytes end before the header does: more of the file may mend it."""
+
+
 class Unusable(DesksideError):
     """A tensor that cannot be read; the rest of its file can."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(reason)
         self.name = name
-
-
-class Truncated(DesksideError):
-    """The bytes end before the header does: more of the file may mend it."""
 
 
 class Cursor:
