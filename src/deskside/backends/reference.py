@@ -100,6 +100,11 @@ def linear(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     return [x @ w.T]
 
 
+def bias(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
+    """y = x + b in every row."""
+    return [inputs[0] + step.weight(op.weights[0])]
+
+
 def split_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Per head [q | gate] -> all q, all gates."""
     (x,) = inputs
@@ -294,6 +299,7 @@ OPS: dict[str, Callable[[Op, list[Matrix], BatchStep], list[Matrix]]] = {
         embed,
         rms_norm,
         linear,
+        bias,
         split_gate,
         rope,
         attention,

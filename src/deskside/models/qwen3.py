@@ -1,14 +1,15 @@
-"""Qwen3 mixture of experts (`qwen3moe`): full attention with per-head q and k norms."""
+"""Qwen3, dense (`qwen3`) and mixture of experts (`qwen3moe`): per-head q and k norms."""
 
 from __future__ import annotations
 
-from deskside.models.common import Model, moe_ffn
+from deskside.models.common import Model, dense_ffn, moe_ffn
 from deskside.tape import Tape, TapeBuilder, Value
 
 
 def build(m: Model) -> Tape:
     t = TapeBuilder()
     token_embd = m.embedding()
+    width = m.positive("feed_forward_length") if m.arch == "qwen3" else None
     x = t.embed(token_embd)
     for i in range(m.n_layers):
         with t.layer(i):
@@ -16,7 +17,7 @@ def build(m: Model) -> Tape:
             h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
             x = t.add(x, attention(t, m, h, p))
             h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
-            x = t.add(x, moe_ffn(t, m, h, p))
+            x = t.add(x, dense_ffn(t, m, h, p, "", width) if width else moe_ffn(t, m, h, p))
     return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
 
 
