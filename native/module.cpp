@@ -1,4 +1,5 @@
-// Python's view of the native code. Checks arguments, keeps arrays alive, releases the GIL.
+// The Python bindings of the native code. They check arguments, keep arrays alive and release the
+// GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -20,7 +21,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-// A buffer is a tuple in Python: offset into the arena, width, stride.
+// In Python a buffer is a tuple: offset into the arena, width, stride.
 template <> struct nb::detail::type_caster<deskside::Buffer> {
   NB_TYPE_CASTER(deskside::Buffer, const_name("tuple[int, int, int]"))
 
@@ -48,13 +49,13 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-// Packed weights that Python holds: they keep their arena alive.
+// Packed weights owned by Python. They keep their arena alive.
 struct PyWeights {
   std::shared_ptr<Arena> arena;
   Weights w;
-  int64_t groups;  // matrices of the same shape, one after another
+  int64_t groups;  // number of matrices of the same shape, one after another
 
-  // Matrix `group` as the file has it, into `to` (rows, row bytes).
+  // Writes matrix `group`, as the file's bytes, to `to` (rows, row bytes).
   void unpack(int64_t group, OutBytes to) const {
     const int64_t rows = w.rows / groups;
     require(group >= 0 && group < groups, "unpack: no such matrix");
@@ -72,7 +73,7 @@ int64_t panel_bytes(int type, int64_t cols) {
   return row * kPanelRows;
 }
 
-// pages: "auto" (transparent huge pages), "off" (4 KiB), "2MiB" or "1GiB" (reserved ones).
+// pages: "auto" (transparent huge pages), "off" (4 KiB pages), "2MiB" or "1GiB" (reserved pages).
 MemoryKind memory_kind(const std::string& pages, const std::vector<int>& nodes, bool strict) {
   const char* const names[] = {"off", "auto", "2MiB", "1GiB"};
   for (int node : nodes) require(node >= 0 && node < 4096, "nodes: numbers from 0 to 4095");
@@ -155,8 +156,8 @@ class PyReader {
   std::unique_ptr<Reader> reader_;
 };
 
-// The work memory of a program that is not built: its ops are told by their shapes. Each op answers
-// for itself, so no other code repeats its formula.
+// The work memory of a program that is not built, from the shapes of its ops. Each op computes its
+// own need, so that the formula exists once.
 class PyWorkMemory {
  public:
   explicit PyWorkMemory(int max_tokens) : max_tokens_(max_tokens) {}
@@ -201,7 +202,7 @@ class PyWorkMemory {
   WorkMemory need_;
 };
 
-// A row is a task of Team::share, which counts to 2^20.
+// Team::share takes rows as tasks, and counts them in 20 bits.
 constexpr int kMaxTokens = 1 << 18;
 
 class PyProgram {
@@ -255,7 +256,8 @@ class PyProgram {
     add(Quantize{.in = in, .out = out});
   }
 
-  // parts: (weights, out, to logits, weights of up or None, (taps, state) of a convolution or None)
+  // parts: tuples of weights, out, to_logits, the weights of `up` or None, and a convolution's
+  // (taps, state) or None.
   void linear(Buffer in, Buffer record, bool per_output, nb::list parts) {
     Linear op{.in = {in, record}, .per_output = per_output, .parts = {}};
     for (nb::handle entry : parts) {
@@ -391,7 +393,7 @@ class PyProgram {
 
   void finish() { program_.finish(); }
 
-  // One entry a state: arrays (slots, ...) and for keys and values their types.
+  // One entry per state: its arrays (slots, ...), and for keys and values their types.
   void set_states(nb::list entries) {
     std::vector<State> states;
     keep_states_.clear();
@@ -418,13 +420,13 @@ class PyProgram {
     program_.set_states(std::move(states));
   }
 
-  // The arena of activations, for whoever feeds a part of the steps and takes what it made.
+  // The arena of activations: callers of a part of the steps write its inputs and read its outputs.
   Activations activations() {
     return Activations(program_.activations(), {size_t(arena_floats_)}, nb::find(this));
   }
 
-  // Runs the steps [begin, end), all from `begin` on if end is -1. segments: (n, 3) of slot,
-  // position, token count. Returns each step's microseconds if `profile`.
+  // Runs the steps [begin, end); end = -1 stands for all. segments: (n, 3) of slot, position, token
+  // count. Returns the microseconds of each step if `profile`.
   std::vector<double> run(Ints tokens, Ints segments, Ints outputs, FloatMatrix logits,
                           bool profile, int begin, int end) {
     const int n_steps = int(program_.n_steps());
@@ -436,7 +438,7 @@ class PyProgram {
     const int n = int(batch.tokens.size());
     require(n >= 1 && n <= program_.max_tokens(), "run: bad number of tokens");
     require(int(batch.outputs.size()) <= program_.max_tokens(), "run: too many outputs");
-    // Without an embedding or a head of its own a program neither reads tokens nor writes logits.
+    // A program without embedding reads no tokens, and one without head writes no logits.
     for (int32_t t : batch.tokens)
       require(t >= 0 && (n_vocab_ == 0 || t < n_vocab_), "run: token id out of range");
     for (int32_t i : batch.outputs) require(i >= 0 && i < n, "run: output row out of range");
@@ -480,7 +482,7 @@ class PyProgram {
     program_.add(std::make_unique<OpOf<T>>(std::move(op)));
   }
 
-  // Weights for the rows of `x`: of as many columns, and with records where they are quantised.
+  // Checks weights against the rows of `x`: equal columns, and records if they are quantised.
   Weights matrix(const PyWeights& w, const Input& x) {
     require(w.w.cols == x.f.width, "matrix: rows of a wrong length");
     require(is_float(w.w.type) || int64_t(x.q.width) * 4 >= record_bytes(x.f.width),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def product(type_id: int, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     round_to_8_bits(x.ctypes.data, blocks.ctypes.data, n)
     function = library().iqk_mul_mat
     function.restype = ctypes.c_bool
-    matrix = [_INT, _POINTER, _LONG]
+    matrix: list[Any] = [_INT, _POINTER, _LONG]
     function.argtypes = [_LONG, _LONG, _LONG, *matrix, *matrix, _POINTER, _LONG, _INT, _INT]
     out = np.empty(len(data), np.float32)
     left = (type_id, data.ctypes.data, data.shape[1])

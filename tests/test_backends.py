@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape import Op, Value
 from deskside.tape.cache import Batch, Cache, Segment
-from models import PRESETS, tiny
+from tests.models import PRESETS, tiny
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()
@@ -36,7 +37,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cpu_equals_reference_on_float_weights(preset: str, isa: str) -> None:
-    options = {"ctk": "f32", "ctv": "f32"}
+    options: dict[str, Any] = {"ctk": "f32", "ctv": "f32"}
     expected = LLM(tiny(preset, "F32"), backend="reference", **options).logits(IDS)
     got = LLM(tiny(preset, "F32"), isa=isa, **options).logits(IDS)
     # Both sum in float32 in different orders: some 2^-24 * sqrt(256) a matrix, 30 matrices deep.
@@ -189,8 +190,8 @@ def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None
     rows = data.draw(st.integers(1, 8))
     offsets, total = plan_buffers(steps, rows, Value(-1, 0))
     spans: dict[int, list[int]] = {}
-    for i, step in enumerate(steps):
-        for op in step.ops:
+    for i, made in enumerate(steps):
+        for op in made.ops:
             for value in (*op.inputs, *op.outputs):
                 spans.setdefault(value.id, []).append(i)
     for a in values:

@@ -157,7 +157,7 @@ def test_shrinking(tmp_path: Path) -> None:
     assert w.shrunk() == w
     for bad in ({"scale": 0.0}, {"scale": 1.1}, {"max_prompt": 0}, {"max_tokens": -1}):
         with pytest.raises(DesksideError, match="--"):
-            w.shrunk(**bad)  # type: ignore[arg-type]
+            w.shrunk(**bad)
 
 
 def test_what_is_too_long_is_refused_or_listed(tmp_path: Path) -> None:

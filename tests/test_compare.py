@@ -15,7 +15,7 @@ from deskside.gguf import GGUF
 from deskside.machine import rates
 from deskside.models import build_tape
 from deskside.tape.cost import Experts, Work, limit
-from models import tiny
+from tests.models import tiny
 from tools.compare import machine, measure, peers, plan, prepare, record, report
 from tools.kernels import instructions
 

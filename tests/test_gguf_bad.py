@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deskside.gguf import GGUF
-from gguf_files import METADATA, TENSORS, patched, refused, write
+from tests.gguf_files import METADATA, TENSORS, patched, refused, write
 
 
 def text(value: str | bytes) -> bytes:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ik_ggml
 from deskside.backends.experts.copies import Source
 from deskside.convert.quantize import quantize_file
 from deskside.convert.recipes import recipe
@@ -17,7 +16,8 @@ from deskside.engine import LLM
 from deskside.gguf import GGUF
 from deskside.gguf.interleave import INTERLEAVED, Interleave
 from deskside.gguf.quants import TYPES, UNSUPPORTED, QuantType, quant_type
-from gguf_files import refused, tensor, write
+from tests import ik_ggml
+from tests.gguf_files import refused, tensor, write
 
 KINDS = pytest.mark.parametrize("kind", INTERLEAVED.values(), ids=lambda kind: kind.name)
 

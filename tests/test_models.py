@@ -12,7 +12,7 @@ from deskside.convert.synth import synth_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
-from models import rewrite, tiny
+from tests.models import rewrite, tiny
 
 
 def refused(path: Path, *parts: str) -> None:

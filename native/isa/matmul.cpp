@@ -1,34 +1,36 @@
 // Matrix products on packed weights. Compiled once per instruction set (DESKSIDE_ISA).
 //
-// Quantised weights meet activations rounded to 8 bits per block of 32; products are summed exactly
-// in integers within a block and in float32 over blocks, in the order of the row. Float weights
-// meet float activations.
+// Quantised weights multiply activations rounded to 8 bits per block of 32. Products are summed
+// exactly, in integers, within a block; blocks are summed in float32, in the order of the row.
+// Float weights multiply float activations.
 //
-// Few rows of x (n <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
-// panel is unpacked once to the tile and used by all rows of x.
+// For few rows of x (n <= kMaxDirect), blocks are unpacked in registers, so the weights stream. For
+// more, a panel is unpacked once to the tile and used by all rows of x.
 #include "matmul_entry.h"
 #include "unpack.h"
 
 namespace deskside {
 namespace {
 
-// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one
-// of floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
+// How many panels (kTogether) and rows of x (kRowsOfX) are multiplied together from the tile. Each
+// pair has an integer sum and a float sum, which must stay in registers. More panels mean fewer
+// loads of x.
 #if defined(DESKSIDE_AVX512)
 constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
 constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
-// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+// How many bytes ahead of the current block are prefetched: kFar to L2, kNear to L1. The hardware's
+// prefetcher stops at the end of a 4 KiB page. L1 from 3 KiB ahead costs a sixth of the speed
+// (docs/LOG.md).
 constexpr int64_t kFar = 3072, kNear = 1024;
 
 template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
 }
 
-// A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
-// costs one register.
+// The offsets of a record's parts (kernels.h). All rows of x share them, so a row needs one
+// register.
 struct Parts {
   int64_t d, s, c32, c16;
   explicit Parts(int64_t cols)
@@ -47,8 +49,8 @@ inline const uint8_t* record(const Rows& x, int i) {
   return x.q + place(x, i) * record_bytes(x.cols);
 }
 
-// One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
-// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its
+// Multiplies a block of 32 weights, in kLanes rows of R panels, by M rows of x. Of panel j,
+// w.group(j, g) has the weights of group g, w.scale(j, h) the scale (of half h), w.min(j) the
 // minimum.
 template <bool HasMin, bool Halves, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
@@ -60,7 +62,7 @@ DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, cons
     const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
     for (int i = 0; i < M; i++)
       for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
-    // Unrolled whatever M is: otherwise the weights go through memory once more.
+    // Unrolled for every M: otherwise the weights go through memory once more.
 #pragma GCC unroll 8
     for (int g = groups * h; g < groups * (h + 1); g++) {
       Bytes v[R], abs[R];
@@ -83,7 +85,7 @@ DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, cons
   }
 }
 
-// A block of one panel in registers, as unpack leaves it.
+// A block of one panel in registers, as unpack writes it.
 struct Unpacked {
   Bytes w[8];
   vf scales[2], minimum = vf{};
@@ -93,7 +95,7 @@ struct Unpacked {
   vf min(int) const { return minimum; }
 };
 
-// Block b of the tile's panels, registers of `part`; `per` scales a block.
+// Block b of the tile's panels, registers of `part`, with `per` scales per block.
 template <int per> struct InTile {
   const Tile& t;
   int64_t b;
@@ -109,7 +111,7 @@ template <int per> struct InTile {
   vf min(int j) const { return load(t.panel[j].min + b * kPanelRows + part * kLanes); }
 };
 
-// The rows of a panel that exist: the last panel may have fewer than 16.
+// Stores the valid rows of a panel: the last panel may have fewer than 16.
 inline void store_rows(float* y, int part, int valid, vf v) {
   const int first = part * kLanes;
   if (first + kLanes <= valid) {
@@ -130,7 +132,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
   const uint8_t* s = panel + P::header * kPanelRows;
   constexpr int bytes = P::bytes / P::blocks;  // of a block
   const uint8_t* const end = s + cols / 32 * bytes;
-  // A stream that ends and goes on at `next`.
+  // After `end` the stream continues at `next`.
   const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
@@ -147,7 +149,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
 }
 
-// gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
+// noipa: gcc 12.2 clones this function for a constant argument and loses its body
 // (tests/test_kernels.py would find it).
 #if defined(__GNUC__) && !defined(__clang__)
 #define DESKSIDE_NO_CLONE __attribute__((noipa))
@@ -174,8 +176,8 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
   }
 }
 
-// R unpacked panels against M rows of x; y[j] is panel j's place in the results. Meanwhile fetches
-// `ahead` bytes a block of what lies at `next`: the panels to be unpacked next.
+// Multiplies R unpacked panels by M rows of x. y[j] is where panel j's results start. Meanwhile it
+// prefetches the panels to be unpacked next, from `next` on, `ahead` bytes per block.
 template <bool HasMin, bool Halves, int R, int M>
 void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
               const int* valid, const uint8_t* next, int ahead) {
@@ -201,7 +203,7 @@ template <int Max, class F> inline void with_rows(int m, F&& f) {
   f.template operator()<Max>();
 }
 
-// Panels of one type, one after another in memory, and where their rows' results go.
+// Panels of one type that are multiplied together, and where the results of their rows start.
 struct Panels {
   int n;
   const uint8_t* data[2];
@@ -209,7 +211,7 @@ struct Panels {
   int valid[2];
 };
 
-// y: the place of the panel's results.
+// y: where the panel's results start.
 inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   const int64_t left = w.rows - panel * kPanelRows;
   p.data[p.n] = w.data + panel * w.stride;
@@ -217,7 +219,7 @@ inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
-// `then`: what is read next, null for what lies behind the last panel.
+// then: as in PanelRange.
 template <Type T>
 void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, const uint8_t* then) {
   using P = Panel<T>;
@@ -236,8 +238,8 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     return;
   }
   for (int j = 0; j < p.n; j++) unpack_panel<T>(p.data[j], cols, tile.panel[j]);
-  // What is read next is fetched over as many passes as there are: all of it in the first one would
-  // wait for memory, and the others would leave it idle.
+  // The next panels are prefetched evenly over all passes. If the first pass did it all, it would
+  // wait for memory, and the others would leave the memory idle.
   const uint8_t* next = then ? then : p.data[p.n - 1] + bytes;
   const uint8_t* const next_end = next + p.n * bytes;
   const int passes = (m + kRowsOfX - 1) / kRowsOfX;
@@ -299,7 +301,7 @@ void to_floats(const uint8_t* row, Type type, int64_t n, float* y) {
   }
 }
 
-// R rows of w against M rows of x.
+// Multiplies R rows of w by M rows of x.
 template <int R, int M>
 void dot_float(const float* const* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
   vf acc[R][M];
@@ -321,7 +323,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
 
 void matmul_float(const Weights& w, const PanelRange& range, const Rows& x, const Results& y,
                   const Tile& tile) {
-  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands are in registers
+  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands fit in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t begin = range.begin * kPanelRows;
   const int64_t end = range.end * kPanelRows < w.rows ? range.end * kPanelRows : w.rows;
@@ -424,8 +426,8 @@ int64_t dot_peak(int64_t rounds, int32_t* result) {
   const Bytes abs = magnitude(w);
   for (int i = 0; i < kSums; i++) sum[i] = splat_lane(0);
   for (int64_t r = 0; r < rounds; r++) {
-    // Other operands each time as far as the compiler knows: nothing can be taken out of the loop.
-    // No register holds an emulated vector, and its speed is of no interest.
+    // To the compiler the operands change each time, so it cannot move work out of the loop. No
+    // register holds an emulated vector, and its speed does not matter.
 #if defined(__x86_64__) && !defined(DESKSIDE_EMULATED)
     asm volatile("" : "+v"(x));
 #endif

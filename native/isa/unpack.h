@@ -1,8 +1,9 @@
-// A block of 32 weights of a panel to integers and float scales, in registers (layouts: panel.h).
+// Unpacks a block of 32 weights of a panel to integers and float scales, in registers. The layouts
+// are in panel.h.
 //
 // unpack<T>(s, rows, b, part, w, scale, min): block b of the superblock s, registers of `part`:
 //   weight 4g + i of row r = scale * (w[g][4r + i] - kBias) - min
-// scale[1] is that of the groups 4..7 where Panel<T>::halves, otherwise only scale[0] is set.
+// If Panel<T>::halves, scale[1] is the scale of the groups 4..7; otherwise only scale[0] is set.
 #pragma once
 
 #include "bytes.h"
@@ -14,7 +15,7 @@ namespace {
 struct Codebooks {
   alignas(16) int8_t t[3][16];
 };
-// IQ4_NL's, then -8..7 and 0..15, each with this instruction set's bias.
+// Three tables, each with this instruction set's bias: IQ4_NL's codebook, -8..7, and 0..15.
 constexpr Codebooks biased_codebooks() {
   Codebooks c{};
   for (int i = 0; i < 16; i++) {
@@ -26,7 +27,7 @@ constexpr Codebooks biased_codebooks() {
 }
 constexpr Codebooks kTables = biased_codebooks();
 
-// A register's share of 64 bytes at p.
+// Register `part` of the 64 bytes at p.
 inline Bytes vector_at(const uint8_t* p, int part) { return load_bytes(p + part * 4 * kLanes); }
 
 DESKSIDE_INLINE void unpack_nibbles(const uint8_t* p, int part, Bytes table, Bytes* w) {
@@ -43,7 +44,7 @@ DESKSIDE_INLINE void unpack_fives(const uint8_t* fifth, const uint8_t* nibbles, 
                                   int offset, Bytes* w) {
   const Bytes low = splat_byte(15), bit = splat_byte(16), off = splat_byte(offset);
   const Bytes f = vector_at(fifth, part);
-  // Bit g to bit 4; what crosses a byte's border is masked away.
+  // Shifts bit g to bit 4. Bits that cross a byte's border are masked out below.
   const Bytes high[8] = {
       shift_left_16<4>(f),  shift_left_16<3>(f),  shift_left_16<2>(f), shift_left_16<1>(f), f,
       shift_right_16<1>(f), shift_right_16<2>(f), shift_right_16<3>(f)};
@@ -73,8 +74,8 @@ DESKSIDE_INLINE void unpack_sixes(const uint8_t* p, int part, Bytes* w) {
 
 inline vf halves_at(const uint8_t* p, int part) { return load_f16(p + part * 2 * kLanes); }
 
-// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (docs/MODEL.md). The words u0,
-// u1, u2 of a row's 12 bytes are 64 bytes apart.
+// The 6-bit scale and minimum of block b of Q4_K and Q5_K (docs/MODEL.md), as floats in lanes. A
+// row's 12 bytes are three words u0, u1, u2, which are 64 bytes apart.
 DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),
@@ -85,14 +86,14 @@ DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& 
     return;
   }
   const int j = 8 * (b - 4);
-  // Two bits to bit 4 and 5: (u >> (j + 6) & 3) << 4 = u >> (j + 2) & 48.
+  // Two bits move to bits 4 and 5: (u >> (j + 6) & 3) << 4 = u >> (j + 2) & 48.
   const Bytes top = splat_lane(48);
   scale = to_float((shift_right_lane(u2, j) & four) | (shift_right_lane(u0, j + 2) & top));
   min = to_float((shift_right_lane(u2, j + 4) & four) | (shift_right_lane(u1, j + 2) & top));
 }
 
-// Scale bytes s of IQ4_KS and IQ4_KSS in lanes: scale (s & 254) - 127, and where bit 0 is set all
-// codebook values are 4 higher.
+// The scale bytes s of IQ4_KS and IQ4_KSS, in lanes. The scale is (s & 254) - 127. If bit 0 is set,
+// all codebook values are 4 higher.
 DESKSIDE_INLINE void ks_scale(Bytes s, vf row, vf& scale, Bytes* w) {
   scale = row * (to_float(s & splat_lane(254)) - 127.0f);
   const Bytes shift = repeat_byte((Bytes)((vi)(s & splat_lane(1)) << 2));
@@ -152,15 +153,14 @@ DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b, int pa
              load(reinterpret_cast<const float*>(rows) + part * kLanes), scale[0], w);
   } else {
     static_assert(T == Type::IQ4_KSS);
-    // Bit 0 of word k is bit k of the scale: the words 2j and 2j + 1 are a lane's low and high
-    // half.
+    // Bit 0 of word k is bit k of the scale. Words 2j and 2j + 1 are a lane's low and high half.
     const Bytes ones = splat_lane(0x00010001), low = splat_byte(15), table = table_16(kTables.t[0]);
     vi bits = vi{};
     for (int j = 0; j < 4; j++) {
       const Bytes x = vector_at(s + b * 4 * kVector + j * kVector, part);
       const Bytes even = x & ones;
       bits |= (vi)even << (2 * j);
-      // The other 15 bits, xored with themselves shifted by one, are four nibbles.
+      // The other 15 bits, xored with themselves shifted right by one, are four nibbles.
       const Bytes v = x ^ even, n = v ^ shift_right_16<1>(v);
       w[j] = look_up(table, n & low);
       w[j + 4] = look_up(table, shift_right_16<4>(n) & low);

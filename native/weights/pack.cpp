@@ -21,7 +21,7 @@ namespace deskside {
 
 namespace {
 
-// Moves arrays over the 16 rows, one after another: into a panel, or back (kBack).
+// Copies arrays over the 16 rows, one after another: to a panel, or back (kBack).
 template <bool kBack> struct Mover {
   using Row = std::conditional_t<kBack, uint8_t*, const uint8_t*>;
   std::conditional_t<kBack, const uint8_t*, uint8_t*> panel;
@@ -29,7 +29,7 @@ template <bool kBack> struct Mover {
   template <int Bytes, class F> void rows(F&& field) {
     for (int r = 0; r < kPanelRows; r++, panel += Bytes) move<Bytes>(field(r), panel);
   }
-  // `Vectors` times four bytes of every row.
+  // Copies `Vectors` times four bytes of every row.
   template <int Vectors, class F> void vectors(F&& field) {
     for (int r = 0; r < kPanelRows; r++) {
       const Row row = field(r);
@@ -47,7 +47,7 @@ template <bool kBack> struct Mover {
   }
 };
 
-// Values below 16 of a block of 32 to the bytes of IQ4_NL's order: m low, m + 16 high.
+// Packs 32 values below 16 in IQ4_NL's order: value m in the low nibble, m + 16 in the high one.
 void join_nibbles(const uint8_t* v, uint8_t* to) {
   for (int m = 0; m < 16; m++) to[m] = uint8_t((v[m] & 15) | v[m + 16] << 4);
 }
@@ -63,7 +63,7 @@ void pack_q4_k(const uint8_t* qs, int b, uint8_t* to) {
   join_nibbles(v, to);
 }
 
-// Blocks in ascending order: the even one writes the bytes that the odd one adds to.
+// Call it with b ascending: the even block writes the bytes, the odd one adds to them.
 void unpack_q4_k(const uint8_t* from, int b, uint8_t* qs) {
   uint8_t v[32];
   split_nibbles(from, v);
@@ -71,7 +71,7 @@ void unpack_q4_k(const uint8_t* from, int b, uint8_t* qs) {
   for (int i = 0; i < 32; i++) x[i] = b % 2 ? uint8_t(x[i] | v[i] << 4) : v[i];
 }
 
-// Bit `b` of 32 bytes: bit g of byte i is that of weight 4g + i.
+// Gathers bit `b` of 32 bytes: bit g of byte i is that of weight 4g + i.
 void gather_bits(const uint8_t* qh, int b, uint8_t* to) {
   for (int i = 0; i < 4; i++) {
     unsigned f = 0;
@@ -80,7 +80,7 @@ void gather_bits(const uint8_t* qh, int b, uint8_t* to) {
   }
 }
 
-// The inverse; bit 0 comes first and clears the others.
+// The inverse. Call it with b ascending: b = 0 clears the other bits.
 void scatter_bits(const uint8_t* from, int b, uint8_t* qh) {
   for (int i = 0; i < 4; i++)
     for (int g = 0; g < 8; g++) {
@@ -104,7 +104,7 @@ uint32_t scatter_bits(const uint8_t* from) {
   return qh;
 }
 
-// The 256 weights of a block of Q6_K, as values 0..63 (docs/MODEL.md).
+// Writes the 256 weights of a block of Q6_K to v, as values 0..63 (docs/MODEL.md).
 void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
   for (int h = 0; h < 2; h++, v += 128) {
     const uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
@@ -147,7 +147,7 @@ void top_bits(const uint8_t* v, uint8_t* to) {
 template <Type T, bool kBack>
 using BlockOf = std::conditional_t<kBack, typename Panel<T>::Block, const typename Panel<T>::Block>;
 
-// A superblock of 16 rows into a panel, or back.
+// Copies a superblock of 16 rows to a panel, or back.
 template <Type T, bool kBack>
 void move_superblock(BlockOf<T, kBack>* const* rows, decltype(Mover<kBack>::panel) panel) {
   using Row = typename Mover<kBack>::Row;
@@ -283,7 +283,7 @@ void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
     const ssize_t got = pread(fd, to, size_t(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw std::runtime_error(std::string("cannot be read: ") + strerror(errno));
-    if (got == 0) throw std::runtime_error("ends early: it was cut off after it was opened");
+    if (got == 0) throw std::runtime_error("ends early: the file was cut off after it was opened");
     to += got, offset += got, bytes -= got;
   }
 }
@@ -347,7 +347,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   try {
     for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
   } catch (const std::system_error&) {
-    // The threads that could be started do the work.
+    // The threads that started do the work.
   }
   work();
   for (std::thread& t : threads) t.join();
@@ -359,7 +359,7 @@ void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t 
   const Format* const f = format(type);
   if (!f) throw std::invalid_argument("unpack: a type without a layout");
   const int64_t row_bytes = file_row_bytes(type, cols);
-  std::vector<uint8_t> none;  // for rows that the last panel is filled up with
+  std::vector<uint8_t> none;  // receives the last panel's padding rows
   for (int64_t r0 = 0; r0 < rows; r0 += kPanelRows, from += stride, to += kPanelRows * row_bytes) {
     const int64_t n = std::min<int64_t>(kPanelRows, rows - r0);
     if (!f->unpack_panel) {

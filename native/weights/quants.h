@@ -1,5 +1,4 @@
-// Block layouts of the quantised types, as gguf/quants.py specifies them. Sizes are part of the
-// file format.
+// The block layouts of the quantised types in a file. gguf/quants.py specifies them.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,8 @@ struct BlockQ5_K { uint16_t d, dmin; uint8_t scales[12], qh[32], qs[128]; };
 struct BlockQ6_K { uint8_t ql[128], qh[64]; int8_t scales[16]; uint16_t d; };
 struct BlockIQ4_NL { uint16_t d; uint8_t qs[16]; };                  // y = d K0[q]
 struct BlockIQ4_XS { uint16_t d, scales_h; uint8_t scales_l[4], qs[128]; };
-struct BlockIQ4_KS { uint8_t scales[8], qs[128]; };                  // behind the row's float d
-struct BlockIQ4_KSS { uint16_t qs[64]; };                            // behind the row's float d
+struct BlockIQ4_KS { uint8_t scales[8], qs[128]; };                  // after the row's float d
+struct BlockIQ4_KSS { uint16_t qs[64]; };                            // after the row's float d
 // clang-format on
 #pragma pack(pop)
 

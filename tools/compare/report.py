@@ -20,8 +20,8 @@ COPY_LIMIT = 1.5
 
 
 def show(record: dict[str, Any], tests: Iterable[Test], console: Console | None = None) -> None:
-    """Everything that was measured, a table a file."""
-    # a pipe has no width of its own, and a narrow table cuts figures
+    """Print a record, with one table per file."""
+    # A pipe has no width, and a narrow table would cut figures.
     out = console or Console(highlight=False)
     if console is None and not out.is_terminal:
         out = Console(highlight=False, width=170)
@@ -65,7 +65,7 @@ def speeds(name: str, entry: dict[str, Any], tests: Iterable[Test]) -> Table:
 
 
 def cells(entry: dict[str, Any], test: Test) -> list[str]:
-    """A row behind its name."""
+    """The cells of a row after its name."""
     ours = entry["samples"].get(test.name, {}).get(OURS, {})
     row = [rate(median(ours)) if ours else "-"]
     for peer in PEERS:
@@ -99,7 +99,7 @@ def fastest(entry: dict[str, Any], test: str, peer: str) -> tuple[str, dict[str,
 
 
 def bound_of(entry: dict[str, Any], test: Test) -> float | None:
-    """The machine's limit of a test in tokens per second, from what was measured in the run."""
+    """The machine's limit for a test, in tokens per second, from figures of this run."""
     if test.name not in entry["work"]:
         return None
     bandwidth, compute = (
@@ -125,7 +125,7 @@ def rate(x: float) -> str:
 
 
 def notes(entry: dict[str, Any], tests: Iterable[Test]) -> Iterable[str]:
-    """What does not fit in the table: other targets, limits, memory, what was left out."""
+    """Lines for what does not fit the table: other targets, limits, memory, skipped tests."""
     yield from _kv(entry, list(tests))
     shares = {t: median(s) for t, s in entry["python"].items() if s}
     if shares:
@@ -159,7 +159,7 @@ def notes(entry: dict[str, Any], tests: Iterable[Test]) -> Iterable[str]:
 
 
 def on(system: str) -> str:
-    """What a library says it was compiled for, without what it was not."""
+    """The instruction sets that a library says it was compiled for."""
     parts = [part.strip() for part in system.split("|")]
     if len(parts) < 2:
         return system
@@ -181,7 +181,7 @@ def _kv(entry: dict[str, Any], tests: list[Test]) -> Iterable[str]:
 
 def _loads(entry: dict[str, Any]) -> Iterable[str]:
     copy = entry["copy"]
-    # of a file that memory does not hold twice only a part was copied
+    # If memory does not hold the file twice, only a part was copied.
     copied = {
         threads: min(seconds) * entry["bytes"] / copy["bytes"]
         for threads, seconds in copy.get("seconds", {}).items()

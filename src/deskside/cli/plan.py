@@ -1,4 +1,4 @@
-"""`deskside plan`: where every tensor would go and how fast it would be, before a byte is read."""
+"""`deskside plan`: shows where every tensor would go and how fast the model would be."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def plan(
     *,
     model: Annotated[
         Path | None,
-        Option("-m", "--model", help="GGUF file; its header is enough, as of one being fetched"),
+        Option(
+            "-m", "--model", help="GGUF file; a header is enough, as of a file being downloaded"
+        ),
     ] = None,
     preset: Annotated[
         Text, Option("--preset", help="a model by name instead, such as qwen3.5-397b-a17b")
@@ -57,7 +59,7 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="print the plan as JSON")] = False,
     placing: Given,
 ) -> int:
-    """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
+    """Show where every tensor goes and why, its memory, and the speed. Loads nothing."""
     from deskside import console
     from deskside.engine.placing import lines, plan_for, planned
     from deskside.machine.descriptions import load_machine, this_machine
@@ -68,12 +70,12 @@ def plan(
     from deskside.plan.picture import picture
 
     if emit is not None and emit not in plan_emit.KINDS:
-        raise DesksideError(f"--emit {emit}: there is {', '.join(plan_emit.KINDS)}")
+        raise DesksideError(f"--emit {emit}: choose from {', '.join(plan_emit.KINDS)}")
     if out is not None and emit is None:
-        raise DesksideError("--out says where --emit writes: give --emit as well")
+        raise DesksideError("--out is the folder for --emit: give --emit as well")
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
+    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel", ENGINE.parallel)
     config = EngineConfig(**engine, **placing)
     ours, wishes, options = planned(
         config,
@@ -118,13 +120,13 @@ def _model(model: Path | None, preset: str | None, types: list[str] | None) -> t
         rules = [parse_rule(entry) for entry in types or ()]
         return outline(preset, types=rules).gguf(), preset
     if types:
-        raise DesksideError("--tensor-type is for a --preset: a file has its types")
+        raise DesksideError("--tensor-type is for --preset only: a file already has its types")
     path = model or demo_model()
     return GGUF.open(path, complete=False), path.name
 
 
 def _preset_of(file: Any) -> str | None:
-    """The preset with a file's shapes, if any: what is published of it holds for the file too."""
+    """The preset with the shapes of this file, if any. Its published facts hold for the file."""
     from deskside.convert.synth import PRESETS
 
     arch = file.get("general.architecture")
@@ -146,7 +148,7 @@ def _preset_of(file: Any) -> str | None:
 def _refuse(
     refusal: Any, tape: Any, machine: Any, wishes: Any, options: Any, name: str, as_json: bool
 ) -> int:
-    """Says what is lacking and what would be enough; exit code 2."""
+    """Say what memory is missing and what would fit. Returns exit code 2."""
     from deskside import console
     from deskside.plan.remedies import remedies
     from deskside.plan.table import VERSION, remedy_line
@@ -171,7 +173,7 @@ def _refuse(
         console.err.print(f"enough would be: {remedy_line(remedy)}", markup=False)
     if not found:
         console.err.print(
-            "no smaller context or cache is enough: it needs more memory, or a file of fewer bits",
+            "no smaller context or cache is enough: use more memory, or a file of fewer bits",
             markup=False,
         )
     return 2

@@ -1,4 +1,4 @@
-"""`deskside perplexity` and `deskside predict`."""
+"""`deskside perplexity`: its flags, and its result as text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def perplexity(
     file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
     model: Model = None,
     window: Given,
-    chunks: Annotated[int | None, Option("--chunks", help="score only so many windows")] = None,
+    chunks: Annotated[int | None, Option("--chunks", help="score only this many windows")] = None,
     save: Annotated[
         Path | None,
         Option("--save-logits", metavar="REF", help="write the log-probabilities as a reference"),
@@ -47,7 +47,7 @@ def perplexity(
     as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
     placing: Given,
 ) -> None:
-    """How well a model predicts a text; with --kl, how far it is from a reference run."""
+    """Measure how well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__
     from deskside.bench.quality import perplexity as quality
     from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
@@ -56,7 +56,7 @@ def perplexity(
     from deskside.engine.config import demo_model
 
     if save is not None and kl is not None:
-        raise DesksideError("--save-logits and --kl are for two runs: first write, then compare")
+        raise DesksideError("use --save-logits in a first run, and --kl in a second one")
     piped = str(file) == "-"
     text, name = quality.read_text(
         None if piped else file, sys.stdin.buffer.read() if piped and sys.stdin else b""

@@ -1,4 +1,4 @@
-"""`deskside compare` and `deskside report`: what records say, without measuring anything."""
+"""`deskside compare` and `deskside report`. They read records and measure nothing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def compare(
     a: Annotated[Path, Argument(metavar="A.json", help="baseline; or one record with both sides")],
     b: Annotated[Path | None, Argument(metavar="B.json", help="candidate")] = None,
     threshold: Annotated[
-        float, Option("--threshold", metavar="PCT", help="slower by more is a regression")
+        float, Option("--threshold", metavar="PCT", help="per cent slower that make a regression")
     ] = 5.0,
     as_json: Annotated[bool, Option("--json", help="print the comparison as JSON")] = False,
 ) -> int:
     """Compare two records of `bench`, or both sides of one made with --vs.
 
-    In one record A is the candidate. Exit code 1 if the candidate is slower beyond the threshold, 2
-    for bad input."""
+    Within one record, side A is the candidate. Exit code 1 if the candidate is slower by more than
+    the threshold, 2 for bad input."""
     from deskside.bench.record import Record
     from deskside.bench.report import compare as comparing
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from deskside.cli.escapes import as_bytes, as_text
 from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
@@ -45,6 +46,10 @@ def run(
     think: Annotated[
         bool | None, Option("--think/--no-think", help="enable_thinking of the chat template")
     ] = None,
+    escape: Annotated[
+        bool,
+        Option("-e", "--escape/--no-escape", help=r"\n, \t, \xHH and such in -p, -f and -r"),
+    ] = True,
     n_predict: Annotated[int, OPTIONS["max_tokens"]] = -1,
     engine: Given,
     sampling: Given,
@@ -52,12 +57,25 @@ def run(
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
     bias = dict(map(_logit_bias, sampling.get("logit_bias", ())))
-    params = SamplingParams(**{**sampling, "max_tokens": n_predict, "logit_bias": bias})
-    _main(model, prompt, file, system, not no_chat, think, params, {**engine, **placing})
+    stop = [as_text(as_bytes(text), "-r", escape=escape) for text in sampling.get("stop", ())]
+    params = SamplingParams(
+        **{**sampling, "max_tokens": n_predict, "logit_bias": bias, "stop": stop}
+    )
+    if prompt is not None and file is not None:
+        raise DesksideError("-p and -f both give a prompt; use one of them")
+    if file is not None:
+        prompt = as_text(file.read_bytes(), str(file), escape=escape)
+    elif prompt is not None:
+        prompt = as_text(as_bytes(prompt), "-p", escape=escape)
+    elif sys.stdin is None or not sys.stdin.isatty():
+        prompt = as_text(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
+    if system is not None:
+        system = as_text(as_bytes(system), "-sys")
+    _main(model, prompt, system, not no_chat, think, params, {**engine, **placing})
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
-    """llama.cpp's form: TOKEN_ID, then + or -, then the bias."""
+    """Parse llama.cpp's form of a bias: TOKEN_ID, then + or -, then a number."""
     for sign in "+-":
         token, found, bias = entry.partition(sign)
         if found:
@@ -71,23 +89,16 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 def _main(
     model: Path | None,
     prompt: str | None,
-    file: Path | None,
     system: str | None,
     chat: bool,
     think: bool | None,
     params: SamplingParams,
     options: dict[str, Any],
 ) -> None:
-    if prompt is not None and file is not None:
-        raise DesksideError("-p and -f both give a prompt; use one of them")
-    if file is not None:
-        prompt = _decode(file.read_bytes(), str(file))
-    elif prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
-        prompt = _decode(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
     if system is not None and not chat:
-        raise DesksideError("-sys is a chat message; it has no place with --no-chat")
+        raise DesksideError("-sys is a message of a chat: leave it out, or leave out --no-chat")
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
@@ -115,7 +126,7 @@ def _main(
 
 
 class _Conversation:
-    """Messages so far; an answer that was stopped stays in them as far as it came."""
+    """The messages of a chat. If an answer is stopped, its text so far is kept."""
 
     def __init__(
         self, llm: LLM, system: str | None, think: bool | None, params: SamplingParams
@@ -138,7 +149,7 @@ class _Conversation:
             self.messages = [*messages, answer]
 
     def loop(self) -> None:
-        with contextlib.suppress(ImportError):  # gives input() its line editing
+        with contextlib.suppress(ImportError):  # adds line editing to input()
             import readline  # noqa: F401
 
         while True:
@@ -150,7 +161,7 @@ class _Conversation:
             except KeyboardInterrupt:
                 err.print(f"\n{HELP}", style="dim")
                 continue
-            # Surrogates stand for bytes that were not UTF-8.
+            # Bytes that are not UTF-8 arrive as surrogates.
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             if text == "/exit":
                 return
@@ -168,7 +179,7 @@ class _Conversation:
 
 
 def _show(stream: Stream, pieces: list[str]) -> None:
-    """Print an answer as it comes, then its figures; Ctrl-C ends it. Text goes to `pieces`."""
+    """Print an answer as it comes, then its speeds. Ctrl-C ends it. `pieces` collects the text."""
     stopped = False
     try:
         for chunk in stream:
@@ -198,11 +209,3 @@ def _figures(t: Timings, reason: str) -> str:
         decode += f" at {t.decode_rate:.1f} tok/s"
     first = f"first token after {t.first_seconds:.2f} s"
     return " | ".join((prefill, first, decode, f"ended by {reason}"))
-
-
-def _decode(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        note(f"{source} is not all UTF-8; the rest is read as \N{REPLACEMENT CHARACTER}")
-        return raw.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""A plan for people and for programs: groups of tensors, tables, JSON (docs/PLANNER.md)."""
+"""Shows a plan: groups of tensors, tables, JSON (docs/PLANNER.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one kind that are on one device for one reason."""
+    """Tensors of one kind, on one device, for one reason. nbytes: of all `count` tensors."""
 
     pattern: str
     device: str
@@ -33,7 +33,7 @@ class Group:
 
 
 def groups(plan: Plan) -> list[Group]:
-    """What went where and why, a line each, in the order of kinds."""
+    """All tensors in groups, in the order of KINDS."""
     infos = plan.tape.weights()
     by: dict[tuple[int, str, str, str], list[str]] = {}
     of_kind: dict[tuple[str, str], set[int | None]] = {}
@@ -64,7 +64,7 @@ def _suffix(name: str) -> str:
 def _pattern(
     names: Sequence[str], kind: str, of_kind: Mapping[tuple[str, str], set[int | None]]
 ) -> str:
-    """`blk.0-22.{ffn_gate_exps,…}`; * for all layers that have the tensor."""
+    """Names as `blk.0-22.{ffn_gate_exps,…}`. `*` stands for all layers that have the tensor."""
     layers = {layer for n in names if (layer := layer_of(n)) is not None}
     globals_ = [n.removesuffix(".weight") for n in names if layer_of(n) is None]
     suffixes = list(dict.fromkeys(_suffix(n) for n in names if layer_of(n) is not None))
@@ -102,7 +102,7 @@ def rate_label(rate: Rate) -> str:
 
 
 def published(plan: Plan, preset: str | None) -> list[tuple[Published, float]]:
-    """What others measured of this model there, and its share of the roofline at depth 0."""
+    """Speeds that others measured, each with its share (0 to 1) of the roofline at depth 0."""
     decode = [r for r in plan.rates if not r.prompt and r.n_seq == 1]
     if not decode:
         return []
@@ -111,7 +111,7 @@ def published(plan: Plan, preset: str | None) -> list[tuple[Published, float]]:
 
 
 def show(plan: Plan, title: str, preset: str | None, console: Console | None = None) -> None:
-    """The readable table."""
+    """Print the plan: memory by device, groups, rates and their sources. preset: as `published`."""
     out = console or Console(highlight=False)
     o = plan.options
     out.print(

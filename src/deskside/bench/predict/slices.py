@@ -1,4 +1,4 @@
-"""Slices of large models: random weights at true shapes, fewer layers, kept in a cache folder."""
+"""Slices of large models: random weights, true shapes, fewer layers. A cache folder keeps them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.tape.cost import Work
 
-# Padding of tensors, the header, and what a file system keeps for itself.
+# Bytes for padding of tensors, the header, and the file system's own use.
 DISK_MARGIN = 1.02
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A synthetic model: layers, and experts where not all, of a preset at its true shapes."""
+    """Some layers of a preset, at their true shapes. experts: per layer, None = all."""
 
     preset: str
     layers: int
@@ -42,12 +42,12 @@ class Slice:
 
     @property
     def work(self) -> Work:
-        """What its steps read and multiply; needs no file."""
+        """Bytes and multiply-adds of its steps; needs no file."""
         return _measures(self)[1]
 
     @property
     def weights(self) -> int:
-        """Bytes of the weights that an engine holds in memory: all but the embedding table."""
+        """Bytes of weights that an engine holds in memory: all except the embedding."""
         return self.work.dense_bytes + sum(layer.nbytes for layer in self.work.experts)
 
     def file(self, folder: Path) -> Path:
@@ -61,36 +61,36 @@ def _measures(slice_: Slice) -> tuple[int, Work]:
 
 
 def full(preset: str) -> Slice:
-    """The whole model; DesksideError if the preset is not known."""
+    """The whole model as a slice. DesksideError if the preset is not known."""
     if preset not in PRESETS:
         raise DesksideError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
     return Slice(preset, PRESETS[preset]["num_hidden_layers"])
 
 
 def period(preset: str) -> int:
-    """Layers after which their kinds repeat."""
+    """Number of layers after which the kinds of layers repeat."""
     return int(PRESETS[preset].get("full_attention_interval", 1))
 
 
 def cache_folder() -> Path:
-    """DESKSIDE_BENCH_DIR, or ~/.cache/deskside-bench."""
+    """The folder for slices: $DESKSIDE_BENCH_DIR, or ~/.cache/deskside-bench."""
     return Path(os.environ.get("DESKSIDE_BENCH_DIR") or Path.home() / ".cache" / "deskside-bench")
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes free where `folder` is or would be made."""
+    """Free bytes on the disk of `folder`, which need not exist."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def disk_needed(slices: list[Slice], folder: Path) -> float:
-    """Bytes that the files which are not there yet will take."""
+    """Bytes that the missing files of `slices` will take."""
     return DISK_MARGIN * sum(s.nbytes for s in slices if not s.file(folder).exists())
 
 
 def write(slice_: Slice, folder: Path, progress: Progress = silent) -> Path:
-    """The slice's file, written if it is not there; DesksideError if the disk lacks the room."""
+    """The path of the slice's file, written if missing. DesksideError if the disk is too full."""
     path = slice_.file(folder)
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nothing of the network."""
+"""Renders a report as one HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def render(view: View) -> str:
 
 
 def _svg(plot: Plot) -> Markup:
-    # ElementTree has escaped all text in it
+    # ElementTree escapes all text.
     return Markup(ET.tostring(plot.root, encoding="unicode"))

@@ -1,4 +1,4 @@
-"""A report as Markdown, with the tables of the article that deskside follows."""
+"""Renders a report as Markdown, with the tables of the article that deskside follows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render(view: View) -> str:
 
 
 def table(t: Table) -> str:
-    """Empty of a table without rows."""
+    """A table in Markdown; "" for a table without rows."""
     if not t.rows:
         return ""
     rule = ["---" if i < t.text else "---:" for i in range(len(t.header))]
@@ -59,7 +59,7 @@ ENTITIES = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
 def escape(text: str) -> str:
-    """On one line, with nothing in it that Markdown or the HTML it allows would act on."""
+    """`text` on one line, without characters that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape_code(text).translate(ENTITIES))
 
 

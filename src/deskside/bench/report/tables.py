@@ -1,4 +1,4 @@
-"""The tables and sentences of a report, as text in cells: what Markdown and HTML both show."""
+"""The tables and sentences of a report, as text. Markdown and HTML show the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deskside.bench.report.stats import Interval, Ratio, Sample
 from deskside.bench.report.verdict import Criterion
 
 NONE = "-"
-PHASES = {"extra": "warm-up run"}  # what a phase is called, where it is not its name
+PHASES = {"extra": "warm-up run"}  # labels of phases that differ from their names
 
 
 @dataclass(frozen=True)
 class Table:
-    """`text` columns from the left are words, the others numbers."""
+    """A table. The first `text` columns hold words, the others numbers."""
 
     title: str
     header: list[str]
@@ -32,7 +32,7 @@ class Table:
 
 
 def number(x: float | None, sign: str = "") -> str:
-    """Three significant digits, or all digits before the point; `sign` as in a format."""
+    """x with three significant digits, and all digits before the point. sign: as in a format."""
     if x is None or not math.isfinite(x):
         return NONE
     if abs(x) >= 100 or x == 0:
@@ -42,7 +42,7 @@ def number(x: float | None, sign: str = "") -> str:
 
 
 def percent(x: float | None, sign: str = "") -> str:
-    """With a sign (a change), or small, to a tenth."""
+    """x as per cent; with one decimal if it is small or has a sign."""
     if x is None or not math.isfinite(x):
         return NONE
     return f"{100 * x:{sign}.{1 if sign or abs(x) < 0.1 else 0}f} %"
@@ -91,7 +91,7 @@ def statistics(side: Side) -> Table:
         mean = number(steady.mean if steady else None)
         rows.append([name, *_sample(side.samples[key, "all"]), mean])
     note = (
-        "Of all runs but failed ones and those made only to warm up; the steady-state mean leaves "
+        "All runs except failed ones and those made only to warm up. The steady-state mean leaves "
         "out cold and warm-up runs. 95 %: bootstrap intervals."
     )
     return Table("Statistics", [*header, "steady-state mean"], rows, note=note)
@@ -133,7 +133,7 @@ def lengths(side: Side) -> Table:
         for length in side.lengths
     ]
     header = ["prompt tokens", "runs", "PP tok/s", "ceiling", "of ceiling", "TTFT s"]
-    note = "Medians over runs of about one length (within 10 %) that took nothing from a cache."
+    note = "Medians over runs of one length (within 10 %) without cached tokens."
     return Table("Prefill against prompt length", header, rows, text=0, note=note)
 
 
@@ -157,19 +157,19 @@ def profile(record: Record) -> Table:
 
 
 def measured_limits(record: Record, side: str) -> tuple[float | None, float | None]:
-    """Highest bandwidth and compute that were sampled beside the side's runs."""
+    """Highest sampled bandwidth (bytes/s) and compute (multiply-adds/s) of a side's runs."""
     ceilings = [run.ceiling for run in record.runs if run.side == side]
     bandwidth = max(known(_amount(c.bandwidth) for c in ceilings), default=None)
     return bandwidth, max(known(_amount(c.compute) for c in ceilings), default=None)
 
 
 def _amount(x: float | None) -> float | None:
-    """Bytes or products, a second or in all; None of what no machine has."""
+    """x, or None if x is not a possible amount or rate of bytes or multiply-adds."""
     return x if x is not None and 1 <= x < 1e18 else None
 
 
 def roofline(op: OpProfile, bandwidth: float | None, compute: float | None) -> float | None:
-    """Least seconds a token that the machine allows; None where it is not known."""
+    """Least seconds per token that the machine allows; None if unknown."""
     needs = [
         work / limit
         for work, limit in ((_amount(op.nbytes), bandwidth), (_amount(op.macs), compute))
@@ -196,7 +196,7 @@ def verdict(criteria: Sequence[Criterion]) -> Table:
 
 
 def claims(side: Side) -> list[str]:
-    """What the data show, a sentence each."""
+    """Sentences that say what the data show."""
     said = [_warmup(side), _depth(side)]
     if side.variation is not None:
         said.append(f"Decode varies by {percent(side.variation)} (sd) about its trend over depth.")
@@ -231,7 +231,7 @@ def _warmup(side: Side) -> str:
 
 def _depth(side: Side) -> str:
     if side.depth is None:
-        return "Decode was measured at one depth only, so nothing is said of a trend."
+        return "Decode was measured at only one depth, so its trend is unknown."
     d = side.depth
     within = f"± {100 * STABLE:.0f} %"
     claim = {
@@ -256,7 +256,7 @@ def _depth(side: Side) -> str:
 
 
 def odd_runs(side: Side) -> list[str]:
-    """Outliers and failures, a line each."""
+    """Lines that name outliers and failures."""
     lines = [f"Run {row.run.index}: {why}." for row in side.rows for why in row.odd]
     failed = side.of("failed")
     return lines + [f"Run {row.run.index} failed: {row.run.error}" for row in failed]
@@ -337,7 +337,7 @@ def machine(record: Record) -> Table:
 
 
 def raw(record: Record) -> Table:
-    """Every run with all that was recorded but its gaps."""
+    """Every run with all recorded values except its gaps."""
     own = (
         *("index", "name", "side", "started", "prompt_tokens", "cached_tokens"),
         *("generated_tokens", "prefill_seconds", "first_seconds", "decode_seconds"),

@@ -1,8 +1,8 @@
-"""Is this daily-use speed? Criteria with a number each, adjustable by a TOML file.
+"""Judges whether a model is fast enough for daily use. A TOML file can change the criteria.
 
-A criterion passes, fails, or is not measured. What was not measured at the size that a criterion
-asks for is interpolated between the measured sizes around it, or extrapolated up to twice as far
-as was measured, which is said; beyond that it counts as not measured.
+A criterion passes, fails, or is not measured. If its size was not measured, its value is
+interpolated, or extrapolated up to twice the measured range, and the report says so. Beyond that it
+counts as not measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deskside.bench.report.stats import FEWEST
 from deskside.machine.watch import Host
 
 PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
-ESSENTIAL = ("decode", "chat")  # without these there is no verdict as a whole
+ESSENTIAL = ("decode", "chat")  # without these there is no overall verdict
 BEYOND = 2.0  # times the largest or smallest measured size
 DAY = 86_400
 
@@ -36,9 +36,9 @@ def _because(reason: str) -> Meta:
 
 
 class Criteria(Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits; the keys of a criteria file are these names. `REASONS` says why each is what it is.
+    """Limits of the criteria. A criteria file has these names as keys. `REASONS` justifies each.
 
-    Times are seconds, memory bytes, changes and variations shares of 1.
+    Times are seconds, memory is bytes, changes and variations are fractions.
     """
 
     reading_words_per_minute: Annotated[
@@ -79,7 +79,7 @@ class Criteria(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def load(cls, path: Path) -> Criteria:
-        """Defaults with what the file has changed; DesksideError names the file and the field."""
+        """Read a criteria file over the defaults. DesksideError names the file and the field."""
         return schema.build(schema.parse(path, ".toml"), cls, str(path))
 
 
@@ -92,7 +92,10 @@ DEFAULTS = Criteria()
 
 @dataclass(frozen=True)
 class Criterion:
-    """`value` and `limit` in `unit`; `note` is where the value comes from, or why there is none."""
+    """A judged criterion. `value` and `limit` are in `unit`.
+
+    note: where the value comes from, or why there is none.
+    """
 
     side: str
     key: str
@@ -101,7 +104,7 @@ class Criterion:
     value: float | None
     limit: float
     unit: str
-    at_least: bool  # a limit from below
+    at_least: bool  # whether `limit` is a minimum
     note: str = ""
 
 
@@ -116,7 +119,10 @@ def judge(record: Record, summary: Summary, criteria: Criteria = DEFAULTS) -> li
 
 
 def overall(criteria: Sequence[Criterion]) -> str:
-    """Of one side: failed if any criterion is, passed if decode and chat were measured too."""
+    """The overall verdict on one side.
+
+    Failed if any criterion failed. Passed only if decode and chat were measured.
+    """
     outcomes = {c.key: c.outcome for c in criteria}
     if FAILED in outcomes.values():
         return FAILED
@@ -193,8 +199,11 @@ def _first_token(side: Side, tokens: float) -> _Found:
 def _at(
     lengths: Sequence[Length], tokens: float, get: Callable[[Length], float | None], what: str
 ) -> _Found:
-    """A time for a prompt of so many tokens: linear between the two lengths around it; beyond the
-    ends in proportion to the tokens, which is short of the truth where attention counts."""
+    """Estimate the time for a prompt of `tokens` tokens.
+
+    It is linear between measured lengths, and proportional to the tokens beyond them. The latter is
+    too low where attention takes much of the time.
+    """
     points = [(x.tokens, y) for x in lengths if (y := get(x)) is not None]
     if not points:
         return _Found(None, f"no run without a cache has a time for its {what}")
@@ -249,7 +258,7 @@ def _variation(side: Side) -> _Found:
 
 
 def _depth_criterion(side: Side, c: Criteria) -> Criterion:
-    """Passed or failed only where the interval shows it (`facts.Depth.stable`)."""
+    """Judge the change over depth, by its interval (`facts.Depth.stable`)."""
     outcome, value, note = UNMEASURED, None, "decode was measured at one depth only"
     if side.depth is not None:
         d = side.depth

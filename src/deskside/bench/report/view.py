@@ -1,4 +1,4 @@
-"""All that a report shows, computed once for Markdown and HTML."""
+"""Computes what a report shows, once for Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deskside.errors import DesksideError
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure: what it is, its value, and its ceiling or interval."""
+    """A key figure: name, value, and its ceiling or interval."""
 
     name: str
     value: str
@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """What is said of one side."""
+    """The part of a report about one side."""
 
     heading: str
     side: Side
@@ -59,7 +59,7 @@ class View:
 
 
 def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
-    """`name` is that of the record's file, as in the command that repeats it."""
+    """The content of a report. name: of the record's file, for the command that repeats it."""
     summary = summarise(record)
     judged = judge(record, summary, criteria)
     pages = [
@@ -69,7 +69,7 @@ def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
     try:
         compared = compare(record)
     except DesksideError:
-        compared = None  # one side, or no pairs: nothing to compare
+        compared = None  # there is only one side, or there are no pairs
     first = pages[0].target.name if pages else "nothing"
     return View(
         record=record,
@@ -154,7 +154,7 @@ def _figures(side: Side, criteria: list[Criterion]) -> list[Figure]:
 
 
 def _share(side: Side, key: str) -> str:
-    """Of the ceiling, the median over runs; and what limits most of them."""
+    """The median share of the ceiling over runs, and what limits most of them."""
     rows = side.basis
     shares = sorted(known(row.tg_share if key == "tg" else row.pp_share for row in rows))
     if not shares:
