@@ -1,0 +1,235 @@
+// Products of one panel, or of panels in the tile, with a few rows of activations. Everything here
+// has internal linkage.
+//
+// Weights that are small unsigned numbers meet x as they are, and their offset is subtracted once
+// for the block; so is the bias of 128. Where 8-bit products are summed in pairs of 16 bits (SSE,
+// AVX2), several groups are summed so, as many as cannot overflow.
+#pragma once
+
+#include <bit>
+
+#include "unpack.h"
+
+namespace deskside {
+namespace {
+
+// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
+// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+constexpr int64_t kFar = 3072, kNear = 1024;
+
+template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
+}
+
+// A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
+// costs one register.
+struct Parts {
+  int64_t d, s, c32, c16, s16;
+  explicit Parts(int64_t cols)
+      : d(cols),
+        s(d + cols / 32 * 4),
+        c32(s + cols / 32 * 4),
+        c16(c32 + cols / 32 * 4),
+        s16(c16 + cols / 16 * 4) {}
+};
+
+inline float float_at(const uint8_t* p, int64_t at) {
+  float f;
+  std::memcpy(&f, p + at, 4);
+  return f;
+}
+
+// A block of 32 weights of kLanes rows of R panels, for dot_block: group(j, g) of panel j, scale(j,
+// h) and min(j, h) of it or of its halves. Here of one panel in registers, as unpack leaves it.
+struct InRegisters {
+  const Unpacked& u;
+
+  Bytes group(int, int g) const { return u.w[g]; }
+  vf scale(int, int h) const { return u.scale[h]; }
+  vf min(int, int h) const { return u.min[h]; }
+};
+
+// Block b of the tile's panels, registers of `part`; `per` scales a block.
+template <int per> struct InTile {
+  const Tile& t;
+  int64_t b;
+  int part;
+
+  Bytes group(int j, int g) const {
+    const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
+    return vector_at(from + (b * 8 + g) * kVector, part);
+  }
+  vf scale(int j, int h) const { return load(at(t.panel[j].scale, h)); }
+  vf min(int j, int h) const { return load(at(t.panel[j].min, h)); }
+
+ private:
+  const float* at(const float* p, int h) const {
+    return p + (b * per + h) * kPanelRows + part * kLanes;
+  }
+};
+
+// What the sum over weights q with an offset starts at: -offset times the sum of x, of which c is
+// -128 times.
+template <int Offset> inline Bytes start(const uint8_t* c) {
+  if constexpr (kBias != 0) return splat_lane(c);
+  if constexpr (Offset == 0) return Bytes{};
+  return (Bytes)((vi)splat_lane(c) >> (7 - std::countr_zero(unsigned(Offset))));
+}
+
+// Adds the products of N groups from g on, and of M rows of x at byte `at`.
+template <int Top, int N, int R, int M, class Weights32>
+DESKSIDE_INLINE void dot_groups(const Weights32& w, const uint8_t* const* x, int64_t at, int g,
+                                Bytes (&sum)[R][M]) {
+  if constexpr (in_pairs(Top) == 0) {
+    // Unrolled whatever M is: otherwise the weights go through memory once more.
+#pragma GCC unroll 8
+    for (int k = 0; k < N; k++) {
+      Bytes v[R], abs[R];
+      for (int j = 0; j < R; j++) v[j] = w.group(j, g + k), abs[j] = magnitude(v[j]);
+      for (int i = 0; i < M; i++) {
+        const Bytes xi = splat_lane(x[i] + at + 4 * k);
+        for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], v[j], abs[j], xi);
+      }
+    }
+  } else {
+    constexpr int run = in_pairs(Top) < N ? in_pairs(Top) : N;
+    static_assert(N % run == 0);
+#pragma GCC unroll 8
+    for (int k = 0; k < N; k += run) {
+      Bytes two[R][M];
+#pragma GCC unroll 8
+      for (int n = k; n < k + run; n++) {
+        Bytes v[R];
+        for (int j = 0; j < R; j++) v[j] = w.group(j, g + n);
+        for (int i = 0; i < M; i++) {
+          const Bytes xi = splat_lane(x[i] + at + 4 * n);
+          for (int j = 0; j < R; j++) {
+            const Bytes p = pairs(v[j], xi);
+            two[j][i] = n == k ? p : add_pairs(two[j][i], p);
+          }
+        }
+      }
+      for (int i = 0; i < M; i++)
+        for (int j = 0; j < R; j++) sum[j][i] = add_sums(sum[j][i], two[j][i]);
+    }
+  }
+}
+
+// A block against M rows of x.
+template <Numbers N, int R, int M, class Weights32>
+DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
+                               int64_t b, vf (&acc)[R][M]) {
+  constexpr int halves = N.halves ? 2 : 1, groups = 8 / halves;
+  vf sums[halves][R][M];
+  for (int h = 0; h < halves; h++) {
+    Bytes sum[R][M];
+    const int64_t c = N.halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
+    for (int i = 0; i < M; i++)
+      for (int j = 0; j < R; j++) sum[j][i] = start<N.offset>(x[i] + c);
+    dot_groups<N.top, groups>(w, x, 32 * b + 4 * groups * h, groups * h, sum);
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
+  }
+  for (int j = 0; j < R; j++) {
+    for (int i = 0; i < M; i++) {
+      vf product = sums[0][j][i] * w.scale(j, 0);
+      if constexpr (N.halves) product += sums[1][j][i] * w.scale(j, 1);
+      acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
+      if constexpr (N.has_min && N.halves) {
+        acc[j][i] -= w.min(j, 0) * float_at(x[i], parts.s16 + 8 * b);
+        acc[j][i] -= w.min(j, 1) * float_at(x[i], parts.s16 + 8 * b + 4);
+      } else if constexpr (N.has_min) {
+        acc[j][i] -= w.min(j, 0) * float_at(x[i], parts.s + 4 * b);
+      }
+    }
+  }
+}
+
+// The rows of a panel that exist: the last panel may have fewer than 16.
+inline void store_rows(float* y, int part, int valid, vf v) {
+  const int first = part * kLanes;
+  if (first + kLanes <= valid) {
+    store(y + first, v);
+    return;
+  }
+  for (int i = 0; first + i < valid; i++) y[first + i] = v[i];
+}
+
+template <Type T, int M>
+void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
+                int valid, const uint8_t* next) {
+  using P = Panel<T>;
+  const Parts parts(cols);
+  vf acc[kParts][1][M];
+  for (int part = 0; part < kParts; part++)
+    for (int i = 0; i < M; i++) acc[part][0][i] = vf{};
+  const uint8_t* s = panel + P::header * kPanelRows;
+  constexpr int bytes = P::bytes / P::blocks;  // of a block
+  const uint8_t* const end = s + cols / 32 * bytes;
+  // A stream that ends and goes on at `next`.
+  const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
+  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
+    for (int j = 0; j < P::blocks; j++, b++) {
+      fetch<2>(ahead(s + j * bytes + kFar), bytes);
+      fetch<3>(ahead(s + j * bytes + kNear), bytes);
+      for (int part = 0; part < kParts; part++) {
+        Unpacked u;
+        unpack<T>(s, panel, j, part, u);
+        dot_block<P::numbers>(InRegisters{u}, x, parts, b, acc[part]);
+      }
+    }
+  }
+  for (int part = 0; part < kParts; part++)
+    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
+}
+
+// gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
+// (tests/test_kernels.py would find it).
+#if defined(__GNUC__) && !defined(__clang__)
+#define DESKSIDE_NO_CLONE __attribute__((noipa))
+#else
+#define DESKSIDE_NO_CLONE
+#endif
+template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols,
+                                                      Tile::Unpacked t) {
+  using P = Panel<T>;
+  constexpr int per = P::numbers.halves ? 2 : 1;
+  const uint8_t* s = panel + P::header * kPanelRows;
+  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
+    for (int j = 0; j < P::blocks; j++, b++) {
+      for (int part = 0; part < kParts; part++) {
+        Unpacked u;
+        unpack<T>(s, panel, j, part, u);
+        for (int g = 0; g < 8; g++)
+          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, u.w[g]);
+        for (int h = 0; h < per; h++) {
+          const int64_t at = (b * per + h) * kPanelRows + part * kLanes;
+          store(t.scale + at, u.scale[h]);
+          if constexpr (P::numbers.has_min) store(t.min + at, u.min[h]);
+        }
+      }
+    }
+  }
+}
+
+// R unpacked panels against M rows of x; y[j] is panel j's place in the results. Meanwhile fetches
+// `ahead` bytes a block of what lies at `next`: the panels to be unpacked next.
+template <Numbers N, int R, int M>
+void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
+              const int* valid, const uint8_t* next, int ahead) {
+  const Parts parts(cols);
+  for (int part = 0; part < kParts; part++) {
+    vf acc[R][M];
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) acc[j][i] = vf{};
+    for (int64_t b = 0; b < cols / 32; b++, next += ahead) {
+      fetch<2>(next, ahead);
+      dot_block<N>(InTile<N.halves ? 2 : 1>{t, b, part}, x, parts, b, acc);
+    }
+    for (int j = 0; j < R; j++)
+      for (int i = 0; i < M; i++) store_rows(y[j] + i * ldy, part, valid[j], acc[j][i]);
+  }
+}
+
+}  // namespace
+}  // namespace deskside
