@@ -66,3 +66,9 @@ def product(type_id: int, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     right = (q8_k, blocks.ctypes.data, blocks.nbytes)
     assert function(len(data), 1, n, *left, *right, out.ctypes.data, len(data), 0, 1)
     return out
+
+
+def llama_quantize() -> Path:
+    """The wheel's `llama-quantize`."""
+    ik = pytest.importorskip("ik_llama_cpp")
+    return Path(ik.__file__).parent / "bin" / "llama-quantize"

@@ -64,6 +64,8 @@ def random_rows(name: str, shape: tuple[int, ...], n: int, rng: np.random.Genera
     for at in t.scales:
         scales = rng.uniform(-size, size, (*blocks.shape[:2], 1)).astype("<f2")
         blocks[:, :, at : at + 2] = scales.view(np.uint8)
+    if name == "MXFP4":
+        blocks[:, :, 0] = rng.integers(118, 126, blocks.shape[:2])
     data[:, t.row_header :] = blocks.reshape(rows, -1)
     return data.reshape(*shape, -1)
 

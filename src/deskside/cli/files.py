@@ -26,12 +26,12 @@ def synth(
 ) -> None:
     """Write a model with random weights at true shapes: for measuring, before any download."""
     from deskside.convert.quantize import parse_rule
+    from deskside.convert.recipes import writable
     from deskside.convert.synth import synth_file
-    from deskside.gguf.quants import quant_type
 
     rules = [parse_rule(entry) for entry in tensor_type or ()]
     if type_ is not None:
-        rules.append((r"\.weight$", quant_type(type_)))
+        rules.append((r"\.weight$", writable(type_)))
     with progress_bar() as progress:
         synth_file(
             preset,
@@ -68,19 +68,21 @@ def convert(
 def quantize(
     src: Annotated[Path, Argument(metavar="IN", help="GGUF file, or a shard of a split")],
     out: Annotated[Path, Argument(help="GGUF file to write")],
-    type_: Annotated[str, Option("--type", help="type of every matrix that no rule names")],
+    type_: Annotated[str, Option("--type", help="type or mix of the matrices that no rule names")],
     tensor_type: TensorTypes = None,
+    only: Annotated[bool, Option("--pure", help="all matrices as --type: no mix of types")] = False,
     threads: Threads = 0,
 ) -> None:
-    """Change the types of a model's weights: F16 BF16 Q8_0 Q6_K IQ4_NL IQ4_XS IQ4_KSS and more."""
+    """Change the types of a model's weights: F16 Q8_0 Q4_K_M Q2_K IQ4_NL IQ4_KSS and more."""
     from deskside.convert.quantize import parse_rule, quantize_file
-    from deskside.gguf.quants import quant_type
+    from deskside.convert.recipes import pure, recipe, writable
 
     config = EngineConfig(threads=threads)
+    chosen = pure(writable(type_)) if only else recipe(type_)
     rules = [parse_rule(entry) for entry in tensor_type or ()]
     with progress_bar() as progress:
         fallbacks = quantize_file(
-            src, out, quant_type(type_), rules, threads=config.n_threads, progress=progress
+            src, out, chosen, rules, threads=config.n_threads, progress=progress
         )
     for f in fallbacks[:5]:
         note(f"{f.name}: {f.asked} became {f.got} ({f.reason})")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deskside.convert.checkpoint import Checkpoint, read_json, to_float32
 from deskside.convert.layout import ARCHITECTURES
-from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.recipes import FILE_TYPES
 from deskside.convert.source import Config, Output, Outputs
 from deskside.convert.vocab import tokenizer_metadata
 from deskside.errors import DesksideError

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.convert.layout import ARCHITECTURES
-from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.recipes import FILE_TYPES
 from deskside.convert.source import Config, Output, Outputs
 from deskside.convert.toy_vocab import toy_vocab
 from deskside.errors import DesksideError

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from deskside import _native
 from deskside.lowering.buffers import plan_buffers
-from deskside.lowering.panels import layout, matrices
+from deskside.lowering.panels import layout, matrices, panel_bytes
 from deskside.lowering.scratch import MAX_OUTPUTS, work_bytes
 from deskside.lowering.sections import HOST, HOST_TORCH, Offload, Section, cut_by_device
 from deskside.lowering.steps import Step, Stretch, plan_steps
@@ -47,7 +47,7 @@ class Memory:
         ranges, total = layout(matrices(steps))
         for p in ranges:
             panels = -(-p.rows // _native.PANEL_ROWS) * p.groups
-            self.cpu[p.info.name] = _native.panel_bytes(p.info.type.id, p.info.row_len) * panels
+            self.cpu[p.info.name] = panel_bytes(p.info) * panels
         packed = {p.info.name for p in ranges}
         # what rounding to pages adds goes to the first matrix
         if ranges:
