@@ -33,9 +33,9 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return _mm512_srli_epi16
 template <int N> inline Bytes shift_left_16(Bytes b) { return _mm512_slli_epi16(b, N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return _mm512_srl_epi32(b, _mm_cvtsi32_si128(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
-// Per bit: a where `by` is set, else b.
-inline Bytes choose_bits(Bytes by, Bytes a, Bytes b) {
-  return _mm512_ternarylogic_epi32(by, a, b, 0xca);
+// The bits `low` of a and `high` of b. No bit may be in both.
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) {
+  return _mm512_ternarylogic_epi32(low, a, b, 0xca) & (low | high);
 }
 inline Bytes table_16(const int8_t* t) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
@@ -44,6 +44,9 @@ inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(tabl
 // Per byte: a where the highest bit of `by` is set, else b.
 inline Bytes choose(Bytes by, Bytes a, Bytes b) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(by), b, a);
+}
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return _mm512_mask_shuffle_epi8(look_up(b, index), _mm512_movepi8_mask(by), a, index);
 }
 // Lanes from bytes and 16-bit words, one a lane.
 inline Bytes widen_u8(const uint8_t* p) {
@@ -83,12 +86,15 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return _mm256_srli_epi16
 template <int N> inline Bytes shift_left_16(Bytes b) { return _mm256_slli_epi16(b, N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return _mm256_srl_epi32(b, _mm_cvtsi32_si128(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
-inline Bytes choose_bits(Bytes by, Bytes a, Bytes b) { return (by & a) | (~by & b); }
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) { return (a & low) | (b & high); }
 inline Bytes table_16(const int8_t* t) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
 }
 inline Bytes look_up(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
 inline Bytes choose(Bytes by, Bytes a, Bytes b) { return _mm256_blendv_epi8(b, a, by); }
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return choose(by, look_up(a, index), look_up(b, index));
+}
 inline Bytes widen_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -140,18 +146,21 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return (Bytes)((Words)b 
 template <int N> inline Bytes shift_left_16(Bytes b) { return (Bytes)((Words)b << N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return (Bytes)((Lanes)b >> uint32_t(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return a + b; }
-inline Bytes choose_bits(Bytes by, Bytes a, Bytes b) { return (by & a) | (~by & b); }
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) { return (a & low) | (b & high); }
 inline Bytes table_16(const int8_t* t) { return load_bytes(t); }
 inline Bytes look_up(Bytes table, Bytes index) {
 #if defined(__SSSE3__)
   return (Bytes)_mm_shuffle_epi8((__m128i)table, (__m128i)index);
 #else
   Bytes y;
-  for (int i = 0; i < 16; i++) y[i] = index[i] < 0 ? 0 : table[index[i] & 15];
+  for (int i = 0; i < 16; i++) y[i] = table[index[i] & 15];
   return y;
 #endif
 }
 inline Bytes choose(Bytes by, Bytes a, Bytes b) { return by < 0 ? a : b; }
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return choose(by, look_up(a, index), look_up(b, index));
+}
 template <class T> inline Bytes widen(const uint8_t* p) {
   Lanes y;
   for (int i = 0; i < 4; i++) {

@@ -39,12 +39,21 @@ inline float float_at(const uint8_t* p, int64_t at) {
   return f;
 }
 
-// A block of 32 weights of kLanes rows of R panels, for dot_block: group(j, g) of panel j, scale(j,
-// h) and min(j, h) of it or of its halves. Here of one panel in registers, as unpack leaves it.
-struct InRegisters {
-  const Unpacked& u;
+// A block of 32 weights of kLanes rows of R panels, for dot_block: group(j, k) of panel j, of the
+// half that `half` was called for last, scale(j, h) and min(j, h) of it or of its halves. Here of
+// one panel in registers.
+template <Type T> struct InRegisters {
+  const uint8_t* s;
+  int b, part;
+  Scales u;
+  Bytes w[4];
 
-  Bytes group(int, int g) const { return u.w[g]; }
+  DESKSIDE_INLINE InRegisters(const uint8_t* superblock, const uint8_t* rows, int block, int of)
+      : s(superblock), b(block), part(of) {
+    unpack_scales<T>(s, rows, b, part, u);
+  }
+  template <int H> DESKSIDE_INLINE void half() { unpack_half<T, H>(s, b, part, u, w); }
+  Bytes group(int, int k) const { return w[k]; }
   vf scale(int, int h) const { return u.scale[h]; }
   vf min(int, int h) const { return u.min[h]; }
 };
@@ -54,10 +63,12 @@ template <int per> struct InTile {
   const Tile& t;
   int64_t b;
   int part;
+  int64_t first = 0;  // group
 
-  Bytes group(int j, int g) const {
+  template <int H> void half() { first = b * 8 + 4 * H; }
+  Bytes group(int j, int k) const {
     const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
-    return vector_at(from + (b * 8 + g) * kVector, part);
+    return vector_at(from + (first + k) * kVector, part);
   }
   vf scale(int j, int h) const { return load(at(t.panel[j].scale, h)); }
   vf min(int j, int h) const { return load(at(t.panel[j].min, h)); }
@@ -76,64 +87,58 @@ template <int Offset> inline Bytes start(const uint8_t* c) {
   return (Bytes)((vi)splat_lane(c) >> (7 - std::countr_zero(unsigned(Offset))));
 }
 
-// Adds the products of N groups from g on, and of M rows of x at byte `at`.
-template <int Top, int N, int R, int M, class Weights32>
-DESKSIDE_INLINE void dot_groups(const Weights32& w, const uint8_t* const* x, int64_t at, int g,
-                                Bytes (&sum)[R][M]) {
+// Adds the products of half H, with M rows of x at byte `at`.
+template <int Top, int R, int M, class Weights32>
+DESKSIDE_INLINE void dot_half(const Weights32& w, const uint8_t* const* x, int64_t at,
+                              Bytes (&sum)[R][M]) {
   if constexpr (in_pairs(Top) == 0) {
     // Unrolled whatever M is: otherwise the weights go through memory once more.
-#pragma GCC unroll 8
-    for (int k = 0; k < N; k++) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
       Bytes v[R], abs[R];
-      for (int j = 0; j < R; j++) v[j] = w.group(j, g + k), abs[j] = magnitude(v[j]);
+      for (int j = 0; j < R; j++) v[j] = w.group(j, k), abs[j] = magnitude(v[j]);
       for (int i = 0; i < M; i++) {
         const Bytes xi = splat_lane(x[i] + at + 4 * k);
         for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], v[j], abs[j], xi);
       }
     }
   } else {
-    constexpr int run = in_pairs(Top) < N ? in_pairs(Top) : N;
-    static_assert(N % run == 0);
-#pragma GCC unroll 8
-    for (int k = 0; k < N; k += run) {
-      Bytes two[R][M];
-#pragma GCC unroll 8
-      for (int n = k; n < k + run; n++) {
-        Bytes v[R];
-        for (int j = 0; j < R; j++) v[j] = w.group(j, g + n);
-        for (int i = 0; i < M; i++) {
-          const Bytes xi = splat_lane(x[i] + at + 4 * n);
-          for (int j = 0; j < R; j++) {
-            const Bytes p = pairs(v[j], xi);
-            two[j][i] = n == k ? p : add_pairs(two[j][i], p);
-          }
+    constexpr int run = in_pairs(Top) < 4 ? in_pairs(Top) : 4;
+    static_assert(4 % run == 0);
+    Bytes two[R][M];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+      for (int i = 0; i < M; i++) {
+        const Bytes xi = splat_lane(x[i] + at + 4 * k);
+        for (int j = 0; j < R; j++) {
+          const Bytes p = pairs(w.group(j, k), xi);
+          two[j][i] = k % run == 0 ? p : add_pairs(two[j][i], p);
+          if (k % run == run - 1) sum[j][i] = add_sums(sum[j][i], two[j][i]);
         }
       }
-      for (int i = 0; i < M; i++)
-        for (int j = 0; j < R; j++) sum[j][i] = add_sums(sum[j][i], two[j][i]);
     }
   }
 }
 
 // A block against M rows of x.
 template <Numbers N, int R, int M, class Weights32>
-DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
+DESKSIDE_INLINE void dot_block(Weights32&& w, const uint8_t* const* x, const Parts& parts,
                                int64_t b, vf (&acc)[R][M]) {
-  constexpr int halves = N.halves ? 2 : 1, groups = 8 / halves;
-  vf sums[halves][R][M];
+  constexpr int halves = N.halves ? 2 : 1;
+  Bytes sum[halves][R][M];
   for (int h = 0; h < halves; h++) {
-    Bytes sum[R][M];
     const int64_t c = N.halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
     for (int i = 0; i < M; i++)
-      for (int j = 0; j < R; j++) sum[j][i] = start<N.offset>(x[i] + c);
-    dot_groups<N.top, groups>(w, x, 32 * b + 4 * groups * h, groups * h, sum);
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
+      for (int j = 0; j < R; j++) sum[h][j][i] = start<N.offset>(x[i] + c);
   }
+  w.template half<0>();
+  dot_half<N.top>(w, x, 32 * b, sum[0]);
+  w.template half<1>();
+  dot_half<N.top>(w, x, 32 * b + 16, sum[halves - 1]);
   for (int j = 0; j < R; j++) {
     for (int i = 0; i < M; i++) {
-      vf product = sums[0][j][i] * w.scale(j, 0);
-      if constexpr (N.halves) product += sums[1][j][i] * w.scale(j, 1);
+      vf product = to_float(sum[0][j][i]) * w.scale(j, 0);
+      if constexpr (N.halves) product += to_float(sum[1][j][i]) * w.scale(j, 1);
       acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
       if constexpr (N.has_min && N.halves) {
         acc[j][i] -= w.min(j, 0) * float_at(x[i], parts.s16 + 8 * b);
@@ -155,6 +160,10 @@ inline void store_rows(float* y, int part, int valid, vf v) {
   for (int i = 0; first + i < valid; i++) y[first + i] = v[i];
 }
 
+// A loop over parts would keep its sums, and what all parts share, in memory. SSE's four parts are
+// too much code.
+constexpr int kUnrolled = kParts <= 2 ? kParts : 1;
+
 template <Type T, int M>
 void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
                 int valid, const uint8_t* next) {
@@ -172,10 +181,9 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int j = 0; j < P::blocks; j++, b++) {
       fetch<2>(ahead(s + j * bytes + kFar), bytes);
       fetch<3>(ahead(s + j * bytes + kNear), bytes);
+#pragma GCC unroll kUnrolled
       for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u);
-        dot_block<P::numbers>(InRegisters{u}, x, parts, b, acc[part]);
+        dot_block<P::numbers>(InRegisters<T>(s, panel, j, part), x, parts, b, acc[part]);
       }
     }
   }
@@ -198,10 +206,13 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
       for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u);
+        Scales u;
+        Bytes w[2][4];
+        unpack_scales<T>(s, panel, j, part, u);
+        unpack_half<T, 0>(s, j, part, u, w[0]);
+        unpack_half<T, 1>(s, j, part, u, w[1]);
         for (int g = 0; g < 8; g++)
-          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, u.w[g]);
+          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, w[g / 4][g % 4]);
         for (int h = 0; h < per; h++) {
           const int64_t at = (b * per + h) * kPanelRows + part * kLanes;
           store(t.scale + at, u.scale[h]);

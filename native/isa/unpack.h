@@ -1,9 +1,12 @@
-// A block of 32 weights of a panel to integers and float scales, in registers (layouts: panel.h).
+// A block of 32 weights of a panel to float scales and integers, in registers (layouts: panel.h).
 //
-// unpack<T>(s, rows, b, part, u): block b of the superblock s, registers of `part`:
-//   weight 4g + i of row r = scale * (u.w[g][4r + i] - start) - min
-// where `start` is kBias; without one (kBias == 0) it is the type's offset. Where the type has
-// halves, scale[1] and min[1] are those of the groups 4..7; otherwise only the first are set.
+// For block b of the superblock s, and registers of `part`:
+//   unpack_scales<T>(s, rows, b, part, u)   scale[h] and min[h] of the groups 4h..4h + 3; without
+//                                           halves those of all groups in scale[0], min[0]
+//   unpack_half<T, H>(s, b, part, u, w)     w[k]: the groups 4H + k
+//   weight 4 (4H + k) + i of row r = scale * (w[k][4r + i] - start) - min
+// where `start` is kBias; without one (kBias == 0) it is the type's offset. Half by half, so that
+// all of it stays in 16 registers.
 #pragma once
 
 #include "bytes.h"
@@ -12,9 +15,10 @@
 namespace deskside {
 namespace {
 
-struct Unpacked {
-  Bytes w[8];
+struct Scales {
   vf scale[2], min[2];
+  Bytes raise[2];  // of codebooks: what is added to all weights of a half
+  Bytes words[4];  // of IQ4_KSS: the nibbles
 };
 
 // What unpacking adds to the numbers q of a type.
@@ -46,114 +50,80 @@ template <int N> inline Bytes shift(Bytes b) {
   return b;
 }
 
-// A plane of ones: the bit of each group to bit At. The other bits are noise.
-template <int At> DESKSIDE_INLINE void spread_ones(const uint8_t* p, int part, Bytes* to) {
+// The planes of block b.
+template <Type T> inline const uint8_t* planes(const uint8_t* s, int b) {
+  using P = Panel<T>;
+  return s + P::bytes - (P::blocks - b) * P::bits * kVector;
+}
+
+// Of a plane of ones: the bit of each group of half H to bit At. The other bits are noise.
+template <int H, int At>
+DESKSIDE_INLINE void spread_ones(const uint8_t* p, int part, Bytes (&to)[4]) {
   const Bytes f = vector_at(p, part);
-  to[0] = shift<At>(f), to[1] = shift<At - 1>(f), to[2] = shift<At - 2>(f);
-  to[3] = shift<At - 3>(f), to[4] = shift<At - 4>(f), to[5] = shift<At - 5>(f);
-  to[6] = shift<At - 6>(f), to[7] = shift<At - 7>(f);
+  constexpr int by = At - 4 * H;
+  to[0] = shift<by>(f), to[1] = shift<by - 1>(f), to[2] = shift<by - 2>(f);
+  to[3] = shift<by - 3>(f);
 }
 
-// A plane of twos: the bits of each group to At and At + 1.
-template <int At> DESKSIDE_INLINE void spread_twos(const uint8_t* p, int part, Bytes* to) {
-  for (int h = 0; h < 2; h++, to += 4) {
-    const Bytes f = vector_at(p + h * kVector, part);
-    to[0] = shift<At>(f), to[1] = shift<At - 2>(f);
-    to[2] = shift<At - 4>(f), to[3] = shift<At - 6>(f);
-  }
+// Of a plane of twos: the bits of each group to At and At + 1.
+template <int H, int At>
+DESKSIDE_INLINE void spread_twos(const uint8_t* p, int part, Bytes (&to)[4]) {
+  const Bytes f = vector_at(p + H * kVector, part);
+  to[0] = shift<At>(f), to[1] = shift<At - 2>(f), to[2] = shift<At - 4>(f);
+  to[3] = shift<At - 6>(f);
 }
 
-// A plane of nibbles: those of each group to the low four bits.
-DESKSIDE_INLINE void spread_nibbles(const uint8_t* p, int part, Bytes* to) {
-  for (int j = 0; j < 4; j++) {
-    to[j] = vector_at(p + j * kVector, part);
-    to[j + 4] = shift_right_16<4>(to[j]);
-  }
+// Of a plane of nibbles: those of each group to the low four bits.
+template <int H>
+DESKSIDE_INLINE void spread_nibbles(const uint8_t* p, int part, Bytes (&to)[4]) {
+  for (int k = 0; k < 4; k++) to[k] = shift<H ? -4 : 0>(vector_at(p + k * kVector, part));
 }
 
-// Masks what is noise, and adds.
-template <int Plus> DESKSIDE_INLINE void finish(int mask, Bytes* w) {
-  const Bytes valid = splat_byte(mask), plus = splat_byte(Plus);
-  for (int g = 0; g < 8; g++) {
-    w[g] = w[g] & valid;
-    if constexpr (Plus != 0) w[g] = add_bytes(w[g], plus);
-  }
-}
-
-DESKSIDE_INLINE void unpack_nibbles(const uint8_t* p, int part, Bytes table, Bytes* w) {
-  const Bytes low = splat_byte(15);
-  spread_nibbles(p, part, w);
-  for (int g = 0; g < 8; g++) w[g] = look_up(table, w[g] & low);
-}
-
-// The numbers of nibbles, plus what the type needs.
-template <Type T> DESKSIDE_INLINE void unpack_fours(const uint8_t* p, int part, Bytes* w) {
-  if constexpr (kPlus<T> == 0) {
-    spread_nibbles(p, part, w);
-    finish<0>(15, w);
+// The codes q of half H, without noise.
+template <Type T, int H>
+DESKSIDE_INLINE void unpack_codes(const uint8_t* s, int b, int part, Bytes (&w)[4]) {
+  constexpr int bits = Panel<T>::bits;
+  constexpr bool ones = bits % 2 == 1, twos = bits == 6;
+  const uint8_t* p = planes<T>(s, b);
+  if constexpr (bits < 4)
+    spread_twos<H, 0>(p + (ones ? kVector : 0), part, w);
+  else
+    spread_nibbles<H>(p + (ones ? kVector : 0), part, w);
+  constexpr int low_bits = bits < 4 ? 3 : 15;
+  const Bytes low = splat_byte(low_bits);
+  if constexpr (ones || twos) {
+    const Bytes high = splat_byte((1 << bits) - 1 - low_bits);
+    Bytes top[4];
+    if constexpr (ones) spread_ones<H, bits - 1>(p, part, top);
+    if constexpr (twos) spread_twos<H, 4>(p + 4 * kVector, part, top);
+    for (int k = 0; k < 4; k++) w[k] = join_bits(low, w[k], high, top[k]);
   } else {
-    unpack_nibbles(p, part, table_16(kWhole4<T>.t), w);
+    for (Bytes& x : w) x = x & low;
   }
 }
 
-template <Type T> DESKSIDE_INLINE void unpack_threes(const uint8_t* ones, const uint8_t* twos,
-                                                     int part, Bytes* w) {
-  const Bytes low = splat_byte(3);
-  Bytes high[8];
-  spread_ones<2>(ones, part, high);
-  spread_twos<0>(twos, part, w);
-  for (int g = 0; g < 8; g++) w[g] = choose_bits(low, w[g], high[g]);
-  finish<kPlus<T>>(7, w);
-}
-
-template <Type T> DESKSIDE_INLINE void unpack_fives(const uint8_t* ones, const uint8_t* nibbles,
-                                                    int part, Bytes* w) {
+// Codes to the values of a codebook of 4, 5 or 6 bits: the fifth and sixth choose among tables.
+template <Type T, int H>
+DESKSIDE_INLINE void unpack_values(const uint8_t* s, int b, int part, const int8_t* codebook,
+                                   Bytes (&w)[4]) {
+  constexpr int bits = Panel<T>::bits;
+  const uint8_t* p = planes<T>(s, b);
   const Bytes low = splat_byte(15);
-  Bytes high[8];
-  spread_ones<4>(ones, part, high);
-  spread_nibbles(nibbles, part, w);
-  for (int g = 0; g < 8; g++) w[g] = choose_bits(low, w[g], high[g]);
-  finish<kPlus<T>>(31, w);
-}
-
-template <Type T> DESKSIDE_INLINE void unpack_sixes(const uint8_t* nibbles, const uint8_t* twos,
-                                                    int part, Bytes* w) {
-  const Bytes low = splat_byte(15);
-  Bytes high[8];
-  spread_twos<4>(twos, part, high);
-  spread_nibbles(nibbles, part, w);
-  for (int g = 0; g < 8; g++) w[g] = choose_bits(low, w[g], high[g]);
-  finish<kPlus<T>>(63, w);
-}
-
-// A table of 32 or 64 values: look_up gives 0 where bit 7 of the index is set, and takes no notice
-// of bits 4 to 6. So the fifth bit of a code, moved to bit 7, empties one of two tables.
-DESKSIDE_INLINE void unpack_codes_5(const uint8_t* ones, const uint8_t* nibbles, int part,
-                                    Bytes* w) {
-  const Bytes low = splat_byte(15), other = splat_byte(-128);
-  const Bytes table[2] = {table_16(kCodes5.t), table_16(kCodes5.t + 16)};
-  Bytes high[8];
-  spread_ones<7>(ones, part, high);
-  spread_nibbles(nibbles, part, w);
-  for (int g = 0; g < 8; g++) {
-    const Bytes index = choose_bits(low, w[g], high[g]);
-    w[g] = look_up(table[0], index) | look_up(table[1], index ^ other);
-  }
-}
-
-DESKSIDE_INLINE void unpack_codes_6(const uint8_t* nibbles, const uint8_t* twos, int part,
-                                    Bytes* w) {
-  const Bytes low = splat_byte(15), other = splat_byte(-128);
-  const Bytes table[4] = {table_16(kCodes6.t), table_16(kCodes6.t + 16), table_16(kCodes6.t + 32),
-                          table_16(kCodes6.t + 48)};
-  Bytes fifth[8], sixth[8];
-  spread_twos<7>(twos, part, fifth);
-  spread_twos<6>(twos, part, sixth);
-  spread_nibbles(nibbles, part, w);
-  for (int g = 0; g < 8; g++) {
-    const Bytes even = choose_bits(low, w[g], fifth[g]), odd = even ^ other;
-    w[g] = choose(sixth[g], look_up(table[2], even) | look_up(table[3], odd),
-                  look_up(table[0], even) | look_up(table[1], odd));
+  spread_nibbles<H>(p + (bits == 5 ? kVector : 0), part, w);
+  for (Bytes& x : w) x = x & low;
+  Bytes table[1 << (bits - 4)], fifth[4], sixth[4];
+  for (int i = 0; i < 1 << (bits - 4); i++) table[i] = table_16(codebook + 16 * i);
+  if constexpr (bits == 4) {
+    for (Bytes& x : w) x = look_up(table[0], x);
+  } else if constexpr (bits == 5) {
+    spread_ones<H, 7>(p, part, fifth);
+    for (int k = 0; k < 4; k++) w[k] = look_up_either(fifth[k], table[1], table[0], w[k]);
+  } else {
+    spread_twos<H, 7>(p + 4 * kVector, part, fifth);
+    spread_twos<H, 6>(p + 4 * kVector, part, sixth);
+    for (int k = 0; k < 4; k++)
+      w[k] = choose(sixth[k], look_up_either(fifth[k], table[3], table[2], w[k]),
+                    look_up_either(fifth[k], table[1], table[0], w[k]));
   }
 }
 
@@ -180,20 +150,9 @@ DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& 
   min = to_float((shift_right_lane(u2, j + 4) & four) | (shift_right_lane(u1, j + 2) & top));
 }
 
-// Lanes of the 6-bit scales of block b of Q3_K, both halves. The words u0, u1, u2 as above.
-DESKSIDE_INLINE void q3_scales(const uint8_t* p, int part, int b, vf* scale) {
-  const Bytes four = splat_lane(15), two = splat_lane(48);
-  const Bytes low = vector_at(p + b % 4 / 2 * kVector, part),
-              high = vector_at(p + 2 * kVector, part);
-  for (int h = 0; h < 2; h++) {
-    const int byte = 8 * (2 * b % 4 + h), pair = byte + b / 2 * 2;  // places of low and high bits
-    const Bytes top = pair < 4 ? shift_left_lane(high, 4 - pair) : shift_right_lane(high, pair - 4);
-    scale[h] = to_float((shift_right_lane(low, byte + b / 4 * 4) & four) | (top & two)) - 32.0f;
-  }
-}
-
-// The same of IQ4_K and IQ5_K: `high` are four arrays of bytes, then there are eight of low bits.
-DESKSIDE_INLINE void ik_scales(const uint8_t* high, int part, int b, vf* scale) {
+// Lanes of the 6-bit scales of block b of Q3_K, IQ4_K and IQ5_K, both halves. `high` are four
+// arrays of bytes, then there are eight of low bits.
+DESKSIDE_INLINE void six_bit_scales(const uint8_t* high, int part, int b, vf* scale) {
   const Bytes four = splat_lane(15), two = splat_lane(48);
   const Bytes low = bytes_at(high + (4 + b) * kPanelRows, part);
   const Bytes top = shift_right_lane(bytes_at(high + b / 2 * kPanelRows, part), b % 2 * 4);
@@ -201,28 +160,22 @@ DESKSIDE_INLINE void ik_scales(const uint8_t* high, int part, int b, vf* scale) 
   scale[1] = to_float(shift_right_lane(low, 4) | (shift_left_lane(top, 2) & two)) - 32.0f;
 }
 
-// Adds one number a row, below 256, to the weights of n groups.
-DESKSIDE_INLINE void raise(Bytes lanes, Bytes* w, int n) {
-  const Bytes number = repeat_byte(lanes);
-  for (int g = 0; g < n; g++) w[g] = add_bytes(w[g], number);
-}
-
 // Where bits 2b and 2b + 1 of the words `extra` are set, the codebook values of the halves of block
 // b are `Shift` higher.
 template <int Shift>
-DESKSIDE_INLINE void raise_halves(const uint8_t* extra, int part, int b, Bytes* w) {
+DESKSIDE_INLINE void raise_halves(const uint8_t* extra, int part, int b, Bytes (&raise)[2]) {
   const vi bits = (vi)shift_right_lane(words_at(extra, part), 2 * b);
-  raise((Bytes)((bits & 1) * Shift), w, 4);
-  raise((Bytes)((bits >> 1 & 1) * Shift), w + 4, 4);
+  raise[0] = repeat_byte((Bytes)((bits & 1) * Shift));
+  raise[1] = repeat_byte((Bytes)((bits >> 1 & 1) * Shift));
 }
 
 // Scale bytes s of IQ4_KS, IQ5_KS and IQ4_KSS in lanes: scale (s & 254) - 127, and where bit 0 is
 // set all codebook values are `Shift` higher.
-template <int Shift> DESKSIDE_INLINE void ks_scale(Bytes s, const uint8_t* rows, int part,
-                                                   Unpacked& u) {
+template <int Shift>
+DESKSIDE_INLINE void ks_scale(Bytes s, const uint8_t* rows, int part, Scales& u) {
   const vf row = load(reinterpret_cast<const float*>(rows) + part * kLanes);
   u.scale[0] = row * (to_float(s & splat_lane(254)) - 127.0f);
-  raise((Bytes)(((vi)s & 1) * Shift), u.w, 8);
+  u.raise[0] = u.raise[1] = repeat_byte((Bytes)(((vi)s & 1) * Shift));
 }
 
 // 2^(e - 128) in lanes; below 2^-126 it has no exponent of its own.
@@ -231,119 +184,97 @@ DESKSIDE_INLINE vf power_of_two(Bytes e) {
   return (vf)(n < 2 ? small : (n - 1) << 23);
 }
 
-template <Type T> DESKSIDE_INLINE void unpack(const uint8_t* s, const uint8_t* rows, int b,
-                                              int part, Unpacked& u) {
+template <Type T>
+DESKSIDE_INLINE void unpack_scales(const uint8_t* s, const uint8_t* rows, int b, int part,
+                                   Scales& u) {
   (void)rows, (void)b;
   constexpr int k8 = kPanelRows, k16 = 2 * kPanelRows;  // bytes of 16 bytes, of 16 halves
-  constexpr int ones = kVector, twos = 2 * kVector, nibbles = 4 * kVector;
-  if constexpr (T == Type::IQ4_NL) {
-    unpack_nibbles(s + k16, part, table_16(kCodes4.t), u.w);
-    u.scale[0] = halves_at(s, part);
-  } else if constexpr (T == Type::MXFP4) {
-    unpack_nibbles(s + k8, part, table_16(kFloats4.t), u.w);
+  if constexpr (T == Type::MXFP4) {
     u.scale[0] = power_of_two(bytes_at(s, part));
-  } else if constexpr (T == Type::Q4_0) {
-    unpack_fours<T>(s + k16, part, u.w);
-    u.scale[0] = halves_at(s, part);
-  } else if constexpr (T == Type::Q4_1) {
-    unpack_fours<T>(s + 2 * k16, part, u.w);
+  } else if constexpr (T == Type::Q4_1 || T == Type::Q5_1) {
     u.scale[0] = halves_at(s, part);
     u.min[0] = -halves_at(s + k16, part);
-  } else if constexpr (T == Type::Q5_0) {
-    unpack_fives<T>(s + k16, s + k16 + ones, part, u.w);
-    u.scale[0] = halves_at(s, part);
-  } else if constexpr (T == Type::Q5_1) {
-    unpack_fives<T>(s + 2 * k16, s + 2 * k16 + ones, part, u.w);
-    u.scale[0] = halves_at(s, part);
-    u.min[0] = -halves_at(s + k16, part);
-  } else if constexpr (T == Type::Q6_0) {
-    unpack_sixes<T>(s + k16, s + k16 + nibbles, part, u.w);
-    u.scale[0] = halves_at(s, part);
-  } else if constexpr (T == Type::Q8_0) {
-    const Bytes bias = splat_byte(kBias);
-    for (int g = 0; g < 8; g++) {
-      u.w[g] = vector_at(s + k16 + g * kVector, part);
-      if constexpr (kBias != 0) u.w[g] = u.w[g] ^ bias;  // adds 128
-    }
+  } else if constexpr (Panel<T>::blocks == 1) {
     u.scale[0] = halves_at(s, part);
   } else if constexpr (T == Type::Q2_K) {
-    spread_twos<0>(s + 2 * k16 + 16 * k8 + b * twos, part, u.w);
-    finish<kPlus<T>>(3, u.w);
     const vf d = halves_at(s, part), dmin = halves_at(s + k16, part);
     for (int h = 0; h < 2; h++) {
       const Bytes both = bytes_at(s + 2 * k16 + (2 * b + h) * k8, part);
       u.scale[h] = d * to_float(both & splat_lane(15));
       u.min[h] = dmin * to_float(shift_right_lane(both, 4));
     }
-  } else if constexpr (T == Type::Q3_K) {
-    const uint8_t* data = s + k16 + 3 * kVector + b * (ones + twos);
-    unpack_threes<T>(data, data + ones, part, u.w);
-    q3_scales(s + k16, part, b, u.scale);
-    const vf d = halves_at(s, part);
-    for (vf& scale : u.scale) scale *= d;
   } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
-    const uint8_t* data = s + 2 * k16 + 3 * kVector;
-    if constexpr (T == Type::Q4_K)
-      unpack_fours<T>(data + b * nibbles, part, u.w);
-    else
-      unpack_fives<T>(data + b * (ones + nibbles), data + b * (ones + nibbles) + ones, part, u.w);
     k_scales(s + 2 * k16, part, b, u.scale[0], u.min[0]);
     u.scale[0] *= halves_at(s, part);
     u.min[0] *= halves_at(s + k16, part);
   } else if constexpr (T == Type::Q6_K || T == Type::IQ6_K) {
     constexpr int scales = T == Type::Q6_K ? k16 : 2 * k16;
-    const uint8_t* data = s + scales + 16 * k8 + b * (nibbles + twos);
-    if constexpr (T == Type::Q6_K)
-      unpack_sixes<T>(data, data + nibbles, part, u.w);
-    else
-      unpack_codes_6(data, data + nibbles, part, u.w);
-    if constexpr (T == Type::IQ6_K) raise_halves<kShift6>(s + k16, part, b, u.w);
     const vf d = halves_at(s, part);
     const auto* scale = reinterpret_cast<const int8_t*>(s + scales) + part * kLanes;
     for (int h = 0; h < 2; h++) u.scale[h] = d * load_int8(scale + (2 * b + h) * k8);
-  } else if constexpr (T == Type::IQ4_K || T == Type::IQ5_K) {
-    const uint8_t* data = s + 2 * k16 + 12 * k8;
-    if constexpr (T == Type::IQ4_K) {
-      unpack_nibbles(data + b * nibbles, part, table_16(kCodes4.t), u.w);
-      raise_halves<kShift4>(s + k16, part, b, u.w);
-    } else {
-      data += b * (ones + nibbles);
-      unpack_codes_5(data, data + ones, part, u.w);
-      raise_halves<kShift5>(s + k16, part, b, u.w);
-    }
-    ik_scales(s + 2 * k16, part, b, u.scale);
+    if constexpr (T == Type::IQ6_K) raise_halves<kShift6>(s + k16, part, b, u.raise);
+  } else if constexpr (T == Type::Q3_K || T == Type::IQ4_K || T == Type::IQ5_K) {
+    six_bit_scales(s + (T == Type::Q3_K ? k16 : 2 * k16), part, b, u.scale);
     const vf d = halves_at(s, part);
     for (vf& scale : u.scale) scale *= d;
+    if constexpr (T == Type::IQ4_K) raise_halves<kShift4>(s + k16, part, b, u.raise);
+    if constexpr (T == Type::IQ5_K) raise_halves<kShift5>(s + k16, part, b, u.raise);
   } else if constexpr (T == Type::IQ4_XS) {
-    unpack_nibbles(s + 2 * k16 + kVector + b * nibbles, part, table_16(kCodes4.t), u.w);
     const Bytes low = shift_right_lane(vector_at(s + 2 * k16, part), 4 * b) & splat_lane(15);
     const Bytes high = shift_right_lane(words_at(s + k16, part), 2 * b) & splat_lane(3);
     u.scale[0] = halves_at(s, part) * (to_float(low | shift_left_lane(high, 4)) - 32.0f);
   } else if constexpr (T == Type::IQ4_KS) {
-    unpack_nibbles(s + 8 * k8 + b * nibbles, part, table_16(kCodes4.t), u.w);
     ks_scale<kShift4>(bytes_at(s + b * k8, part), rows, part, u);
   } else if constexpr (T == Type::IQ5_KS) {
-    const uint8_t* data = s + 8 * k8 + b * (ones + nibbles);
-    unpack_codes_5(data, data + ones, part, u.w);
     ks_scale<kShift5>(bytes_at(s + b * k8, part), rows, part, u);
   } else {
     static_assert(T == Type::IQ4_KSS);
     // Bit 0 of word k is bit k of the scale: the words 2j and 2j + 1 are a lane's low and high
     // half.
-    const Bytes each = splat_lane(0x00010001), low = splat_byte(15), table = table_16(kCodes4.t);
+    const Bytes each = splat_lane(0x00010001);
     vi bits = vi{};
     for (int j = 0; j < 4; j++) {
-      const Bytes x = vector_at(s + b * nibbles + j * kVector, part);
+      const Bytes x = vector_at(planes<T>(s, b) + j * kVector, part);
       const Bytes even = x & each;
       bits |= (vi)even << (2 * j);
       // The other 15 bits, xored with themselves shifted by one, are four nibbles.
-      const Bytes v = x ^ even, n = v ^ shift_right_16<1>(v);
-      u.w[j] = look_up(table, n & low);
-      u.w[j + 4] = look_up(table, shift_right_16<4>(n) & low);
+      const Bytes v = x ^ even;
+      u.words[j] = v ^ shift_right_16<1>(v);
     }
     const Bytes scales = ((Bytes)bits | shift_right_lane((Bytes)bits, 15)) & splat_lane(255);
     ks_scale<kShift4>(scales, rows, part, u);
   }
+}
+
+template <Type T, int H>
+DESKSIDE_INLINE void unpack_half(const uint8_t* s, int b, int part, const Scales& u,
+                                 Bytes (&w)[4]) {
+  constexpr bool raised = T == Type::IQ4_K || T == Type::IQ5_K || T == Type::IQ6_K ||
+                          T == Type::IQ4_KS || T == Type::IQ5_KS || T == Type::IQ4_KSS;
+  if constexpr (T == Type::Q8_0) {
+    for (int k = 0; k < 4; k++) {
+      w[k] = vector_at(planes<T>(s, b) + (4 * H + k) * kVector, part);
+      if constexpr (kBias != 0) w[k] = w[k] ^ splat_byte(kBias);  // adds 128
+    }
+  } else if constexpr (T == Type::IQ4_KSS) {
+    const Bytes low = splat_byte(15), table = table_16(kCodes4.t);
+    for (int k = 0; k < 4; k++) w[k] = look_up(table, shift<H ? -4 : 0>(u.words[k]) & low);
+  } else if constexpr (T == Type::MXFP4) {
+    unpack_values<T, H>(s, b, part, kFloats4.t, w);
+  } else if constexpr (Panel<T>::numbers.top != 0 && Panel<T>::bits == 4 && kPlus<T> != 0) {
+    unpack_values<T, H>(s, b, part, kWhole4<T>.t, w);  // a table costs no addition
+  } else if constexpr (Panel<T>::numbers.top != 0) {
+    unpack_codes<T, H>(s, b, part, w);
+    if constexpr (kPlus<T> != 0)
+      for (Bytes& x : w) x = add_bytes(x, splat_byte(kPlus<T>));
+  } else {
+    constexpr const int8_t* codebook = Panel<T>::bits == 4   ? kCodes4.t
+                                       : Panel<T>::bits == 5 ? kCodes5.t
+                                                             : kCodes6.t;
+    unpack_values<T, H>(s, b, part, codebook, w);
+  }
+  if constexpr (raised)
+    for (Bytes& x : w) x = add_bytes(x, u.raise[H]);
 }
 
 }  // namespace

@@ -56,6 +56,23 @@ template <> void scatter<4>(const uint8_t* from, int shift, uint8_t* x) {
   for (int m = 0; m < 16; m++) put(x[m], shift, from[m] & 15), put(x[m + 16], shift, from[m] >> 4);
 }
 
+// Scale j of Q3_K has its low bits in nibble j / 8 of byte j % 8, and its high bits in bits 2 (j /
+// 4) of byte 8 + j % 4. In IQ4_K's order these are nibble j % 2 of byte 4 + j / 2, bits 2 (j % 4)
+// of byte j / 4.
+void reorder_q3_scales(const uint8_t* x, uint8_t* to) {
+  for (int j = 0; j < 16; j++) {
+    put(to[4 + j / 2], j % 2 * 4, x[j % 8] >> (j / 8 * 4) & 15);
+    put(to[j / 4], j % 4 * 2, x[8 + j % 4] >> (j / 4 * 2) & 3);
+  }
+}
+
+void restore_q3_scales(const uint8_t* from, uint8_t* x) {
+  for (int j = 0; j < 16; j++) {
+    put(x[j % 8], j / 8 * 4, from[4 + j / 2] >> (j % 2 * 4) & 15);
+    put(x[8 + j % 4], j / 4 * 2, from[j / 4] >> (j % 4 * 2) & 3);
+  }
+}
+
 // Moves arrays over the 16 rows, one after another: into a panel, or back (kBack).
 template <bool kBack> struct Mover {
   using Row = std::conditional_t<kBack, uint8_t*, const uint8_t*>;
@@ -97,6 +114,15 @@ template <bool kBack> struct Mover {
     plane<Width>([&](int r) { return v[r]; }, 0);
     if constexpr (kBack)
       for (int r = 0; r < kPanelRows; r++) join(v[r], field(r));
+  }
+  // Q3_K's scales in the order of IQ4_K's: scales_h, scales_l.
+  template <class F> void six_bit_scales(F&& field) {
+    uint8_t v[kPanelRows][12];
+    if constexpr (!kBack)
+      for (int r = 0; r < kPanelRows; r++) reorder_q3_scales(field(r), v[r]);
+    for (int i = 0; i < 12; i++) rows<1>([&](int r) -> Row { return v[r] + i; });
+    if constexpr (kBack)
+      for (int r = 0; r < kPanelRows; r++) restore_q3_scales(v[r], field(r));
   }
 
  private:
@@ -170,7 +196,7 @@ void move_superblock(const typename Mover<kBack>::Row* rows, decltype(Mover<kBac
       w.template plane<2>(at(offsetof(B, qs) + 32 * (b / 4)), 2 * (b % 4));
   } else if constexpr (T == Type::Q3_K) {
     w.template rows<2>(at(offsetof(B, d)));
-    w.template vectors<3>(at(offsetof(B, scales)));
+    w.six_bit_scales(at(offsetof(B, scales)));
     for (int b = 0; b < 8; b++) {
       w.template plane<1>(at(offsetof(B, hmask)), b);
       w.template plane<2>(at(offsetof(B, qs) + 32 * (b / 4)), 2 * (b % 4));

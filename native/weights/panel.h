@@ -19,7 +19,8 @@
 //   Q6_0             d f16[16], nibbles, twos                                        416 = 16 * 26
 //   Q8_0             d f16[16], bytes                                                544 = 16 * 34
 //   Q2_K             d, dmin f16[16], 16 x u8[16] scales and minima, 8 x twos       1344 = 16 * 84
-//   Q3_K             d f16[16], 3 x u32[16] of 6-bit scales, 8 x (ones, twos)       1760 = 16 * 110
+//   Q3_K             d f16[16], 4 x u8[16] scales_h, 8 x u8[16] scales_l as IQ4_K has
+//                    them, 8 x (ones, twos)                                         1760 = 16 * 110
 //   Q4_K             d, dmin f16[16], 3 x u32[16] of 6-bit scales, 8 x nibbles      2304 = 16 * 144
 //   Q5_K             the same, 8 x (ones, nibbles)                                  2816 = 16 * 176
 //   Q6_K             d f16[16], 16 x i8[16] scales, 8 x (nibbles, twos)             3360 = 16 * 210
@@ -50,39 +51,41 @@ struct Numbers {
   int offset = 0;       // 0 or a power of 2
 };
 
-// Blocks of 32 weights a superblock; bytes of a row's float scale before its blocks.
-template <class B, int Blocks, Numbers N = {}, int Header = 0> struct PanelOf {
+// Blocks of 32 weights a superblock; bits of a weight's code, whose planes are a superblock's last
+// fields; bytes of a row's float scale before its blocks.
+template <class B, int Blocks, int Bits, Numbers N = {}, int Header = 0> struct PanelOf {
   using Block = B;
   static constexpr int blocks = Blocks;
+  static constexpr int bits = Bits;
   static constexpr int bytes = kPanelRows * int(sizeof(B));  // of a superblock
   static constexpr Numbers numbers = N;
   static constexpr int header = Header;
 };
 constexpr Numbers kHalves{.halves = true};
-template <> struct Panel<Type::Q4_0> : PanelOf<BlockQ4_0, 1, {.top = 15, .offset = 8}> {};
-template <> struct Panel<Type::Q4_1> : PanelOf<BlockQ4_1, 1, {.has_min = true, .top = 15}> {};
-template <> struct Panel<Type::Q5_0> : PanelOf<BlockQ5_0, 1, {.top = 31, .offset = 16}> {};
-template <> struct Panel<Type::Q5_1> : PanelOf<BlockQ5_1, 1, {.has_min = true, .top = 31}> {};
-template <> struct Panel<Type::Q6_0> : PanelOf<BlockQ6_0, 1, {.top = 63, .offset = 32}> {};
-template <> struct Panel<Type::Q8_0> : PanelOf<BlockQ8_0, 1> {};
+template <> struct Panel<Type::Q4_0> : PanelOf<BlockQ4_0, 1, 4, {.top = 15, .offset = 8}> {};
+template <> struct Panel<Type::Q4_1> : PanelOf<BlockQ4_1, 1, 4, {.has_min = true, .top = 15}> {};
+template <> struct Panel<Type::Q5_0> : PanelOf<BlockQ5_0, 1, 5, {.top = 31, .offset = 16}> {};
+template <> struct Panel<Type::Q5_1> : PanelOf<BlockQ5_1, 1, 5, {.has_min = true, .top = 31}> {};
+template <> struct Panel<Type::Q6_0> : PanelOf<BlockQ6_0, 1, 6, {.top = 63, .offset = 32}> {};
+template <> struct Panel<Type::Q8_0> : PanelOf<BlockQ8_0, 1, 8> {};
 template <> struct Panel<Type::Q2_K>
-    : PanelOf<BlockQ2_K, 8, {.has_min = true, .halves = true, .top = 3}> {};
+    : PanelOf<BlockQ2_K, 8, 2, {.has_min = true, .halves = true, .top = 3}> {};
 template <> struct Panel<Type::Q3_K>
-    : PanelOf<BlockQ3_K, 8, {.halves = true, .top = 7, .offset = 4}> {};
-template <> struct Panel<Type::Q4_K> : PanelOf<BlockQ4_K, 8, {.has_min = true, .top = 15}> {};
-template <> struct Panel<Type::Q5_K> : PanelOf<BlockQ5_K, 8, {.has_min = true, .top = 31}> {};
+    : PanelOf<BlockQ3_K, 8, 3, {.halves = true, .top = 7, .offset = 4}> {};
+template <> struct Panel<Type::Q4_K> : PanelOf<BlockQ4_K, 8, 4, {.has_min = true, .top = 15}> {};
+template <> struct Panel<Type::Q5_K> : PanelOf<BlockQ5_K, 8, 5, {.has_min = true, .top = 31}> {};
 template <> struct Panel<Type::Q6_K>
-    : PanelOf<BlockQ6_K, 8, {.halves = true, .top = 63, .offset = 32}> {};
+    : PanelOf<BlockQ6_K, 8, 6, {.halves = true, .top = 63, .offset = 32}> {};
 // Of MXFP4 q is the value plus 16.
-template <> struct Panel<Type::MXFP4> : PanelOf<BlockMXFP4, 1, {.top = 28, .offset = 16}> {};
-template <> struct Panel<Type::IQ4_NL> : PanelOf<BlockIQ4_NL, 1> {};
-template <> struct Panel<Type::IQ4_XS> : PanelOf<BlockIQ4_XS, 8> {};
-template <> struct Panel<Type::IQ4_K> : PanelOf<BlockIQ4_K, 8, kHalves> {};
-template <> struct Panel<Type::IQ5_K> : PanelOf<BlockIQ5_K, 8, kHalves> {};
-template <> struct Panel<Type::IQ6_K> : PanelOf<BlockIQ6_K, 8, kHalves> {};
-template <> struct Panel<Type::IQ4_KS> : PanelOf<BlockIQ4_KS, 8, {}, 4> {};
-template <> struct Panel<Type::IQ5_KS> : PanelOf<BlockIQ5_KS, 8, {}, 4> {};
-template <> struct Panel<Type::IQ4_KSS> : PanelOf<BlockIQ4_KSS, 8, {}, 4> {};
+template <> struct Panel<Type::MXFP4> : PanelOf<BlockMXFP4, 1, 4, {.top = 28, .offset = 16}> {};
+template <> struct Panel<Type::IQ4_NL> : PanelOf<BlockIQ4_NL, 1, 4> {};
+template <> struct Panel<Type::IQ4_XS> : PanelOf<BlockIQ4_XS, 8, 4> {};
+template <> struct Panel<Type::IQ4_K> : PanelOf<BlockIQ4_K, 8, 4, kHalves> {};
+template <> struct Panel<Type::IQ5_K> : PanelOf<BlockIQ5_K, 8, 5, kHalves> {};
+template <> struct Panel<Type::IQ6_K> : PanelOf<BlockIQ6_K, 8, 6, kHalves> {};
+template <> struct Panel<Type::IQ4_KS> : PanelOf<BlockIQ4_KS, 8, 4, {}, 4> {};
+template <> struct Panel<Type::IQ5_KS> : PanelOf<BlockIQ5_KS, 8, 5, {}, 4> {};
+template <> struct Panel<Type::IQ4_KSS> : PanelOf<BlockIQ4_KSS, 8, 4, {}, 4> {};
 
 constexpr int kVector = 4 * kPanelRows;  // 64 bytes: four weights of each row
 
