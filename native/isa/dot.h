@@ -2,8 +2,9 @@
 // has internal linkage.
 //
 // Weights that are small unsigned numbers meet x as they are, and their offset is subtracted once
-// for the block; so is the bias of 128. Where 8-bit products are summed in pairs of 16 bits (SSE,
-// AVX2), several groups are summed so, as many as cannot overflow.
+// for the block. So is the bias of 128, which the tile's weights have on AVX-512. Where 8-bit
+// products are summed in pairs of 16 bits (SSE, AVX2), several groups are summed so, as many as
+// cannot overflow.
 #pragma once
 
 #include <bit>
@@ -52,7 +53,7 @@ template <Type T> struct InRegisters {
       : s(superblock), b(block), part(of) {
     unpack_scales<T>(s, rows, b, part, u);
   }
-  template <int H> DESKSIDE_INLINE void half() { unpack_half<T, H>(s, b, part, u, w); }
+  template <int H> DESKSIDE_INLINE void half() { unpack_half<T, H, 0>(s, b, part, u, w); }
   Bytes group(int, int k) const { return w[k]; }
   vf scale(int, int h) const { return u.scale[h]; }
   vf min(int, int h) const { return u.min[h]; }
@@ -79,15 +80,15 @@ template <int per> struct InTile {
   }
 };
 
-// What the sum over weights q with an offset starts at: -offset times the sum of x, of which c is
-// -128 times.
-template <int Offset> inline Bytes start(const uint8_t* c) {
-  if constexpr (kBias != 0) return splat_lane(c);
-  if constexpr (Offset == 0) return Bytes{};
-  return (Bytes)((vi)splat_lane(c) >> (7 - std::countr_zero(unsigned(Offset))));
+// What a sum starts at, for weights that are larger than they should be by an offset or by the
+// bias: that times the sum of x, of which c is -128 times.
+template <Numbers N> inline Bytes start(const uint8_t* c) {
+  if constexpr (N.top == 0) return kBias == 0 ? Bytes{} : splat_lane(c);
+  if constexpr (N.offset == 0) return Bytes{};
+  return (Bytes)((vi)splat_lane(c) >> (7 - std::countr_zero(unsigned(N.offset))));
 }
 
-// Adds the products of half H, with M rows of x at byte `at`.
+// Adds the products of a half, with M rows of x at byte `at`.
 template <int Top, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_half(const Weights32& w, const uint8_t* const* x, int64_t at,
                               Bytes (&sum)[R][M]) {
@@ -129,7 +130,7 @@ DESKSIDE_INLINE void dot_block(Weights32&& w, const uint8_t* const* x, const Par
   for (int h = 0; h < halves; h++) {
     const int64_t c = N.halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
     for (int i = 0; i < M; i++)
-      for (int j = 0; j < R; j++) sum[h][j][i] = start<N.offset>(x[i] + c);
+      for (int j = 0; j < R; j++) sum[h][j][i] = start<N>(x[i] + c);
   }
   w.template half<0>();
   dot_half<N.top>(w, x, 32 * b, sum[0]);
@@ -209,8 +210,8 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
         Scales u;
         Bytes w[2][4];
         unpack_scales<T>(s, panel, j, part, u);
-        unpack_half<T, 0>(s, j, part, u, w[0]);
-        unpack_half<T, 1>(s, j, part, u, w[1]);
+        unpack_half<T, 0, kPlus<T>>(s, j, part, u, w[0]);
+        unpack_half<T, 1, kPlus<T>>(s, j, part, u, w[1]);
         for (int g = 0; g < 8; g++)
           store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, w[g / 4][g % 4]);
         for (int h = 0; h < per; h++) {

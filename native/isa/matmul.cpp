@@ -49,7 +49,7 @@ inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
-// With a bias all types' weights are alike in the tile.
+// With a bias all types' weights are alike in the tile: fewer kernels.
 template <Type T> constexpr Numbers kInTile =
     kBias == 0 ? Panel<T>::numbers
                : Numbers{.has_min = Panel<T>::numbers.has_min, .halves = Panel<T>::numbers.halves};

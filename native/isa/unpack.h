@@ -3,10 +3,10 @@
 // For block b of the superblock s, and registers of `part`:
 //   unpack_scales<T>(s, rows, b, part, u)   scale[h] and min[h] of the groups 4h..4h + 3; without
 //                                           halves those of all groups in scale[0], min[0]
-//   unpack_half<T, H>(s, b, part, u, w)     w[k]: the groups 4H + k
+//   unpack_half<T, H, Plus>(s, b, part, u, w)   w[k]: the groups 4H + k
 //   weight 4 (4H + k) + i of row r = scale * (w[k][4r + i] - start) - min
-// where `start` is kBias; without one (kBias == 0) it is the type's offset. Half by half, so that
-// all of it stays in 16 registers.
+// where `start` is the offset of a type of small numbers, plus `Plus`, and kBias of others. Half by
+// half, so that all of it stays in 16 registers.
 #pragma once
 
 #include "bytes.h"
@@ -21,8 +21,9 @@ struct Scales {
   Bytes words[4];  // of IQ4_KSS: the nibbles
 };
 
-// What unpacking adds to the numbers q of a type.
-template <Type T> constexpr int kPlus = kBias == 0 ? 0 : kBias - Panel<T>::numbers.offset;
+// What makes the start of a type of small numbers kBias, as the tile has it.
+template <Type T> constexpr int kPlus =
+    kBias == 0 || Panel<T>::numbers.top == 0 ? 0 : kBias - Panel<T>::numbers.offset;
 
 // A codebook with `plus` added to every value.
 template <int N> struct Codebook {
@@ -37,8 +38,9 @@ constexpr int8_t kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1
 constexpr auto kCodes4 = plus(kCodebook4, kBias);
 constexpr auto kCodes5 = plus(kCodebook5, kBias);
 constexpr auto kCodes6 = plus(kCodebook6, kBias);
-constexpr auto kFloats4 = plus(kE2M1, Panel<Type::MXFP4>::numbers.offset + kPlus<Type::MXFP4>);
-template <Type T> constexpr auto kWhole4 = plus(kNibbles, kPlus<T>);
+template <int Plus> constexpr auto kFloats4 =
+    plus(kE2M1, Panel<Type::MXFP4>::numbers.offset + Plus);
+template <int Plus> constexpr auto kWhole4 = plus(kNibbles, Plus);
 
 // A register's share of 64 bytes at p.
 inline Bytes vector_at(const uint8_t* p, int part) { return load_bytes(p + part * 4 * kLanes); }
@@ -246,7 +248,7 @@ DESKSIDE_INLINE void unpack_scales(const uint8_t* s, const uint8_t* rows, int b,
   }
 }
 
-template <Type T, int H>
+template <Type T, int H, int Plus>
 DESKSIDE_INLINE void unpack_half(const uint8_t* s, int b, int part, const Scales& u,
                                  Bytes (&w)[4]) {
   constexpr bool raised = T == Type::IQ4_K || T == Type::IQ5_K || T == Type::IQ6_K ||
@@ -260,13 +262,13 @@ DESKSIDE_INLINE void unpack_half(const uint8_t* s, int b, int part, const Scales
     const Bytes low = splat_byte(15), table = table_16(kCodes4.t);
     for (int k = 0; k < 4; k++) w[k] = look_up(table, shift<H ? -4 : 0>(u.words[k]) & low);
   } else if constexpr (T == Type::MXFP4) {
-    unpack_values<T, H>(s, b, part, kFloats4.t, w);
-  } else if constexpr (Panel<T>::numbers.top != 0 && Panel<T>::bits == 4 && kPlus<T> != 0) {
-    unpack_values<T, H>(s, b, part, kWhole4<T>.t, w);  // a table costs no addition
+    unpack_values<T, H>(s, b, part, kFloats4<Plus>.t, w);
+  } else if constexpr (Panel<T>::numbers.top == 15 && Plus != 0) {
+    unpack_values<T, H>(s, b, part, kWhole4<Plus>.t, w);  // a table costs no addition
   } else if constexpr (Panel<T>::numbers.top != 0) {
     unpack_codes<T, H>(s, b, part, w);
-    if constexpr (kPlus<T> != 0)
-      for (Bytes& x : w) x = add_bytes(x, splat_byte(kPlus<T>));
+    if constexpr (Plus != 0)
+      for (Bytes& x : w) x = add_bytes(x, splat_byte(Plus));
   } else {
     constexpr const int8_t* codebook = Panel<T>::bits == 4   ? kCodes4.t
                                        : Panel<T>::bits == 5 ? kCodes5.t
