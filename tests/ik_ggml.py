@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def product(type_id: int, data: np.ndarray, x: np.ndarray) -> np.ndarray:
     round_to_8_bits(x.ctypes.data, blocks.ctypes.data, n)
     function = library().iqk_mul_mat
     function.restype = ctypes.c_bool
-    matrix = [_INT, _POINTER, _LONG]
+    matrix: list[Any] = [_INT, _POINTER, _LONG]
     function.argtypes = [_LONG, _LONG, _LONG, *matrix, *matrix, _POINTER, _LONG, _INT, _INT]
     out = np.empty(len(data), np.float32)
     left = (type_id, data.ctypes.data, data.shape[1])
@@ -72,3 +73,29 @@ def llama_quantize() -> Path:
     """The wheel's `llama-quantize`."""
     ik = pytest.importorskip("ik_llama_cpp")
     return Path(ik.__file__).parent / "bin" / "llama-quantize"
+
+
+def interleave(type_id: int, data: np.ndarray, n: int) -> tuple[int, np.ndarray]:
+    """Rows as `iqk_repack_tensor` stores them, and the type id that it gives them."""
+    lib = library()
+    lib.ggml_new_tensor_2d.argtypes = [_POINTER, _INT, _LONG, _LONG]
+    lib.ggml_get_data.argtypes = lib.iqk_repack_tensor.argtypes = [_POINTER]
+    lib.ggml_new_tensor_2d.restype = lib.ggml_get_data.restype = _POINTER
+    context = lib.ggml_init(_InitParams(data.nbytes + (1 << 16), None, False))
+    tensor = lib.ggml_new_tensor_2d(context, type_id, n, len(data))
+    memory = lib.ggml_get_data(tensor)
+    ctypes.memmove(memory, data.ctypes.data, data.nbytes)
+    lib.iqk_repack_tensor(tensor)
+    out = np.frombuffer(ctypes.string_at(memory, data.nbytes), np.uint8).reshape(data.shape)
+    new_id = _INT.from_address(tensor).value  # the tensor's first field
+    lib.ggml_free(context)
+    return new_id, out
+
+
+def interleave_bf16(data: np.ndarray) -> np.ndarray:
+    """Rows of BF16 as BF16_R16; `iqk_repack_tensor` does so only where a CPU multiplies BF16."""
+    function = library().repack_bf16_bf16_r16
+    function.argtypes = [_POINTER, _POINTER, _LONG, _LONG]
+    out = np.zeros_like(data)
+    function(data.ctypes.data, out.ctypes.data, len(data), data.shape[1] // 2)
+    return out

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import ik_ggml
 from deskside.errors import DesksideError
 from deskside.gguf.decoders import CODEBOOKS, unpack_kss
 from deskside.gguf.encoders import encodable, quantize
 from deskside.gguf.quants import BY_NAME, dequantize
+from tests import ik_ggml
 
 FP16_SCALED = (
     "Q6_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ4_K", "IQ5_K",

@@ -22,8 +22,9 @@ def random_blocks(t: QuantType, rows: int, n: int, rng: np.random.Generator) -> 
     data = rng.integers(0, 256, (rows, t.row_bytes(n)), np.uint8)
     if t.name in ("F32", "F16", "BF16"):
         x = rng.standard_normal((rows, n)).astype(np.float32)
-        raw = {"F32": x, "F16": x.astype(np.float16), "BF16": x.view(np.uint32) >> 16}[t.name]
-        return raw.astype(np.uint16).view(np.uint8) if t.name == "BF16" else raw.view(np.uint8)
+        if t.name == "BF16":
+            return (x.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return (x if t.name == "F32" else x.astype(np.float16)).view(np.uint8)
     blocks = data[:, t.row_header :].reshape(rows, -1, t.block_bytes)
     for at in t.scales:
         d = rng.uniform(-1e-2, 1e-2, blocks.shape[:2]).astype("<f2")

@@ -170,7 +170,7 @@ def test_a_load_that_fails_keeps_nothing(model: Path) -> None:
     says = {
         "cut off": "ends early",
         "interrupted": "KeyboardInterrupt",
-        "no room for weights": "a limit (ulimit -v, overcommit) refuses them",
+        "no room for weights": "a limit of the system refuses them; raise ulimit -v",
         "no room for the rest": "-ub 512 needs",
     }
     for way, (told, left) in found.items():

@@ -14,7 +14,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.encoders import encodable, quantize
 from deskside.gguf.quants import BY_NAME
 from deskside.gguf.writer import GGUFWriter
-from gguf_files import METADATA, write_split
+from tests.gguf_files import METADATA, write_split
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "token_embd.weight": (256, 50),

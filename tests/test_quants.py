@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 
-import ik_ggml
 from deskside.errors import DesksideError
 from deskside.gguf.decoders import K0, unpack_kss
 from deskside.gguf.quants import (
@@ -20,6 +19,7 @@ from deskside.gguf.quants import (
     non_finite_rows,
     quant_type,
 )
+from tests import ik_ggml
 
 MAINLINE = [
     "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import ik_ggml
-from commands import command
 from deskside.convert.quantize import quantize_file
 from deskside.convert.recipes import RECIPES, recipe, writable
 from deskside.convert.synth import synth_file
@@ -18,7 +16,9 @@ from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.encoders import encodable
 from deskside.gguf.quants import quant_type
-from models import rewrite
+from tests import ik_ggml
+from tests.commands import command
+from tests.models import rewrite
 
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 # Rows of whole superblocks everywhere: nothing falls back.

@@ -16,9 +16,9 @@ from deskside.gguf.quants import dequantize, quant_type
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import tiny
-from placements import cache_options, session
-from torch_devices import PlacedBackend, emulated, parse_devices, torch_ops, torch_quants
+from tests.models import tiny
+from tests.placements import cache_options, session
+from tests.torch_devices import PlacedBackend, emulated, parse_devices, torch_ops, torch_quants
 
 torch = import_module("torch")
 

@@ -1,8 +1,9 @@
-// Registers of bytes, as wide as the instruction set of the including file, and the integer dot
-// product of four bytes a lane. Everything here has internal linkage.
+// Registers of bytes, as wide as the including file's instruction set, and the integer dot product
+// of four bytes per lane. Everything here has internal linkage.
 //
-// A panel (panel.h) has 16 rows of weights side by side: 64 bytes are 4 consecutive weights of each
-// row. A register holds kLanes of the 16 rows, so 64 bytes are kParts registers, `part` by `part`.
+// A panel (panel.h) has 16 rows of weights side by side: 64 bytes have 4 consecutive weights of
+// each row. A register has kLanes of the 16 rows. So 64 bytes are kParts registers, numbered by
+// `part`.
 #pragma once
 
 #include "kernels.h"
@@ -56,14 +57,14 @@ inline Bytes widen_u16(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline vf to_float(Bytes lanes) { return (vf)_mm512_cvtepi32_ps(lanes); }
-// The lowest byte of each lane in all four: lanes must be below 256.
+// Copies the lowest byte of each lane to all four bytes. Lanes must be below 256.
 inline Bytes repeat_byte(Bytes lanes) {
   return _mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8,
                                                                          8, 8, 8, 12, 12, 12, 12)));
 }
 
-// dpbusd multiplies unsigned by signed bytes: weights carry +128, and the sum starts at -128 times
-// the sum of x, which the activations bring along.
+// dpbusd multiplies unsigned by signed bytes, so weights have 128 added. The sum starts at -128
+// times the sum of x, which the activations' record has (c32, c16).
 constexpr int kBias = 128;
 inline Bytes dot4(Bytes acc, Bytes w, Bytes, Bytes x) { return _mm512_dpbusd_epi32(acc, w, x); }
 inline Bytes magnitude(Bytes w) { return w; }
@@ -112,7 +113,7 @@ inline Bytes pairs(Bytes w, Bytes x) { return _mm256_maddubs_epi16(w, x); }
 inline Bytes add_pairs(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 inline Bytes add_sums(Bytes acc, Bytes pairs) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  // Added now: gcc 12 otherwise keeps the products of a block, on the stack, to add them later.
+  // Forces the addition here. Otherwise gcc 12 keeps a block's products on the stack to add later.
   asm("" : "+x"(acc));
   return acc;
 }

@@ -1,10 +1,9 @@
-// Products of one panel, or of panels in the tile, with a few rows of activations. Everything here
-// has internal linkage.
+// Multiplies one panel, or panels in the tile, by a few rows of activations. Everything here has
+// internal linkage.
 //
-// Weights that are small unsigned numbers meet x as they are, and their offset is subtracted once
-// for the block. So is the bias of 128, which the tile's weights have on AVX-512. Where 8-bit
-// products are summed in pairs of 16 bits (SSE, AVX2), several groups are summed so, as many as
-// cannot overflow.
+// Small unsigned weights multiply x as they are. Their offset is subtracted once per block, as is
+// the bias of 128 that the tile's weights have on AVX-512. SSE and AVX2 sum pairs of products in 16
+// bits, there over as many groups as cannot overflow.
 #pragma once
 
 #include <bit>
@@ -14,16 +13,17 @@
 namespace deskside {
 namespace {
 
-// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
-// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
+// How many bytes ahead of the current block are prefetched: kFar to L2, kNear to L1. The hardware's
+// prefetcher stops at the end of a 4 KiB page. L1 from 3 KiB ahead costs a sixth of the speed
+// (docs/LOG.md).
 constexpr int64_t kFar = 3072, kNear = 1024;
 
 template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
   for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
 }
 
-// A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
-// costs one register.
+// The offsets of a record's parts (kernels.h). All rows of x share them, so a row needs one
+// register.
 struct Parts {
   int64_t d, s, c32, c16, s16;
   explicit Parts(int64_t cols)
@@ -40,9 +40,9 @@ inline float float_at(const uint8_t* p, int64_t at) {
   return f;
 }
 
-// A block of 32 weights of kLanes rows of R panels, for dot_block: group(j, k) of panel j, of the
-// half that `half` was called for last, scale(j, h) and min(j, h) of it or of its halves. Here of
-// one panel in registers.
+// A block of 32 weights of a panel in registers, for dot_block. Of panel j, scale(j, h) and
+// min(j, h) are those of half h, or of the block; group(j, k) has the weights of group k of the
+// half that was unpacked last, by half<H>().
 template <Type T> struct InRegisters {
   const uint8_t* s;
   int b, part;
@@ -59,7 +59,7 @@ template <Type T> struct InRegisters {
   vf min(int, int h) const { return u.min[h]; }
 };
 
-// Block b of the tile's panels, registers of `part`; `per` scales a block.
+// The same of block b of the tile's panels, registers of `part`, with `per` scales per block.
 template <int per> struct InTile {
   const Tile& t;
   int64_t b;
@@ -80,8 +80,8 @@ template <int per> struct InTile {
   }
 };
 
-// What a sum starts at, for weights that are larger than they should be by an offset or by the
-// bias: that times the sum of x, of which c is -128 times.
+// Where the sum starts, for weights that are too large by an offset or the bias: at -offset times
+// the sum of x. c has -128 times that sum.
 template <Numbers N> inline Bytes start(const uint8_t* c) {
   if constexpr (N.top == 0) return kBias == 0 ? Bytes{} : splat_lane(c);
   if constexpr (N.offset == 0) return Bytes{};
@@ -93,7 +93,7 @@ template <int Top, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_half(const Weights32& w, const uint8_t* const* x, int64_t at,
                               Bytes (&sum)[R][M]) {
   if constexpr (in_pairs(Top) == 0) {
-    // Unrolled whatever M is: otherwise the weights go through memory once more.
+    // Unrolled for every M: otherwise the weights go through memory once more.
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
       Bytes v[R], abs[R];
@@ -121,7 +121,7 @@ DESKSIDE_INLINE void dot_half(const Weights32& w, const uint8_t* const* x, int64
   }
 }
 
-// A block against M rows of x.
+// Multiplies a block of 32 weights, in kLanes rows of R panels, by M rows of x.
 template <Numbers N, int R, int M, class Weights32>
 DESKSIDE_INLINE void dot_block(Weights32&& w, const uint8_t* const* x, const Parts& parts,
                                int64_t b, vf (&acc)[R][M]) {
@@ -151,7 +151,7 @@ DESKSIDE_INLINE void dot_block(Weights32&& w, const uint8_t* const* x, const Par
   }
 }
 
-// The rows of a panel that exist: the last panel may have fewer than 16.
+// Stores the valid rows of a panel: the last panel may have fewer than 16.
 inline void store_rows(float* y, int part, int valid, vf v) {
   const int first = part * kLanes;
   if (first + kLanes <= valid) {
@@ -176,7 +176,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
   const uint8_t* s = panel + P::header * kPanelRows;
   constexpr int bytes = P::bytes / P::blocks;  // of a block
   const uint8_t* const end = s + cols / 32 * bytes;
-  // A stream that ends and goes on at `next`.
+  // After `end` the stream continues at `next`.
   const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
   for (int64_t b = 0; b < cols / 32; s += P::bytes) {
     for (int j = 0; j < P::blocks; j++, b++) {
@@ -192,7 +192,7 @@ void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, flo
     for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
 }
 
-// gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
+// noipa: gcc 12.2 clones this function for a constant argument and loses its body
 // (tests/test_kernels.py would find it).
 #if defined(__GNUC__) && !defined(__clang__)
 #define DESKSIDE_NO_CLONE __attribute__((noipa))
@@ -224,8 +224,8 @@ template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int6
   }
 }
 
-// R unpacked panels against M rows of x; y[j] is panel j's place in the results. Meanwhile fetches
-// `ahead` bytes a block of what lies at `next`: the panels to be unpacked next.
+// Multiplies R unpacked panels by M rows of x. y[j] is where panel j's results start. Meanwhile it
+// prefetches the panels to be unpacked next, from `next` on, `ahead` bytes per block.
 template <Numbers N, int R, int M>
 void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
               const int* valid, const uint8_t* next, int ahead) {

@@ -1,19 +1,20 @@
 // Matrix products on packed weights. Compiled once per instruction set (DESKSIDE_ISA).
 //
-// Quantised weights meet activations rounded to 8 bits per block of 32; products are summed exactly
-// in integers within a block and in float32 over blocks, in the order of the row. Float weights
-// meet float activations.
+// Quantised weights multiply activations rounded to 8 bits per block of 32. Products are summed
+// exactly, in integers, within a block; blocks are summed in float32, in the order of the row.
+// Float weights multiply float activations.
 //
-// Few rows of x (n <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
-// panel is unpacked once to the tile and used by all rows of x.
+// For few rows of x (n <= kMaxDirect), blocks are unpacked in registers, so the weights stream. For
+// more, a panel is unpacked once to the tile and used by all rows of x.
 #include "matmul_entry.h"
 #include "dot.h"
 
 namespace deskside {
 namespace {
 
-// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one
-// of floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
+// How many panels (kTogether) and rows of x (kRowsOfX) are multiplied together from the tile. Each
+// pair has an integer sum and a float sum, which must stay in registers. More panels mean fewer
+// loads of x.
 #if defined(DESKSIDE_AVX512)
 constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
@@ -33,7 +34,7 @@ template <int Max, class F> inline void with_rows(int m, F&& f) {
   f.template operator()<Max>();
 }
 
-// Panels of one type, one after another in memory, and where their rows' results go.
+// Panels of one type that are multiplied together, and where the results of their rows start.
 struct Panels {
   int n;
   const uint8_t* data[2];
@@ -41,7 +42,7 @@ struct Panels {
   int valid[2];
 };
 
-// y: the place of the panel's results.
+// y: where the panel's results start.
 inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   const int64_t left = w.rows - panel * kPanelRows;
   p.data[p.n] = w.data + panel * w.stride;
@@ -49,12 +50,12 @@ inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
-// With a bias all types' weights are alike in the tile: fewer kernels.
+// With a bias, the tile's weights of all types start at it: fewer kernels.
 template <Type T> constexpr Numbers kInTile =
     kBias == 0 ? Panel<T>::numbers
                : Numbers{.has_min = Panel<T>::numbers.has_min, .halves = Panel<T>::numbers.halves};
 
-// `then`: what is read next, null for what lies behind the last panel.
+// then: as in PanelRange.
 template <Type T>
 void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, const uint8_t* then) {
   using P = Panel<T>;
@@ -73,8 +74,8 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     return;
   }
   for (int j = 0; j < p.n; j++) unpack_panel<T>(p.data[j], cols, tile.panel[j]);
-  // What is read next is fetched over as many passes as there are: all of it in the first one would
-  // wait for memory, and the others would leave it idle.
+  // The next panels are prefetched evenly over all passes. If the first pass did it all, it would
+  // wait for memory, and the others would leave the memory idle.
   const uint8_t* next = then ? then : p.data[p.n - 1] + bytes;
   const uint8_t* const next_end = next + p.n * bytes;
   const int passes = (m + kRowsOfX - 1) / kRowsOfX;
@@ -135,7 +136,7 @@ void to_floats(const uint8_t* row, Type type, int64_t n, float* y) {
   }
 }
 
-// R rows of w against M rows of x.
+// Multiplies R rows of w by M rows of x.
 template <int R, int M>
 void dot_float(const float* const* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
   vf acc[R][M];
@@ -157,7 +158,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
 
 void matmul_float(const Weights& w, const PanelRange& range, const Rows& x, const Results& y,
                   const Tile& tile) {
-  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands are in registers
+  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands fit in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t begin = range.begin * kPanelRows;
   const int64_t end = range.end * kPanelRows < w.rows ? range.end * kPanelRows : w.rows;
@@ -266,8 +267,8 @@ int64_t dot_peak(int64_t rounds, int32_t* result) {
   const Bytes abs = magnitude(w);
   for (int i = 0; i < kSums; i++) sum[i] = splat_lane(0);
   for (int64_t r = 0; r < rounds; r++) {
-    // Other operands each time as far as the compiler knows: nothing can be taken out of the loop.
-    // No register holds an emulated vector, and its speed is of no interest.
+    // To the compiler the operands change each time, so it cannot move work out of the loop. No
+    // register holds an emulated vector, and its speed does not matter.
 #if defined(__x86_64__) && !defined(DESKSIDE_EMULATED)
     asm volatile("" : "+v"(x));
 #endif

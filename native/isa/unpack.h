@@ -1,4 +1,5 @@
-// A block of 32 weights of a panel to float scales and integers, in registers (layouts: panel.h).
+// Unpacks a block of 32 weights of a panel to float scales and integers, in registers. The layouts
+// are in panel.h.
 //
 // For block b of the superblock s, and registers of `part`:
 //   unpack_scales<T>(s, rows, b, part, u)   scale[h] and min[h] of the groups 4h..4h + 3; without
@@ -42,7 +43,7 @@ template <int Plus> constexpr auto kFloats4 =
     plus(kE2M1, Panel<Type::MXFP4>::numbers.offset + Plus);
 template <int Plus> constexpr auto kWhole4 = plus(kNibbles, Plus);
 
-// A register's share of 64 bytes at p.
+// Register `part` of the 64 bytes at p.
 inline Bytes vector_at(const uint8_t* p, int part) { return load_bytes(p + part * 4 * kLanes); }
 
 // Shifted left by N, or right by -N. Bits cross the borders of bytes within 16.
@@ -134,8 +135,8 @@ inline Bytes bytes_at(const uint8_t* p, int part) { return widen_u8(p + part * k
 inline Bytes words_at(const uint8_t* p, int part) { return widen_u16(p + part * 2 * kLanes); }
 inline Bytes shift_left_lane(Bytes b, int n) { return (Bytes)((vi)b << n); }
 
-// Lanes of the 6-bit scale and minimum of block b of Q4_K and Q5_K (docs/MODEL.md). The words u0,
-// u1, u2 of a row's 12 bytes are 64 bytes apart.
+// The 6-bit scale and minimum of block b of Q4_K and Q5_K (docs/MODEL.md), as floats in lanes. A
+// row's 12 bytes are three words u0, u1, u2, which are 64 bytes apart.
 DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& min) {
   const Bytes six = splat_lane(63), four = splat_lane(15);
   const Bytes u0 = vector_at(p, part), u1 = vector_at(p + kVector, part),
@@ -146,14 +147,14 @@ DESKSIDE_INLINE void k_scales(const uint8_t* p, int part, int b, vf& scale, vf& 
     return;
   }
   const int j = 8 * (b - 4);
-  // Two bits to bit 4 and 5: (u >> (j + 6) & 3) << 4 = u >> (j + 2) & 48.
+  // Two bits move to bits 4 and 5: (u >> (j + 6) & 3) << 4 = u >> (j + 2) & 48.
   const Bytes top = splat_lane(48);
   scale = to_float((shift_right_lane(u2, j) & four) | (shift_right_lane(u0, j + 2) & top));
   min = to_float((shift_right_lane(u2, j + 4) & four) | (shift_right_lane(u1, j + 2) & top));
 }
 
-// Lanes of the 6-bit scales of block b of Q3_K, IQ4_K and IQ5_K, both halves. `high` are four
-// arrays of bytes, then there are eight of low bits.
+// The 6-bit scales of both halves of block b of Q3_K, IQ4_K and IQ5_K, as floats in lanes. `high`
+// is four arrays of bytes with the high bits; eight arrays with the low bits follow.
 DESKSIDE_INLINE void six_bit_scales(const uint8_t* high, int part, int b, vf* scale) {
   const Bytes four = splat_lane(15), two = splat_lane(48);
   const Bytes low = bytes_at(high + (4 + b) * kPanelRows, part);
@@ -171,8 +172,8 @@ DESKSIDE_INLINE void raise_halves(const uint8_t* extra, int part, int b, Bytes (
   raise[1] = repeat_byte((Bytes)((bits >> 1 & 1) * Shift));
 }
 
-// Scale bytes s of IQ4_KS, IQ5_KS and IQ4_KSS in lanes: scale (s & 254) - 127, and where bit 0 is
-// set all codebook values are `Shift` higher.
+// The scale bytes s of IQ4_KS, IQ5_KS and IQ4_KSS, in lanes. The scale is (s & 254) - 127. If bit 0
+// is set, all codebook values are `Shift` higher.
 template <int Shift>
 DESKSIDE_INLINE void ks_scale(Bytes s, const uint8_t* rows, int part, Scales& u) {
   const vf row = load(reinterpret_cast<const float*>(rows) + part * kLanes);
@@ -231,8 +232,7 @@ DESKSIDE_INLINE void unpack_scales(const uint8_t* s, const uint8_t* rows, int b,
     ks_scale<kShift5>(bytes_at(s + b * k8, part), rows, part, u);
   } else {
     static_assert(T == Type::IQ4_KSS);
-    // Bit 0 of word k is bit k of the scale: the words 2j and 2j + 1 are a lane's low and high
-    // half.
+    // Bit 0 of word k is bit k of the scale. Words 2j and 2j + 1 are a lane's low and high half.
     const Bytes each = splat_lane(0x00010001);
     vi bits = vi{};
     for (int j = 0; j < 4; j++) {

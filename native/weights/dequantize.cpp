@@ -10,7 +10,8 @@ namespace deskside {
 
 namespace {
 
-// 16 bytes hold the weights i (low nibbles) and i + 16 (high), bit i of `fifth` the fifth bit of i.
+// Byte i has weight i in its low nibble and weight i + 16 in its high one. Bit i of `fifth` is the
+// fifth bit of weight i.
 template <class F> void nibbles(const uint8_t* x, uint32_t fifth, float* y, F&& value) {
   for (int i = 0; i < 16; i++) {
     y[i] = value((x[i] & 15) | (fifth >> i & 1) << 4);
@@ -174,7 +175,8 @@ void row_of(const BlockIQ5_KS& b, float row, float* y) {
 }
 void row_of(const BlockIQ4_KSS& b, float row, float* y) {
   for (int j = 0; j < 8; j++) {
-    // Bit 0 of word k is bit k of the scale; the rest, xored with itself shifted, four nibbles.
+    // Bit 0 of word k is bit k of the scale. The other bits, xored with themselves shifted right by
+    // one, are four nibbles.
     uint8_t x[16];
     int s = 0;
     for (int k = 0; k < 8; k++) {

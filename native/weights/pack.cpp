@@ -73,7 +73,7 @@ void restore_q3_scales(const uint8_t* from, uint8_t* x) {
   }
 }
 
-// Moves arrays over the 16 rows, one after another: into a panel, or back (kBack).
+// Copies arrays over the 16 rows, one after another: to a panel, or back (kBack).
 template <bool kBack> struct Mover {
   using Row = std::conditional_t<kBack, uint8_t*, const uint8_t*>;
   std::conditional_t<kBack, const uint8_t*, uint8_t*> panel;
@@ -81,7 +81,7 @@ template <bool kBack> struct Mover {
   template <int Bytes, class F> void rows(F&& field) {
     for (int r = 0; r < kPanelRows; r++, panel += Bytes) move<Bytes>(field(r), panel);
   }
-  // `Vectors` times four bytes of every row.
+  // Copies `Vectors` times four bytes of every row.
   template <int Vectors, class F> void vectors(F&& field) {
     for (int r = 0; r < kPanelRows; r++) {
       const Row row = field(r);
@@ -157,7 +157,7 @@ void join_sixes(const uint8_t* v, uint8_t* qh) {
     for (int k = 0; k < 4; k++) put(qh[l], 2 * k, v[kSixOrder[k] + l]);
 }
 
-// A superblock of 16 rows into a panel, or back.
+// Copies a superblock of 16 rows to a panel, or back.
 template <Type T, bool kBack>
 void move_superblock(const typename Mover<kBack>::Row* rows, decltype(Mover<kBack>::panel) panel) {
   using B = typename Panel<T>::Block;
@@ -257,7 +257,7 @@ void move_superblock(const typename Mover<kBack>::Row* rows, decltype(Mover<kBac
   }
 }
 
-// A panel from the file's rows, or back: the header of each row, then superblock by superblock.
+// Copies the file's rows to a panel, or back: the header of each row, then its superblocks.
 template <Type T, bool kBack>
 void move_panel(const typename Mover<kBack>::Row* rows, int64_t cols,
                 decltype(Mover<kBack>::panel) panel) {
@@ -310,7 +310,7 @@ void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
     const ssize_t got = pread(fd, to, size_t(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw std::runtime_error(std::string("cannot be read: ") + strerror(errno));
-    if (got == 0) throw std::runtime_error("ends early: it was cut off after it was opened");
+    if (got == 0) throw std::runtime_error("ends early: the file was cut off after it was opened");
     to += got, offset += got, bytes -= got;
   }
 }
@@ -343,7 +343,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
         const int64_t group = task / tasks_per_group, p0 = task % tasks_per_group * per_task;
         const int64_t p1 = std::min(p0 + per_task, panels);
         const int64_t r0 = p0 * kPanelRows, n = std::min(p1 * kPanelRows, rows) - r0;
-        const int64_t at = (group * rows + r0) * row_bytes;
+        const int64_t at = group * from.group_bytes + r0 * row_bytes;
         const uint8_t* source = buffer.data();
         if (from.memory)
           source = from.memory + at;
@@ -374,7 +374,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   try {
     for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
   } catch (const std::system_error&) {
-    // The threads that could be started do the work.
+    // The threads that started do the work.
   }
   work();
   for (std::thread& t : threads) t.join();
@@ -386,7 +386,7 @@ void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t 
   const Format* const f = format(type);
   if (!f) throw std::invalid_argument("unpack: a type without a layout");
   const int64_t row_bytes = file_row_bytes(type, cols);
-  std::vector<uint8_t> none;  // for rows that the last panel is filled up with
+  std::vector<uint8_t> none;  // receives the last panel's padding rows
   for (int64_t r0 = 0; r0 < rows; r0 += kPanelRows, from += stride, to += kPanelRows * row_bytes) {
     const int64_t n = std::min<int64_t>(kPanelRows, rows - r0);
     if (!f->unpack_panel) {

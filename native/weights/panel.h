@@ -1,9 +1,9 @@
-// How packed weights lie in memory, for all instruction sets alike: panels of 16 rows.
+// The layout of packed weights in memory: panels of 16 rows, the same for all instruction sets.
 //
-// A panel holds 16 rows of a matrix, block after block along the row, in exactly the bytes that the
-// file has for them. Within a block of 32 weights the rows lie side by side, four weights at a time
-// ("group": weights 4g..4g+3), so that one register of activations meets 16 rows and no sum runs
-// across lanes. Bytes 4r to 4r + 3 of a vector belong to row r:
+// A panel has 16 rows of a matrix, block after block along the row, in as many bytes as in the
+// file. Within a block of 32 weights, the rows are interleaved, four weights at a time. Group g is
+// the weights 4g..4g+3. So one register of activations multiplies 16 rows, and no sum runs across
+// lanes. Bytes 4r to 4r + 3 of a vector belong to row r:
 //
 //   nibbles   4 x 64 bytes; vector j: byte 4r + i has weights 4j + i (low), 16 + 4j + i (high)
 //   bytes     8 x 64 bytes; vector g: byte 4r + i has weight 4g + i

@@ -1,5 +1,4 @@
-// Block layouts of the quantised types, as gguf/quants.py specifies them. Sizes are part of the
-// file format.
+// The block layouts of the quantised types in a file. gguf/quants.py specifies them.
 #pragma once
 
 #include <cstdint>

@@ -126,7 +126,7 @@ def configs() -> dict[str, transformers.PreTrainedConfig]:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=64,  # type: ignore[call-arg]
+            head_dim=64,
             moe_intermediate_size=96,
             num_experts=16,
             num_experts_per_tok=4,

@@ -1,12 +1,14 @@
-"""Instructions of the AVX-512 kernels' inner loops, counted in their machine code.
+"""Counts the instructions of the AVX-512 kernels' inner loops in their machine code.
 
     python -m tools.kernels.asm
 
-Compiles native/isa/matmul.cpp with the flags in CMakeLists.txt and finds in its disassembly each
-kernel's loop over blocks of 32 weights, by the number of vpdpbusd. Counts are for 512 products: a
-block of 16 rows by one row of activations. "moves in" only bring memory to a register; "operands"
-are in memory, of vpdpbusd and of other vector instructions; "spills" access the stack with a zmm
-register. Loops inside that multiply nothing are left out. Needs g++ and binutils.
+Compiles native/isa/matmul.cpp with the flags of CMakeLists.txt. In the disassembly, the number of
+vpdpbusd identifies each kernel's loop over blocks of 32 weights. Counts are for 512 products: a
+block of 16 rows by one row of activations.
+
+"moves in" only load memory into a register. "operands" are memory operands of vpdpbusd and of other
+vector instructions. "spills" access the stack with a zmm register. Inner loops without
+multiplications are left out. Needs g++ and binutils.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Instruction(NamedTuple):
 
 
 def flags(cmake: str) -> list[str]:
-    """The compiler's flags for avx512 by CMakeLists.txt."""
+    """The compiler flags for avx512 in CMakeLists.txt."""
     patterns = (
         r'set\(CMAKE_CXX_FLAGS_RELEASE "([^"]*)"\)',
         r"target_compile_options\(kernels_\$\{isa\} PRIVATE \$\{WARNINGS\} ([^$]*)\$\{ARGN\}\)",
@@ -100,7 +102,7 @@ def functions(lines: Iterable[str]) -> dict[str, list[Instruction]]:
 
 
 def loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """Innermost loops with a vpdpbusd, without the loops in them that have none."""
+    """Innermost loops with a vpdpbusd, without the loops inside them that have none."""
     ends: dict[int, int] = {}
     for at, name, operands in body:
         match = re.match(r"([0-9a-f]+) <", operands)

@@ -24,7 +24,7 @@ def synth(
     seed: Annotated[int, Option("-s", "--seed")] = 0,
     mtp: Annotated[bool, Option("--mtp", help="add multi-token-prediction tensors")] = False,
 ) -> None:
-    """Write a model with random weights at true shapes: for measuring, before any download."""
+    """Write a model with random weights at true shapes, to measure before a download."""
     from deskside.convert.quantize import parse_rule
     from deskside.convert.recipes import writable
     from deskside.convert.synth import synth_file
@@ -43,7 +43,7 @@ def synth(
             mtp=mtp,
             progress=progress,
         )
-    err.print(f"{out}: {out.stat().st_size / 1e9:.2f} GB", markup=False)
+    _written(out)
 
 
 def convert(
@@ -61,8 +61,10 @@ def convert(
     from deskside.convert.huggingface import convert_hf
 
     with progress_bar() as progress:
-        convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
-    err.print(f"{out}: {out.stat().st_size / 1e9:.2f} GB", markup=False)
+        notes = convert_hf(hf_dir, out, outtype=outtype, pre=pre, progress=progress)
+    for line in notes:
+        note(line)
+    _written(out)
 
 
 def quantize(
@@ -76,6 +78,7 @@ def quantize(
     """Change the types of a model's weights: F16 Q8_0 Q4_K_M Q2_K IQ4_NL IQ4_KSS and more."""
     from deskside.convert.quantize import parse_rule, quantize_file
     from deskside.convert.recipes import pure, recipe, writable
+    from deskside.gguf import GGUF
 
     config = EngineConfig(threads=threads)
     chosen = pure(writable(type_)) if only else recipe(type_)
@@ -88,11 +91,11 @@ def quantize(
         note(f"{f.name}: {f.asked} became {f.got} ({f.reason})")
     if len(fallbacks) > 5:
         note(f"and {len(fallbacks) - 5} more tensors likewise")
-    before, after = (_size(p) for p in (src, out))
-    err.print(f"{out}: {after / 1e9:.3f} GB, from {before / 1e9:.3f} GB", markup=False)
+    before = sum(p.stat().st_size for p in GGUF.open(src).paths)
+    _written(out, f", from {before / 1e9:.3f} GB")
 
 
-def _size(path: Path) -> int:
-    from deskside.gguf import GGUF
-
-    return sum(p.stat().st_size for p in GGUF.open(path).paths)
+def _written(out: Path, more: str = "") -> None:
+    """Tell the size of an output, unless it went into a pipe or a device."""
+    if out.is_file():
+        err.print(f"{out}: {out.stat().st_size / 1e9:.3f} GB{more}", markup=False)

@@ -70,6 +70,8 @@ def quantize_file(
     for _, t in rules:
         writable(t.name)
     model = GGUF.open(src)
+    if model.unusable:  # what cannot be read cannot be copied
+        raise next(iter(model.unusable.values()))
     if any(os.path.exists(dst) and os.path.samefile(dst, path) for path in model.paths):
         raise DesksideError(f"{dst}: source and destination are the same file")
     types, fallbacks = _choose(model, recipe, rules)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -214,13 +213,13 @@ def synth_file(
     )
     if seed < 0:
         raise DesksideError(f"seed {seed} is negative; use 0 or more")
-    _need_room(out, made.nbytes)
     tied = all(t.name != "output.weight" for t in made.tensors)
     pools: dict[tuple[QuantType, int, float], _Pool] = {}
     big = sum(math.prod(t.shape) for t in made.tensors) > _ALL_RANDOM
     table = [(t.name, kind, t.shape) for t, kind in zip(made.tensors, made.types, strict=True)]
     total, done = made.data_bytes, 0
-    with GGUFWriter(out, made.metadata, table) as writer:
+    fewer = "use fewer layers or experts"
+    with GGUFWriter(out, made.metadata, table, advice=fewer) as writer:
         for tensor, kind in zip(made.tensors, made.types, strict=True):
             rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
             # Outputs of the order of the inputs: 1 / sqrt(inputs of a dot product). A row of the
@@ -238,19 +237,6 @@ def synth_file(
                 writer.write(tensor.name, chunk)
                 done += chunk.nbytes
                 progress("synth", done, total)
-
-
-def _need_room(out: Path, nbytes: int) -> None:
-    """DesksideError where the disk has less than that free."""
-    try:
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        raise DesksideError(f"{out}: cannot be written: {error.strerror}") from None
-    if nbytes > free:
-        raise DesksideError(
-            f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
-            "use fewer layers or experts"
-        )
 
 
 def estimate(preset: str, **arguments: Any) -> int:

@@ -78,13 +78,12 @@ BY_NAME: dict[str, QuantType] = {t.name: t for t in TYPES.values()}
 
 # Types that files may hold but deskside does not read: for the error message.
 UNSUPPORTED: dict[int, str] = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 
-    40: "NVFP4", 137: "IQ2_K", 138: "IQ3_K",
-    145: "IQ2_KS", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL",
-    202: "Q4_0_R8", 208: "Q8_0_R8", 212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4",
-    220: "IQ4_NL_R4", 223: "IQ4_XS_R8", 230: "BF16_R16", 344: "IQ4_KS_R4", 353: "MXFP4_R8",
-    397: "Q8_K_R16", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 137: "IQ2_K", 138: "IQ3_K",
+    145: "IQ2_KS", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 216: "IQ2_XXS_R4",
+    217: "IQ2_XS_R4", 218: "IQ3_XXS_R4", 219: "IQ1_S_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4",
+    229: "IQ1_M_R4", 337: "IQ2_K_R4", 338: "IQ3_K_R4", 353: "MXFP4_R8", 397: "Q8_K_R16",
+    398: "Q8_KV_R8", 399: "Q8_K_R8",
 }  # fmt: skip
 
 

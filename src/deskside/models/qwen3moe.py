@@ -26,9 +26,13 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     n_rot = m.n_rot(head_dim, head_dim)
     base = m.real("rope.freq_base", 1e6)
 
-    q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
-    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
-    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
+    parts = {
+        "attn_q": heads * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+    }
+    w_q, w_k, w_v = m.rows_of(p, "attn_qkv", parts, m.n_embd)
+    q, k, v = t.linear(x, w_q), t.linear(x, w_k), t.linear(x, w_v)
     q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
     k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
     q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)

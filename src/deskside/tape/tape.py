@@ -104,13 +104,14 @@ class Op:
 
 @dataclass(frozen=True)
 class Tape:
-    """A recorded forward pass: token ids in, `logits` out."""
+    """A recorded forward pass: token ids in, `logits` out. notes: what of a file it leaves out."""
 
     ops: tuple[Op, ...]
     states: tuple[State, ...]
     logits: Value
     n_vocab: int
     n_ctx_train: int
+    notes: tuple[str, ...] = ()
 
     def weights(self) -> dict[str, TensorInfo]:
         """Every tensor that the tape reads, by name."""

@@ -1,7 +1,7 @@
-"""The quant types on torch: rows of a file's bytes to float32, on the device that holds them.
+"""Decodes the quant types in torch: rows of the file's bytes to float32, on any device.
 
-One decoder a type, the twins of those in `deskside.gguf.decoders`, the specification: tests compare
-them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
+`deskside.gguf.decoders` specifies the types. Here is one decoder per type; tests compare the two
+bit by bit. A decoder takes blocks, uint8 (N, block_bytes), and returns float32 (N, block).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from deskside.gguf.decoders import CODEBOOKS, CODEBOOKS_5, CODEBOOKS_6, E2M1
 from deskside.gguf.quants import QuantType
 
-ROUNDED = 32  # activations are rounded to 8 bits in blocks of as many
+ROUNDED = 32  # activations per block of 8-bit rounding
 
 
 def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
@@ -30,19 +30,25 @@ def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
 
 
 def round_to_8_bits(x: Tensor) -> Tensor:
-    """x (m, n) as quantised weights meet it on every device: q d, d = max|x| / 127 per 32 values,
-    q whole, ties to even. The same integers as native/isa/matmul.cpp's `quantize`."""
+    """Round x (m, n) to 8 bits per 32 values, as for quantised weights on every device.
+
+    The result is q d with d = max|x| / 127 and q = x / d rounded to an integer, ties to even. The
+    integers equal those of `quantize` in native/isa/matmul.cpp.
+    """
     blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
     top = blocks.abs().amax(-1, keepdim=True)
-    some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
-    # by a number CUDA multiplies with its reciprocal: other bits
+    some = top <= 1e-30  # such a block counts as zero; NaN and infinity give NaN
+    # A tensor, not a number: CUDA divides by a number through its reciprocal, with other bits.
     max_q = torch.full_like(top, 127.0)
     q = (blocks * (max_q / top).masked_fill(some, 0.0)).round_()
     return (q * (top / max_q).masked_fill(some, 0.0)).reshape(x.shape)
 
 
 def encode_cached(x: Tensor, name: str) -> Tensor:
-    """Keys or values (..., n) to the bytes (..., row_bytes) of a cache of type f16, f32 or q8_0."""
+    """Encode keys or values for a cache: float32 (..., n) -> uint8 (..., row_bytes).
+
+    name: F16, F32 or Q8_0.
+    """
     if name == "F32":
         return x.contiguous().view(torch.uint8)
     if name == "F16":
@@ -57,7 +63,7 @@ def encode_cached(x: Tensor, name: str) -> Tensor:
 
 
 def decode_cached(data: Tensor, name: str) -> Tensor:
-    """The other way: uint8 (..., row_bytes) -> float32 (..., n)."""
+    """Decode keys or values of a cache: uint8 (..., row_bytes) -> float32 (..., n)."""
     if name == "F32":
         return data.view(torch.float32)
     if name == "F16":
@@ -67,7 +73,7 @@ def decode_cached(data: Tensor, name: str) -> Tensor:
 
 
 def _as(b: Tensor, kind: torch.dtype) -> Tensor:
-    """The bytes read as another type."""
+    """The bytes, read as another type."""
     return b.contiguous().view(kind)
 
 
@@ -103,7 +109,7 @@ def _codes(index: Tensor, at: int = 0) -> Tensor:
 
 @cache
 def codebooks(device: torch.device) -> Tensor:
-    """All codebooks, float32 (240,). Kept on the device: a graph could not fetch them."""
+    """All codebooks, float32 (240,). Kept on the device: a graph cannot copy from the host."""
     return torch.from_numpy(np.concatenate([c.reshape(-1) for c in _CODEBOOKS])).to(device)
 
 
@@ -120,7 +126,7 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _fifth_bit(qh: Tensor) -> Tensor:
-    """Bit j of the 32-bit word belongs to element j; 0 or 16."""
+    """The fifth bit of each element, as 0 or 16: (N, 4) bytes -> (N, 32). Bit j is element j's."""
     by = torch.arange(8, dtype=torch.uint8, device=qh.device)
     return (((qh[:, :, None] >> by) & 1) << 4).reshape(-1, 32)
 

@@ -16,9 +16,9 @@ _K5_3 = tl.constexpr(0xF9EDE1D7CDC4BBB3 - (1 << 64))
 
 @triton.jit
 def minus(q, bias: tl.constexpr):
-    """q - bias as float32, for 0 <= q < 2^23: q is planted in the mantissa of 2^23.
+    """q - bias as float32, for 0 <= q < 2^23: writes q into the mantissa of 2^23.
 
-    A logical operation and an addition at full rate, where an integer conversion runs at an eighth.
+    The two operations run at full rate; an integer conversion runs at an eighth of it.
     """
     return (q.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + bias)
 
@@ -30,7 +30,7 @@ def byte(p):
 
 @triton.jit
 def word(p):
-    """A little-endian 32-bit word; its upper bits must be masked after a shift."""
+    """A little-endian 32-bit word. After a right shift, mask the upper bits: they copy the sign."""
     return tl.load(p.to(tl.pointer_type(tl.int32)))
 
 

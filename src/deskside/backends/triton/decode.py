@@ -1,15 +1,16 @@
-"""Quantised weights inside Triton kernels: one decoder a type, reading the file's own bytes.
+"""Decodes quantised weights inside Triton kernels: one decoder per type, for the file's own bytes.
 
-A row of n weights is read as n/2 *lanes*, 16 to a *group*. A lane is two weights that share a byte
-of the file (or, in the wider types, lie as far apart): those at `first` and at `first` + PAIR. The
-order in which a sum runs over k is free, so a kernel never has to interleave the two: it reads its
-activations at the same two places. Decoders take pointers to rows (uint8), groups (int32) and lanes
-0..15 (int32), with shapes that broadcast, such as (N, 1, 1), (1, G, 1) and (1, 1, 16), and return
-both weights as float32 (N, G, 16). Scales depend on row and group alone, so they are read and
-unpacked once a group and then spread.
+A row of n weights has n / 2 *lanes*, and 16 lanes are a *group*. A lane is two weights, at index
+`first` and at `first` + PAIR. In most small types, the two share a byte of the file. A sum may
+run over k in any order, so kernels need not interleave the two. They read the activations at the
+same two indices.
 
-The layouts are those of `deskside.gguf.decoders`, the specification; the tests compare with it.
-Block starts are at least 2-byte aligned, and 4-byte in the types that are read by words here.
+A decoder takes pointers to rows (uint8), groups (int32) and lanes 0..15 (int32). Their shapes
+broadcast, such as (N, 1, 1), (1, G, 1) and (1, 1, 16). It returns both weights, float32 (N, G, 16).
+Scales depend on row and group alone, so they are unpacked once per group and broadcast.
+
+`deskside.gguf.decoders` specifies the layouts; tests compare with it. Blocks start on borders of 2
+bytes, or of 4 in the types that are read in 32-bit words here.
 """
 
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 
 from deskside.backends.triton.codes import byte, e2m1, half, k0, k5, k6, minus, word
 
-# Distance of a lane's two weights. Types that are not listed have no kernels.
+# Distance of a lane's two weights. Types not listed have no kernel.
 PAIR: dict[str, int] = {
     "F32": 16, "F16": 16, "BF16": 16, "Q8_0": 16, "Q6_0": 16, "Q4_0": 16, "MXFP4": 16, "IQ4_NL": 16,
     "IQ4_XS": 16, "IQ4_K": 16, "IQ4_KS": 16, "IQ4_KSS": 16, "Q2_K": 32, "Q3_K": 32, "Q4_K": 32,
@@ -27,14 +28,14 @@ PAIR: dict[str, int] = {
 
 @triton.jit
 def first(group, i, PAIR: tl.constexpr):
-    """Index within the row of a lane's first weight."""
+    """The index within the row of a lane's first weight."""
     GROUPS: tl.constexpr = PAIR // 16
     return group // GROUPS * (2 * PAIR) + group % GROUPS * 16 + i
 
 
 @triton.jit
 def decode(row, group, i, TYPE: tl.constexpr):
-    """Both weights of each lane, float32."""
+    """Both weights of each lane: float32, of the shape that row, group and i broadcast to."""
     if TYPE == "F32":
         return _plain(row.to(tl.pointer_type(tl.float32)), group, i)
     elif TYPE == "F16":
@@ -158,8 +159,9 @@ def _q4_0(row, group, i):
 def _k_scales(block, group):
     """Header of Q4_K and Q5_K -> (d sc, dmin m) of the lane's first and second weight.
 
-    Sub-block j holds 32 weights; the lane's are j = 2t and 2t + 1. The three words of 6-bit pairs
-    have byte j & 3 of each for j and j + 4 (see `decoders._k_scales`).
+    A sub-block has 32 weights, and the lane's two are in sub-blocks 2t and 2t + 1. The scales are
+    packed in three words. Byte j & 3 of each word belongs to sub-blocks j and j + 4 (see
+    `gguf.decoders._k_scales`).
     """
     d = half(block)
     dmin = half(block + 2)
@@ -211,7 +213,7 @@ def _q6_k(row, group, i):
     low = byte(block + group % 8 * 16 + i)
     high = byte(block + 128 + part * 32 + group % 2 * 16 + i) >> (group % 4 // 2 * 2)
     d = half(block + 208)
-    # int8 scales, one for 16 weights; the second weight is 64 further on.
+    # int8 scales, one per 16 weights; the second weight is 64 weights later
     sc = (block + 192 + part * 8 + group % 4).to(tl.pointer_type(tl.int8))
     q0 = (low & 15) | ((high & 3) << 4)
     q1 = (low >> 4) | (high & 48)
