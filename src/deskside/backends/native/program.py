@@ -13,7 +13,7 @@ from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import FLOAT_TYPES
-from deskside.lowering.buffers import plan_buffers, stride
+from deskside.lowering.buffers import plan_arena, stride
 from deskside.lowering.steps import NativeOp, Stretch, plan_steps
 from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
@@ -59,7 +59,7 @@ class CpuBackend:
         _check_types(w for op in ops for w in op.weights)
         self.steps = plan_steps(tape, stretches)
         self._ranges: list[tuple[int, int]] = []  # of each stretch: its native steps [begin, end)
-        offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
+        offsets, biases, arena = plan_arena(self.steps, max_tokens, tape.logits)
         too_large = DesksideError(
             f"-ub {max_tokens} needs at least {4 * arena / 1e9:.1f} GB of work memory; lower it"
         )
@@ -76,7 +76,7 @@ class CpuBackend:
             self.weights = load(
                 self.steps, host, reserve=reserve, progress=progress, packed=packed or {}
             )
-            lowering = _Lowering(self.program, file, tape, offsets, self.weights)
+            lowering = _Lowering(self.program, file, tape, offsets, biases, self.weights)
             self._lower(lowering)
             self.program.finish()
         except MemoryError:
@@ -85,6 +85,8 @@ class CpuBackend:
             raise DesksideError(f"{file.path}: {error}") from None
         self._offsets = offsets
         self._activations = self.program.activations
+        for name, (at, width, _) in biases.items():
+            self._activations[at : at + width] = file.dequantized(name)
 
     def _lower(self, lowering: _Lowering) -> None:
         n, hops = 0, []
@@ -189,6 +191,7 @@ class _Lowering:
     file: GGUF
     tape: Tape
     offsets: dict[int, int]
+    biases: dict[str, Place]
     weights: dict[str, _native.Weights]
 
     def place(self, value: Value) -> Place:
@@ -210,6 +213,10 @@ class _Lowering:
     def rms_norm(self, op: NativeOp) -> None:
         x, out = self.places(op)
         self.program.norm(x, out, self.floats(op.op.weights[0]), op.op.attrs["eps"])
+
+    def bias(self, op: NativeOp) -> None:
+        x, out = self.places(op)
+        self.program.add(x, self.biases[op.op.weights[0].name], out)
 
     def gated_norm(self, op: NativeOp) -> None:
         x, z, out = self.places(op)
@@ -333,6 +340,7 @@ LOWERINGS: dict[str, Callable[[_Lowering, NativeOp], None]] = {
     for f in (
         _Lowering.embed,
         _Lowering.rms_norm,
+        _Lowering.bias,
         _Lowering.gated_norm,
         _Lowering.quantize,
         _Lowering.linear,
