@@ -25,7 +25,7 @@ float* WorkMemory::take(Carver& carver, Tile& tile) const {
   for (Tile::Unpacked& p : tile.panel) {
     p.w = carver.take<int8_t>(kPanelRows * cols);
     p.scale = carver.take<float>(cols / 16 * kPanelRows);
-    p.min = carver.take<float>(cols / 32 * kPanelRows);
+    p.min = carver.take<float>(cols / 16 * kPanelRows);
   }
   tile.f = carver.take<float>(kFloatRows * cols);
   return work;

@@ -326,8 +326,11 @@ class _Lowering:
 
 
 # A test keeps these equal to the table in native/isa/matmul.cpp.
-LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
-SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
+LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_0", "Q8_0", "IQ4_NL", "MXFP4")
+SUPERBLOCK_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+    *("IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ4_KSS", "IQ5_KS"),
+)
 KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))
 
 
