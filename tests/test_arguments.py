@@ -109,14 +109,16 @@ def test_values_are_never_eaten(pairs: list[tuple[str, str]]) -> None:
     words = [word for pair in pairs for word in pair]
     read = RUN.read(words)
     assert read.words == words and not read.unused
-    with mock.patch("deskside.cli.run._main") as begun:  # nor by typer
-        prompts = [value for _, value in pairs if value.strip()]
-        for prompt in prompts[:1]:
-            if "\0" not in prompt and "\\" not in prompt and prompt.isprintable():
-                done = inside("run", "-p", prompt, "-n", "-1", "-s", "-1")
-                assert done.returncode == 0, done.stderr
-                assert begun.call_args[0][1] == prompt
-                assert begun.call_args[0][5].max_tokens == -1
+
+
+@pytest.mark.parametrize("prompt", ["-rtr", "--", "-n", "--no-warmup=1", "-1", "-p", "a\nb"])
+def test_nor_are_they_by_typer(prompt: str) -> None:
+    with mock.patch("deskside.cli.run._main") as begun:
+        done = inside("run", "-p", prompt, "-n", "-1", "-s", "-1", "-r", prompt)
+    assert done.returncode == 0, done.stderr
+    assert begun.call_args[0][1] == prompt
+    params = begun.call_args[0][5]
+    assert (params.max_tokens, params.seed, params.stop) == (-1, -1, (prompt,))
 
 
 def test_what_is_unknown_is_refused_and_what_does_nothing_is_noted() -> None:

@@ -152,11 +152,13 @@ class EngineConfig:
     @property
     def notes(self) -> list[str]:
         """Lines for the user: what was asked for and is done otherwise."""
-        if self.threads <= usable_cores():
-            return []
+        given = (("-t", self.threads), ("-tb", self.threads_batch))
+        cores = usable_cores()
         return [
-            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
-            f"{self.n_threads} threads run; more would only wait for each other"
+            f"{flag} {n}: this process may use {cores} cores, so {cores} threads run; more would "
+            "only wait for each other"
+            for flag, n in given
+            if n > cores
         ]
 
 
