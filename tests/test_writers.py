@@ -20,7 +20,7 @@ from deskside.gguf.quants import BY_NAME
 from deskside.gguf.writer import GGUFWriter
 from deskside.models import build_tape
 from deskside.plan.rules import Rules, apply, parse_overrides
-from models import PRESETS, rewrite, tiny
+from tests.models import PRESETS, rewrite, tiny
 
 IDS = np.random.default_rng(3).integers(0, 2000, 20).tolist()
 ARCH = "qwen35moe"
@@ -102,6 +102,7 @@ def test_rows_of_every_sort_of_type(fused: Callable[..., Path], types: str) -> N
     assert np.array_equal(logits(fused("tiny-moe", types)), logits(tiny("tiny-moe", types)))
 
 
+@pytest.mark.external
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,7 +117,7 @@ def test_rows_of_every_sort_of_type(fused: Callable[..., Path], types: str) -> N
 )
 def test_devices_read_them_too(fused: Callable[..., Path], options: dict[str, Any]) -> None:
     pytest.importorskip("torch")
-    config = {"devices": ("emu0:64MiB",), "margin": "0", **options}
+    config = {"devices": ("emu0:64MiB",), **options}
     moved = dict(config)
     if "ffn_gate_up_exps" in str(options):  # in the file with tensors of their own
         moved["override_tensor"] = (r"ffn_(gate|up)_exps=CPU", r"blk\.3\.attn_[qkv]\.=CPU")
@@ -247,7 +248,7 @@ LEFT_OUT = (
 
 
 def test_tensors_of_parts_that_are_not_run_get_one_note(tmp_path: Path) -> None:
-    more = {name: np.full((2, 3), 0.5, np.float32) for name in LEFT_OUT}
+    more: dict[str, np.ndarray] = {name: np.full((2, 3), 0.5, np.float32) for name in LEFT_OUT}
     more["blk.0.attn_qkv.scale"] = np.ones(1, np.float32)
     path = with_more(tmp_path / "m.gguf", more, unknown=(*LEFT_OUT[:2], "blk.4.attn_q.weight"))
     file = GGUF.open(path)

@@ -105,8 +105,8 @@ class GGUF:
 
     def raw(self, tensor: str | TensorInfo) -> NDArray[np.uint8]:
         """The stored bytes: uint8 (n_rows, row_bytes), read-only. A view of the mapped file, or of
-        memory after `read_in`; a copy of rows that do not follow each other, and of interleaved ones,
-        which it has plain."""
+        memory after `read_in`. Rows that do not follow each other are a copy, and so are
+        interleaved ones, which it has plain."""
         t = self.tensor(tensor) if isinstance(tensor, str) else tensor
         if t.name in self._read:
             return self._read[t.name]
