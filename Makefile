@@ -2,6 +2,8 @@
 # make test      builds, then lint, types and the tests that need no other engine
 # make test-all  the same, then the tests with torch, Triton, transformers, llama.cpp, ik_llama.cpp
 #                (about 1.2 GB to install) and a browser, if there is one
+# make wheel      makes the sdist and a manylinux wheel, in dist/
+# make wheel-check  the same, then installs the wheel without a compiler and tries it
 # make gpu-check  everything that only a GPU can show, in at most eight minutes: right, then fast.
 #            Without one it runs what it can on an emulated device. PARTS="models decode": these.
 # make bench-peers  compares with llama.cpp and ik_llama.cpp on this machine. QUICK=1: a small slice,
@@ -20,6 +22,11 @@ CXX_FLAGS = -std=c++20 -DDESKSIDE_ISA=scalar -Inative -Inative/isa -Inative/prog
   $(shell $(PY) -c "import nanobind, sysconfig; \
     print('-isystem', nanobind.include_dir(), '-isystem', sysconfig.get_path('include'))")
 QUESTION := Hello, who are you?
+# Where there is a ccache, it compiles: `make test` and `make wheel` have most files and flags in common.
+ifneq ($(shell command -v ccache),)
+  export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+  export CCACHE_BASEDIR ?= $(CURDIR)
+endif
 
 # The packages of an extra in pyproject.toml, without building deskside again.
 define install_extra
@@ -27,7 +34,7 @@ define install_extra
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: run test test-all check format bench-peers gpu-check clean
+.PHONY: run test test-all check format wheel wheel-check bench-peers gpu-check clean
 # The targets share one environment.
 .NOTPARALLEL:
 
@@ -56,6 +63,12 @@ format: $(VENV)/tools
 	$(VENV)/bin/ruff format src tests tools
 	$(VENV)/bin/ruff check --fix src tests tools
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/release
+	$(PY) tools/wheel.py
+
+wheel-check: $(VENV)/release
+	$(PY) tools/wheel.py --check
 
 # Where scikit-build-core, nanobind, cmake and ninja are installed it builds offline, into a folder of
 # its own; elsewhere it takes the environment of `make run`. PYTHON=: another interpreter; PARTS=.
@@ -97,5 +110,9 @@ $(VENV)/oracles: $(VENV)/tools
 	$(PY) -m tests.oracles.fetch
 	@touch $@
 
+$(VENV)/release: $(PY) pyproject.toml
+	$(call install_extra,release)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers build
+	rm -rf $(VENV) .venv-peers build dist

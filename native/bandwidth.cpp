@@ -120,7 +120,7 @@ double barrier_seconds(int n_threads, double seconds) {
   std::vector<double> batches;
   int count = 0;
   bool stop = false;
-  team.gather();
+  team.gather(n_threads);
   const double start = now_micros();
   double mark = start;
   pool.run([&](int t) {

@@ -14,8 +14,9 @@ namespace deskside {
 // clang-format off
 enum class Type : int32_t {
   F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
-  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
-  IQ4_KS = 144, IQ4_KSS = 146,
+  Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
+  MXFP4 = 39, Q6_0 = 133, IQ4_K = 139, IQ5_K = 140, IQ6_K = 141, IQ4_KS = 144, IQ4_KSS = 146,
+  IQ5_KS = 152,
 };
 // clang-format on
 
@@ -40,7 +41,8 @@ struct Weights {
 //   s    float[cols / 32]  d * sum of the block's q (for weights with a minimum)
 //   c32  int32[cols / 32]  -128 * sum of the block's q (for weights biased by 128)
 //   c16  int32[cols / 16]  the same per 16
-static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
+//   s16  float[cols / 16]  as s, per 16
+static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 28 + 63) / 64 * 64; }
 
 // The n rows of activations that a matrix is multiplied with. Row i is row index[i] in memory, or
 // row i without an index.
@@ -72,7 +74,7 @@ struct Tile {
   struct Unpacked {
     int8_t* w;     // (cols / 32, 8, 64)
     float* scale;  // (cols / 32, 1 or 2, 16)
-    float* min;    // (cols / 32, 16)
+    float* min;    // (cols / 32, 1 or 2, 16)
   } panel[2];
   float* f;
 };

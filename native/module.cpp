@@ -433,7 +433,9 @@ class PyProgram {
   // Runs the steps [begin, end); end = -1 stands for all. segments: (n, 3) of slot, position, token
   // count. Returns the microseconds of each step if `profile`.
   std::vector<double> run(Ints tokens, Ints segments, Ints outputs, FloatMatrix logits,
-                          bool profile, int begin, int end) {
+                          bool profile, int begin, int end, int threads) {
+    if (threads == 0) threads = program_.n_threads();
+    require(threads >= 1 && threads <= program_.n_threads(), "run: bad number of threads");
     const int n_steps = int(program_.n_steps());
     if (end < 0) end = n_steps;
     require(begin >= 0 && begin <= end && end <= n_steps, "run: bad range of steps");
@@ -468,7 +470,7 @@ class PyProgram {
     bool done;
     {
       nb::gil_scoped_release release;
-      done = program_.run(batch, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
+      done = program_.run(batch, threads, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
         nb::gil_scoped_acquire acquire;
         return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
       });
@@ -557,6 +559,11 @@ NB_MODULE(_native, m) {
            "cpus"_a = std::vector<int>())
       .def_prop_ro("nodes_error", &deskside::PyReader::nodes_error);
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
   nb::class_<deskside::PyWeights>(m, "Weights")
@@ -607,7 +614,8 @@ NB_MODULE(_native, m) {
       .def("finish", &PyProgram::finish)
       .def("set_states", &PyProgram::set_states)
       .def("run", &PyProgram::run, "tokens"_a, "segments"_a, "outputs"_a, "logits"_a,
-           "profile"_a = false, "begin"_a = 0, "end"_a = -1)
+           "profile"_a = false, "begin"_a = 0, "end"_a = -1, "threads"_a = 0,
+           "threads: how many of the program's run it; 0 for all of them.")
       .def_prop_ro("activations", &PyProgram::activations)
       .def_prop_ro("isa", &PyProgram::isa)
       .def_prop_ro("n_threads", &PyProgram::n_threads)

@@ -25,6 +25,7 @@ LEVELS = [
     {"server"},
     {"bench", "scaffold"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -73,6 +74,42 @@ def test_the_number_of_threads_changes_nothing() -> None:
         results.append(backend.run(one_sequence(IDS), new_cache(tape.states)))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_prefill_and_decode_have_threads_of_their_own() -> None:
+    file = GGUF.open(tiny())
+    tape = build_tape(file)
+    used: list[int] = []
+
+    def results(host: HostOptions) -> list[np.ndarray]:
+        backend = CpuBackend(file, tape, host, max_tokens=90)
+        program = backend.program
+        backend.program = mock.Mock(wraps=program)
+        cache = new_cache(tape.states, n_slots=2)
+        found = [
+            backend.run(one_sequence(IDS[:40]), cache),
+            backend.run(one_sequence(IDS[40:41], pos=40), cache),
+            backend.run(one_sequence(IDS[41:43], pos=41), cache),
+            backend.run(one_sequence(IDS[43:44], pos=43), cache),
+        ]
+        used[:] = [call.args[-1] for call in backend.program.run.call_args_list]
+        assert program.n_threads == max(host.n_threads, host.n_threads_batch)
+        return found
+
+    expected = results(HostOptions(3))
+    assert used == [3, 3, 3, 3]
+    for decode, prefill in ((1, 5), (5, 1), (2, 8)):
+        found = results(HostOptions(decode, n_threads_batch=prefill))
+        assert used == [prefill, decode, prefill, decode]
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    program = CpuBackend(file, tape, HostOptions(2), max_tokens=4).program
+    one = np.zeros((1, 3), np.int32)
+    for threads in (-1, 3):
+        with pytest.raises(ValueError, match="bad number of threads"):
+            program.run(
+                one[0, :1], one + 1, one[0, :1], np.empty((1, 1), np.float32), False, 0, 0, threads
+            )
 
 
 def new_cache(states: tuple[object, ...], n_slots: int = 1, n_ctx: int = 2000) -> Cache:

@@ -83,6 +83,8 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
         assert 0 < run.prefill_seconds <= run.first_seconds < run.total_seconds
         assert run.first_seconds + run.decode_seconds <= run.total_seconds
         assert len(run.output) == 64 and run.started.endswith("+00:00")
+        assert run.answer is not None and run.answer.asked == item.generate
+        assert run.answer.characters > 0
     one, two, talk, on, more = record.runs
     assert (one.prompt_tokens, one.cached_tokens) == (40, 0) and one.depth == 40
     assert (two.prompt_tokens, two.cached_tokens) == (90, 0)
@@ -90,6 +92,7 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
     assert (on.prompt_tokens, on.cached_tokens) == (21, talk.depth + 4)
     assert (more.prompt_tokens, more.cached_tokens) == (26, on.depth + 4)
     assert record.targets["A"].plan["kv"] > 0 and record.machine.cores > 0
+    assert record.targets["A"].random and record.machine.container
 
 
 def test_only_the_first_run_after_loading_is_cold(tmp_path: Path) -> None:
@@ -242,6 +245,13 @@ def test_resume_wants_the_same_measurement(target: InProcess, tmp_path: Path) ->
     assert path.read_bytes() == before
     resumed(SMALL, target, 1)  # complete: nothing to do, nothing changed
     assert path.read_bytes() == before
+    # a record of before some field of an item existed
+    old = Record.load(path)
+    for item in old.workload["items"]:
+        del item["representative"]
+    old.save(path)
+    resumed(SMALL, target, 1)
+    assert [key(r) for r in Record.load(path).runs] == [key(r) for r in old.runs]
 
 
 def test_too_long_is_refused_before_anything_runs(target: InProcess, tmp_path: Path) -> None:
@@ -415,6 +425,7 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     workload, out = files
     done = bench("-w", workload, "--out", out, "--runs", "2", "--temp", "0", "--profile")
     assert done.returncode == 0, done.stderr
+    assert b"this process may use" not in done.stderr
     record = Record.load(out)
     assert len(record.runs) == 12 and all(r.ok for r in record.runs)
     assert record.workload["sampling"]["temperature"] == 0 and record.profile
@@ -426,6 +437,12 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     assert Record.load(out) == record
     done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0 and Record.load(out) == record
+
+
+def test_threads_beyond_the_cores_are_told(files: tuple[Path, Path]) -> None:
+    workload, out = files
+    done = bench("-w", workload, "--out", out, "-t", "4096", "--max-tokens", "2")
+    assert done.returncode == 0 and b"-t 4096: this process may use" in done.stderr
 
 
 def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:

@@ -7,10 +7,13 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +23,7 @@ from deskside.bench.request import Request
 from deskside.cli.bench import RUNS, TARGETS, WORKLOAD
 from deskside.cli.escapes import unescaped
 from deskside.cli.flags import OPTIONS
+from deskside.cli.model import MODEL, ModelFlags
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 from tests.commands import COMMAND, deskside, inside, refused
@@ -56,7 +60,10 @@ def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stderr.decode().splitlines() if line.startswith("note:")]
-    assert len(notes) == 6 and all("does nothing" in line for line in notes)
+    assert notes == [
+        "note: these change nothing here: -fa, --jinja",
+        "note: there is no GPU to use; these change nothing: -ngl, --main-gpu",
+    ]
 
 
 def test_piped_text_is_the_prompt_and_need_not_be_utf8(model: Path) -> None:
@@ -193,6 +200,28 @@ def test_closed_streams_are_no_traceback(model: Path) -> None:
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 
 
+def test_the_package_is_a_program() -> None:
+    said = [
+        subprocess.run([*words, "--version"], capture_output=True, check=True, timeout=60).stdout
+        for words in (COMMAND, [sys.executable, "-m", "deskside"])
+    ]
+    assert said[0] == said[1] == f"deskside {version('deskside')}\n".encode()
+    assert (resources.files("deskside") / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "typed, word", [("deskside qu", "quantize"), ("deskside run --top-", "--top-k")]
+)
+def test_a_shell_completes_commands_and_flags(typed: str, word: str) -> None:
+    asked = {
+        "_DESKSIDE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
+    }
+    done = subprocess.run(COMMAND, env=os.environ | asked, capture_output=True, timeout=60)
+    assert word in done.stdout.decode().split() and not done.stderr
+
+
 def test_help_and_version() -> None:
     for arguments in (["--help"], ["run", "--help"], ["--version"]):
         done = deskside(*arguments)
@@ -202,6 +231,7 @@ def test_help_and_version() -> None:
 def test_every_setting_has_one_flag() -> None:
     settings = [*fields(EngineConfig), *fields(SamplingParams)]
     assert set(OPTIONS) == {setting.name for setting in settings}
+    assert list(MODEL) == [field.name for field in fields(ModelFlags)]
     for command in ("run", "perplexity", "bench"):  # one sequence at a time
         assert b"--parallel" not in inside(command, "--help").stdout
     assert b"--parallel" in inside("plan", "--help").stdout

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deskside.errors import DesksideError
-from deskside.server.client import Wire, is_loopback
+from deskside.machine.loopback import is_loopback
+from deskside.server.client import Wire
 from tests.bench_servers import serving
 
 UNUSABLE = {

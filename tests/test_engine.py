@@ -137,6 +137,9 @@ def test_context_zero_is_the_models_own() -> None:
 def test_more_threads_than_cores_run_as_many_as_there_are() -> None:
     llm = LLM(tiny(), ctx=64, threads=4096)
     assert llm.config.n_threads == usable_cores()
+    (note,) = llm.notes
+    assert note.startswith(f"-t 4096: this process may use {usable_cores()} cores")
+    assert not LLM(tiny(), ctx=64, threads=usable_cores()).notes
     assert len(llm.generate(IDS, GREEDY).tokens) == 12
 
 

@@ -118,6 +118,7 @@ CASES = [
     ("tiny-dense", "F32", "f16", None, 40),
     ("tiny-qwen3moe", "F32", "f16", None, 40),
     ("tiny-llama", "F32", "f32", None, 40),
+    ("tiny-qwen2", "F32", "f32", None, 40),
     ("tiny-moe", "", "q8_0", mixed, 8),
 ]
 

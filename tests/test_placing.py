@@ -163,7 +163,10 @@ def test_the_cpu_alone_stays_the_native_backend(tmp_path: Path, monkeypatch: Any
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm = LLM(tiny(), gpu_layers=99, tensor_split="1", main_gpu=0)
-    assert [note.split()[0] for note in llm.notes] == ["-ngl", "--tensor-split", "--main-gpu"]
+    [note] = llm.notes
+    assert note.endswith("these change nothing: -ngl, --tensor-split, --main-gpu")
+    llm = LLM(tiny(), override_tensor=["blk.0=CUDA0,blk.1=CPU"])
+    assert llm.notes == ["there is no GPU to use; these change nothing: -ot blk.0=cuda0"]
 
 
 def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypatch: Any) -> None:
@@ -237,7 +240,7 @@ def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
     [
         ({"override_tensor": "nothing=CPU"}, "-ot nothing=cpu: matches no tensor"),
         ({"override_tensor": "(=CPU"}, "-ot (: not a regex"),
-        ({"override_tensor": "exps=CUDA0"}, "there is no device cuda0"),
+        ({"override_tensor": "exps=EMU0"}, "there is no device emu0"),
         ({"devices": "emu0:1GiB", "override_tensor": "exps=CUDA0"}, "the devices are cpu, emu0"),
         ({"devices": "emu0:1GiB", "gpu_layers": "some"}, "-ngl some"),
         ({"devices": "emu0:1GiB", "n_cpu_moe": -1}, "--n-cpu-moe -1"),

@@ -245,14 +245,14 @@ def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
 
 
 def test_the_quadlet_is_valid(tmp_path: Path) -> None:
-    files = emit(reference_plan(), "podman", "/models/m.gguf")
-    unit = files["deskside.container"]
+    (unit,) = emit(reference_plan(), "podman", "/models/m.gguf").values()
     for line in (
         "AddDevice=nvidia.com/gpu=all", "Volume=/models:/models:ro,z", "ShmSize=8g",
         "PublishPort=127.0.0.1:8080:8080",
     ):  # fmt: skip
         assert line in unit.splitlines()
-    assert "HealthCmd=" in unit and "ENTRYPOINT" in files["Containerfile"]
+    (health,) = (x for x in unit.splitlines() if x.startswith("HealthCmd="))
+    assert not health.endswith('"')  # quadlet takes it off
     tool = next(
         (p for p in map(Path, ("/usr/libexec/podman/quadlet", "/usr/lib/podman/quadlet"))
          if p.exists()), None,
@@ -265,6 +265,9 @@ def test_the_quadlet_is_valid(tmp_path: Path) -> None:
         env={"QUADLET_UNIT_DIRS": str(tmp_path)},
     )  # fmt: skip
     assert result.returncode == 0 and "podman run" in result.stdout, result.stderr
+    (started,) = (x for x in result.stdout.splitlines() if x.startswith("ExecStart="))
+    words = shlex.split(started)
+    assert f"HealthCmd={words[words.index('--health-cmd') + 1]}" == health
 
 
 def test_everything_is_emitted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -274,4 +277,4 @@ def test_everything_is_emitted(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         )
         assert code == 0 and "qwen3.5-397b-a17b.gguf" in out
     run(capsys, "--preset", "tiny-moe", "--emit", "podman", "--out", str(tmp_path))
-    assert {p.name for p in tmp_path.iterdir()} == {"deskside.container", "Containerfile"}
+    assert {p.name for p in tmp_path.iterdir()} == {"deskside.container"}

@@ -140,7 +140,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     other = make_record()
     for run in other.runs:
         run.name += "x"
-    with pytest.raises(DesksideError, match="counterpart"):
+    with pytest.raises(DesksideError, match="no runs of the same name"):
         compare(make_record(), other)
     with pytest.raises(DesksideError, match="no side A"):
         compare(make_record(), make_record(sides=("B",)))

@@ -85,7 +85,9 @@ def test_a_report_has_all_its_parts(tmp_path: Path) -> None:
         "Runs",
         "Statistics",
         "Target",
-        "Machine",
+        "Representative runs",
+        "Steady state",
+        "Test environment",
         "Repeat it",
         "Raw runs",
     ):

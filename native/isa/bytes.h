@@ -34,11 +34,22 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return _mm512_srli_epi16
 template <int N> inline Bytes shift_left_16(Bytes b) { return _mm512_slli_epi16(b, N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return _mm512_srl_epi32(b, _mm_cvtsi32_si128(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+// The bits `low` of a and `high` of b. No bit may be in both.
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) {
+  return _mm512_ternarylogic_epi32(low, a, b, 0xca) & (low | high);
+}
 inline Bytes table_16(const int8_t* t) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
 }
 inline Bytes look_up(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
-// One byte, or one 16-bit word, to each lane.
+// Per byte: a where the highest bit of `by` is set, else b.
+inline Bytes choose(Bytes by, Bytes a, Bytes b) {
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(by), b, a);
+}
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return _mm512_mask_shuffle_epi8(look_up(b, index), _mm512_movepi8_mask(by), a, index);
+}
+// Lanes from bytes and 16-bit words, one a lane.
 inline Bytes widen_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -76,10 +87,15 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return _mm256_srli_epi16
 template <int N> inline Bytes shift_left_16(Bytes b) { return _mm256_slli_epi16(b, N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return _mm256_srl_epi32(b, _mm_cvtsi32_si128(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) { return (a & low) | (b & high); }
 inline Bytes table_16(const int8_t* t) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(t)));
 }
 inline Bytes look_up(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+inline Bytes choose(Bytes by, Bytes a, Bytes b) { return _mm256_blendv_epi8(b, a, by); }
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return choose(by, look_up(a, index), look_up(b, index));
+}
 inline Bytes widen_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
@@ -92,16 +108,20 @@ inline Bytes repeat_byte(Bytes lanes) {
                                         0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
 }
 
-// maddubs multiplies unsigned by signed bytes, so it gets |w|, and x with the sign of w. Its pairs
-// stay within 2 * 128 * 127 < 2^15.
-constexpr int kBias = 0;
-inline Bytes magnitude(Bytes w) { return _mm256_abs_epi8(w); }
-inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
-  const Bytes pairs = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(x, w));
+// Sums of two products in 16 bits, for unsigned weights.
+inline Bytes pairs(Bytes w, Bytes x) { return _mm256_maddubs_epi16(w, x); }
+inline Bytes add_pairs(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+inline Bytes add_sums(Bytes acc, Bytes pairs) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   // Forces the addition here. Otherwise gcc 12 keeps a block's products on the stack to add later.
   asm("" : "+x"(acc));
   return acc;
+}
+// |w| as unsigned bytes and x with the sign of w: pairs stay within 2 * 128 * 127 < 2^15.
+constexpr int kBias = 0;
+inline Bytes magnitude(Bytes w) { return _mm256_abs_epi8(w); }
+inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
+  return add_sums(acc, pairs(abs, _mm256_sign_epi8(x, w)));
 }
 
 #else
@@ -127,6 +147,7 @@ template <int N> inline Bytes shift_right_16(Bytes b) { return (Bytes)((Words)b 
 template <int N> inline Bytes shift_left_16(Bytes b) { return (Bytes)((Words)b << N); }
 inline Bytes shift_right_lane(Bytes b, int n) { return (Bytes)((Lanes)b >> uint32_t(n)); }
 inline Bytes add_bytes(Bytes a, Bytes b) { return a + b; }
+inline Bytes join_bits(Bytes low, Bytes a, Bytes high, Bytes b) { return (a & low) | (b & high); }
 inline Bytes table_16(const int8_t* t) { return load_bytes(t); }
 inline Bytes look_up(Bytes table, Bytes index) {
 #if defined(__SSSE3__)
@@ -136,6 +157,10 @@ inline Bytes look_up(Bytes table, Bytes index) {
   for (int i = 0; i < 16; i++) y[i] = table[index[i] & 15];
   return y;
 #endif
+}
+inline Bytes choose(Bytes by, Bytes a, Bytes b) { return by < 0 ? a : b; }
+inline Bytes look_up_either(Bytes by, Bytes a, Bytes b, Bytes index) {
+  return choose(by, look_up(a, index), look_up(b, index));
 }
 template <class T> inline Bytes widen(const uint8_t* p) {
   Lanes y;
@@ -153,10 +178,14 @@ inline Bytes repeat_byte(Bytes lanes) { return (Bytes)((Lanes)lanes * 0x01010101
 
 constexpr int kBias = 0;
 #if defined(__SSSE3__)
+inline Bytes pairs(Bytes w, Bytes x) { return (Bytes)_mm_maddubs_epi16((__m128i)w, (__m128i)x); }
+inline Bytes add_pairs(Bytes a, Bytes b) { return (Bytes)((Words)a + (Words)b); }
+inline Bytes add_sums(Bytes acc, Bytes pairs) {
+  return (Bytes)_mm_add_epi32((__m128i)acc, _mm_madd_epi16((__m128i)pairs, _mm_set1_epi16(1)));
+}
 inline Bytes magnitude(Bytes w) { return (Bytes)_mm_abs_epi8((__m128i)w); }
 inline Bytes dot4(Bytes acc, Bytes w, Bytes abs, Bytes x) {
-  const __m128i pairs = _mm_maddubs_epi16((__m128i)abs, _mm_sign_epi8((__m128i)x, (__m128i)w));
-  return (Bytes)_mm_add_epi32((__m128i)acc, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+  return add_sums(acc, pairs(abs, (Bytes)_mm_sign_epi8((__m128i)x, (__m128i)w)));
 }
 #else
 inline Bytes magnitude(Bytes w) { return w; }
@@ -168,6 +197,15 @@ inline Bytes dot4(Bytes acc, Bytes w, Bytes, Bytes x) {
 #endif
 
 #endif
+
+// Groups whose products with unsigned weights up to `top` are summed in pairs of 16 bits; 0: none.
+constexpr int in_pairs(int top) {
+#if defined(__SSSE3__) && !defined(DESKSIDE_AVX512)
+  return top == 0 ? 0 : 32767 / (2 * 127 * top);
+#else
+  return top * 0;
+#endif
+}
 
 }  // namespace
 }  // namespace deskside

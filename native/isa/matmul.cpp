@@ -7,7 +7,7 @@
 // For few rows of x (n <= kMaxDirect), blocks are unpacked in registers, so the weights stream. For
 // more, a panel is unpacked once to the tile and used by all rows of x.
 #include "matmul_entry.h"
-#include "unpack.h"
+#include "dot.h"
 
 namespace deskside {
 namespace {
@@ -20,179 +20,10 @@ constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
 constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// How many bytes ahead of the current block are prefetched: kFar to L2, kNear to L1. The hardware's
-// prefetcher stops at the end of a 4 KiB page. L1 from 3 KiB ahead costs a sixth of the speed
-// (docs/LOG.md).
-constexpr int64_t kFar = 3072, kNear = 1024;
-
-template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
-}
-
-// The offsets of a record's parts (kernels.h). All rows of x share them, so a row needs one
-// register.
-struct Parts {
-  int64_t d, s, c32, c16;
-  explicit Parts(int64_t cols)
-      : d(cols), s(d + cols / 32 * 4), c32(s + cols / 32 * 4), c16(c32 + cols / 32 * 4) {}
-};
-
-inline float float_at(const uint8_t* p, int64_t at) {
-  float f;
-  std::memcpy(&f, p + at, 4);
-  return f;
-}
-
 inline int64_t place(const Rows& x, int i) { return x.index ? x.index[i] : i; }
 
 inline const uint8_t* record(const Rows& x, int i) {
   return x.q + place(x, i) * record_bytes(x.cols);
-}
-
-// Multiplies a block of 32 weights, in kLanes rows of R panels, by M rows of x. Of panel j,
-// w.group(j, g) has the weights of group g, w.scale(j, h) the scale (of half h), w.min(j) the
-// minimum.
-template <bool HasMin, bool Halves, int R, int M, class Weights32>
-DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
-                               int64_t b, vf (&acc)[R][M]) {
-  constexpr int halves = Halves ? 2 : 1, groups = 8 / halves;
-  vf sums[halves][R][M];
-  for (int h = 0; h < halves; h++) {
-    Bytes sum[R][M];
-    const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
-    for (int i = 0; i < M; i++)
-      for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
-    // Unrolled for every M: otherwise the weights go through memory once more.
-#pragma GCC unroll 8
-    for (int g = groups * h; g < groups * (h + 1); g++) {
-      Bytes v[R], abs[R];
-      for (int j = 0; j < R; j++) v[j] = w.group(j, g), abs[j] = magnitude(v[j]);
-      for (int i = 0; i < M; i++) {
-        const Bytes xi = splat_lane(x[i] + 32 * b + 4 * g);
-        for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], v[j], abs[j], xi);
-      }
-    }
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
-  }
-  for (int j = 0; j < R; j++) {
-    for (int i = 0; i < M; i++) {
-      vf product = sums[0][j][i] * w.scale(j, 0);
-      if constexpr (Halves) product += sums[1][j][i] * w.scale(j, 1);
-      acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
-      if constexpr (HasMin) acc[j][i] -= w.min(j) * float_at(x[i], parts.s + 4 * b);
-    }
-  }
-}
-
-// A block of one panel in registers, as unpack writes it.
-struct Unpacked {
-  Bytes w[8];
-  vf scales[2], minimum = vf{};
-
-  Bytes group(int, int g) const { return w[g]; }
-  vf scale(int, int h) const { return scales[h]; }
-  vf min(int) const { return minimum; }
-};
-
-// Block b of the tile's panels, registers of `part`, with `per` scales per block.
-template <int per> struct InTile {
-  const Tile& t;
-  int64_t b;
-  int part;
-
-  Bytes group(int j, int g) const {
-    const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
-    return vector_at(from + (b * 8 + g) * kVector, part);
-  }
-  vf scale(int j, int h) const {
-    return load(t.panel[j].scale + (b * per + h) * kPanelRows + part * kLanes);
-  }
-  vf min(int j) const { return load(t.panel[j].min + b * kPanelRows + part * kLanes); }
-};
-
-// Stores the valid rows of a panel: the last panel may have fewer than 16.
-inline void store_rows(float* y, int part, int valid, vf v) {
-  const int first = part * kLanes;
-  if (first + kLanes <= valid) {
-    store(y + first, v);
-    return;
-  }
-  for (int i = 0; first + i < valid; i++) y[first + i] = v[i];
-}
-
-template <Type T, int M>
-void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
-                int valid, const uint8_t* next) {
-  using P = Panel<T>;
-  const Parts parts(cols);
-  vf acc[kParts][1][M];
-  for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) acc[part][0][i] = vf{};
-  const uint8_t* s = panel + P::header * kPanelRows;
-  constexpr int bytes = P::bytes / P::blocks;  // of a block
-  const uint8_t* const end = s + cols / 32 * bytes;
-  // After `end` the stream continues at `next`.
-  const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
-  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
-    for (int j = 0; j < P::blocks; j++, b++) {
-      fetch<2>(ahead(s + j * bytes + kFar), bytes);
-      fetch<3>(ahead(s + j * bytes + kNear), bytes);
-      for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
-        dot_block<P::has_min, P::halves>(u, x, parts, b, acc[part]);
-      }
-    }
-  }
-  for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
-}
-
-// noipa: gcc 12.2 clones this function for a constant argument and loses its body
-// (tests/test_kernels.py would find it).
-#if defined(__GNUC__) && !defined(__clang__)
-#define DESKSIDE_NO_CLONE __attribute__((noipa))
-#else
-#define DESKSIDE_NO_CLONE
-#endif
-template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols,
-                                                      Tile::Unpacked t) {
-  using P = Panel<T>;
-  constexpr int per = P::halves ? 2 : 1;
-  const uint8_t* s = panel + P::header * kPanelRows;
-  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
-    for (int j = 0; j < P::blocks; j++, b++) {
-      for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
-        for (int g = 0; g < 8; g++)
-          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, u.w[g]);
-        for (int h = 0; h < per; h++)
-          store(t.scale + (b * per + h) * kPanelRows + part * kLanes, u.scales[h]);
-        if constexpr (P::has_min) store(t.min + b * kPanelRows + part * kLanes, u.minimum);
-      }
-    }
-  }
-}
-
-// Multiplies R unpacked panels by M rows of x. y[j] is where panel j's results start. Meanwhile it
-// prefetches the panels to be unpacked next, from `next` on, `ahead` bytes per block.
-template <bool HasMin, bool Halves, int R, int M>
-void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
-              const int* valid, const uint8_t* next, int ahead) {
-  const Parts parts(cols);
-  for (int part = 0; part < kParts; part++) {
-    vf acc[R][M];
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) acc[j][i] = vf{};
-    for (int64_t b = 0; b < cols / 32; b++, next += ahead) {
-      fetch<2>(next, ahead);
-      dot_block<HasMin, Halves>(InTile<Halves ? 2 : 1>{t, b, part}, x, parts, b, acc);
-    }
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) store_rows(y[j] + i * ldy, part, valid[j], acc[j][i]);
-  }
 }
 
 // Calls f<M>() for a run-time m in 1..Max.
@@ -218,6 +49,11 @@ inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   p.y[p.n] = y;
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
+
+// With a bias, the tile's weights of all types start at it: fewer kernels.
+template <Type T> constexpr Numbers kInTile =
+    kBias == 0 ? Panel<T>::numbers
+               : Numbers{.has_min = Panel<T>::numbers.has_min, .halves = Panel<T>::numbers.halves};
 
 // then: as in PanelRange.
 template <Type T>
@@ -252,10 +88,9 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     const int now = next < next_end ? ahead : 0;
     with_rows<kRowsOfX>(n, [&]<int M>() {
       if constexpr (kTogether == 2) {
-        if (p.n == 2)
-          return dot_tile<P::has_min, P::halves, 2, M>(tile, cols, a, y, ldy, p.valid, next, now);
+        if (p.n == 2) return dot_tile<kInTile<T>, 2, M>(tile, cols, a, y, ldy, p.valid, next, now);
       }
-      dot_tile<P::has_min, P::halves, 1, M>(tile, cols, a, y, ldy, p.valid, next, now);
+      dot_tile<kInTile<T>, 1, M>(tile, cols, a, y, ldy, p.valid, next, now);
     });
     if (now) next += cols / 32 * kParts * now;
   }
@@ -367,9 +202,12 @@ constexpr TypeEntry kTypes[] = {
     {Type::F32, matmul_float, nullptr}, {Type::F16, matmul_float, nullptr},
     {Type::BF16, matmul_float, nullptr},
     quantised<Type::Q4_0>(), quantised<Type::Q4_1>(), quantised<Type::Q5_0>(),
-    quantised<Type::Q5_1>(), quantised<Type::Q8_0>(), quantised<Type::Q4_K>(),
+    quantised<Type::Q5_1>(), quantised<Type::Q6_0>(), quantised<Type::Q8_0>(),
+    quantised<Type::Q2_K>(), quantised<Type::Q3_K>(), quantised<Type::Q4_K>(),
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
-    quantised<Type::IQ4_XS>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
+    quantised<Type::IQ4_XS>(), quantised<Type::IQ4_K>(), quantised<Type::IQ5_K>(),
+    quantised<Type::IQ6_K>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
+    quantised<Type::IQ5_KS>(), quantised<Type::MXFP4>(),
 };
 // clang-format on
 
@@ -391,6 +229,7 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
        *s = reinterpret_cast<float*>(record + parts.s);
   auto* c32 = reinterpret_cast<int32_t*>(record + parts.c32);
   auto* c16 = reinterpret_cast<int32_t*>(record + parts.c16);
+  auto* s16 = reinterpret_cast<float*>(record + parts.s16);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even
   for (int64_t b = first / 32; b < (first + n) / 32; b++, x += 32) {
     vf v[vectors], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
@@ -417,6 +256,8 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
     c32[b] = -128 * (low + high);
     c16[2 * b] = -128 * low;
     c16[2 * b + 1] = -128 * high;
+    s16[2 * b] = d[b] * float(low);
+    s16[2 * b + 1] = d[b] * float(high);
   }
 }
 

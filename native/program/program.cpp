@@ -25,7 +25,7 @@ float* WorkMemory::take(Carver& carver, Tile& tile) const {
   for (Tile::Unpacked& p : tile.panel) {
     p.w = carver.take<int8_t>(kPanelRows * cols);
     p.scale = carver.take<float>(cols / 16 * kPanelRows);
-    p.min = carver.take<float>(cols / 32 * kPanelRows);
+    p.min = carver.take<float>(cols / 16 * kPanelRows);
   }
   tile.f = carver.take<float>(kFloatRows * cols);
   return work;
@@ -77,8 +77,8 @@ void Program::run_rows(const Step& step, const Run& r, int64_t row) const {
   for (const auto& op : step.ops) op->row(r, row);
 }
 
-bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
-                  const std::function<bool()>& interrupted) {
+bool Program::run(const Batch& batch, int threads, size_t begin, size_t end,
+                  std::vector<double>* micros, const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kPatience = std::chrono::milliseconds(50);
   const size_t n = end - begin;
@@ -99,9 +99,9 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
   const uint32_t first_round = round_;
   round_ = (round_ + uint32_t(n)) % kRounds;
 
-  team_.gather();
+  team_.gather(threads);
   const auto walk = [&](int thread) {
-    const Run r{kernels_, *this, batch, thread, pool_.size()};
+    const Run r{kernels_, *this, batch, thread, threads};
     auto asked = Clock::now();
     for (size_t i = 0;; i++) {
       if (thread == 0 && Clock::now() - asked > kPatience) {

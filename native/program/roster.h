@@ -16,21 +16,28 @@ class Roster {
   // slice.
   static constexpr double kLate = 300;
 
-  explicit Roster(int n) : threads_(size_t(n)) { number(); }
+  explicit Roster(int n) : threads_(size_t(n)), wanted_(n) { number(); }
 
+  int size() const { return int(threads_.size()); }
   int active() const { return active_; }
-  // The thread's index among those that take part, or -1 if it is on leave.
+  // The thread's index among those that take part, or -1.
   int rank(int thread) const { return threads_[size_t(thread)].rank; }
 
-  // Before a run: threads whose leave is over take part again.
-  void gather(double now) {
+  // Before a run: `wanted` threads take part, fewer if too many are on leave. Threads whose leave
+  // is over may take part again.
+  void gather(double now, int wanted) {
+    wanted_ = wanted;
+    int chosen = 0;
     for (Thread& t : threads_) {
-      if (t.rank >= 0 || now < t.until) continue;
-      t.rank = 0;
-      t.back = now;
-      t.lost = 0;
+      if (t.on_leave && now >= t.until) {
+        t.on_leave = false;
+        t.back = now;
+        t.lost = 0;
+        away_--;
+      }
+      t.rank = !t.on_leave && chosen < wanted ? chosen++ : -1;
     }
-    number();
+    active_ = chosen;
   }
 
   // Reports that the others waited `late` microseconds for `thread`, until `now`. `switches` counts
@@ -47,12 +54,16 @@ class Roster {
     t.lost = t.lost * std::exp((t.seen - now) / kWindow) + late;
     t.seen = now;
     const double share = std::max(0.1, 0.6 / active_);
-    // With two or three threads, none leaves: the others would gain no more than they lose.
-    const int n = int(threads_.size());
-    if (n < 4 || t.lost < share * kWindow || active_ <= (n + 1) / 2) return false;
+    // With two or three threads, none leaves: the others would gain no more than they lose. At least
+    // half of the run's threads stay, and half of all.
+    if (wanted_ < 4 || t.lost < share * kWindow || active_ <= (wanted_ + 1) / 2 ||
+        away_ >= size() / 2)
+      return false;
     // It was back for a shorter time than away, so the other program still runs: stay away longer.
     t.leave = now - t.back < t.leave ? std::min(2 * t.leave, kLongest) : kShortest;
     t.until = now + t.leave;
+    t.on_leave = true;
+    away_++;
     t.rank = -1;
     number();
     return true;
@@ -63,6 +74,7 @@ class Roster {
 
   struct Thread {
     int rank = 0;
+    bool on_leave = false;
     long switches = -1;         // at the last look
     double lost = 0, seen = 0;  // time waited for this thread, decayed over kWindow; last update
     double leave = kShortest, until = 0, back = -1e300;
@@ -75,7 +87,9 @@ class Roster {
   }
 
   std::vector<Thread> threads_;
+  int wanted_;  // in this run
   int active_ = 0;
+  int away_ = 0;  // on leave
 };
 
 }  // namespace deskside

@@ -61,8 +61,8 @@ class Team {
   explicit Team(int n, long (*switches)() = lost_core)
       : roster_(n), switches_(switches), ranges_(std::make_unique<Range[]>(size_t(n))) {}
 
-  // Call it before a run. takes_part then says which threads run.
-  void gather() { roster_.gather(now_micros()); }
+  // Call it before a run of `wanted` threads. takes_part then says which threads run.
+  void gather(int wanted) { roster_.gather(now_micros(), wanted); }
   bool takes_part(int thread) const { return roster_.rank(thread) >= 0; }
 
   // Waits for all threads that take part. The last to arrive runs serial(), then releases the

@@ -99,7 +99,7 @@ class Copier:
 def describe() -> dict[str, Any]:
     """The machine and the commit, for the record."""
     return {
-        **msgspec.structs.asdict(watch.describe()),
+        **msgspec.to_builtins(watch.describe()),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -15,6 +15,7 @@ CAPI = ROOT / "tests" / "oracles" / "capi.py"
 OURS, LLAMA, IK = "deskside", "llama.cpp", "ik_llama.cpp"
 PEERS = (LLAMA, IK)
 
+IK_OPTIONS = "flash attention (off for several sequences, where it fails), fused MoE, graph reuse"
 PROMPT = 16  # tokens before decode at depth 0 and in every sequence of a batch
 WARM_STEPS = 8
 UBATCH, LONG_UBATCH = 512, 2048
@@ -91,11 +92,11 @@ ENGINES = (
     ),
     Engine(
         IK, IK, CAPI, "IkLlama", {}, 0,
-        "flash attention (off for several sequences, where it fails), fused MoE, graph reuse",
+        IK_OPTIONS,
     ),
     Engine(
         f"{IK} -rtr", IK, CAPI, "IkLlama", {"repack": True}, 1,
-        "the same, run-time repacking",
+        f"{IK_OPTIONS}, run-time repacking",
     ),
 )  # fmt: skip
 

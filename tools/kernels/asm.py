@@ -26,15 +26,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deskside.errors import DesksideError
+from deskside.gguf.quants import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-# Label, functions that may hold the loop (a function called once is inlined), and the number of
-# vpdpbusd in the loop over blocks.
+# Types whose product with one row of activations is counted.
+ONE_ROW = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q6_0", "Q8_0", "IQ4_NL", "MXFP4"),
+    *("IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ5_KS", "IQ4_KSS"),
+)
+# has_min and halves of the tile's Numbers, as the disassembly shows them. Q2_K alone has both.
+TILES = {"": "{}", " min": "{true}", " halves": "{false, true}"}
+# What is printed, the functions that may hold it (a function called once is part of its caller) and
+# the number of vpdpbusd in the loop over blocks.
 HOT = (
-    ("dot_tile<false, false, 2, 6>", r"::dot_tile<false, false, 2, 6>", 8 * 2 * 6),
-    ("dot_tile<true, false, 2, 6>", r"::dot_tile<true, false, 2, 6>", 8 * 2 * 6),
-    ("dot_direct<IQ4_NL, 1>", r"::(dot_direct<\(deskside::Type\)20, 1>|multiply<.*Type\)20>)", 8),
-    ("dot_direct<Q8_0, 1>", r"::(dot_direct<\(deskside::Type\)8, 1>|multiply<.*Type\)8>)", 8),
+    *(
+        (f"dot_tile<2, 6>{name}", rf"::dot_tile<.*Numbers{re.escape(shown)}, 2, 6>", 8 * 2 * 6)
+        for name, shown in TILES.items()
+    ),
+    *(
+        (
+            f"dot_direct<{name}, 1>",
+            r"::(dot_direct<\(deskside::Type\){0}, 1>|multiply<.*Type\){0}>)".format(
+                BY_NAME[name].id
+            ),
+            8,
+        )
+        for name in ONE_ROW
+    ),
 )
 COLUMNS = ("vpdpbusd", "moves in", "vector", "spills", "prefetch", "scalar", "total", "operands")
 

@@ -171,7 +171,7 @@ class PlacedBackend:
                 progress=progress,
             )
             packed = route.cpu.weights
-        self.offload.load(packed, host.n_threads)
+        self.offload.load(packed, host.most_threads)
 
     def _expect_host_memory(self, reserve: int) -> None:
         """DesksideError unless `reserve` and the weights of emulated devices fit in memory.

@@ -102,6 +102,11 @@ def linear(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     return [x @ w.T]
 
 
+def bias(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
+    """y = x + b in every row."""
+    return [inputs[0] + step.weight(op.weights[0])]
+
+
 def split_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """Split [q | gate] of each head: all heads' q, then all heads' gates."""
     (x,) = inputs
@@ -299,6 +304,7 @@ OPS: dict[str, Callable[[Op, list[Matrix], BatchStep], list[Matrix]]] = {
         embed,
         rms_norm,
         linear,
+        bias,
         split_gate,
         rope,
         attention,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -30,8 +30,11 @@ DRAWN_PER_SECOND = 1.0
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
-def main(request: Request) -> int:
-    """Run `deskside bench`. Returns the exit code. DesksideError for bad input."""
+def main(request: Request, fetch: Callable[[], object] = lambda: None) -> int:
+    """Run `deskside bench`. Returns the exit code. DesksideError for bad input.
+
+    fetch: brings the model's file, once the flags make sense.
+    """
     if request.list:
         show_workloads()
         return 0
@@ -39,9 +42,10 @@ def main(request: Request) -> int:
         raise DesksideError("--resume continues a record, --replay repeats one: use one of them")
     record = None if request.resume is None else Record.load(request.resume)
     task = task_of(request, record)
+    out = _out(request, request.out)
+    fetch()
     files = {name: GGUF.open(side.where) for name, side in task.sides.items() if not side.is_server}
     task = _fitted(task, request, files)
-    out = _out(request, request.out)
     with ExitStack() as stack:
         with progress_bar() as progress:
             opened = _open(task, request, files, progress, stack)
@@ -125,7 +129,7 @@ def _open(
         else:
             # While the first one loads, leave room for the second.
             others = [file for other, file in files.items() if other != name]
-            target = targets.load(
+            target = loaded = targets.load(
                 files[name],
                 task.workload,
                 beside=others[0] if others and not opened else None,
@@ -133,6 +137,8 @@ def _open(
                 progress=progress,
                 **side.options,
             )
+            for line in loaded.llm.notes:
+                note(line)
         stack.callback(target.close)
         opened[name] = target
     return opened

@@ -20,6 +20,7 @@ from deskside.files import write_whole
 from deskside.machine.watch import Host, Load
 
 SCHEMA = 1
+LOOP = 200  # characters that must repeat at an answer's end before it is called a loop
 
 # Counts and sizes fit 64 bits.
 Whole = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -44,6 +45,24 @@ class Ceiling(Struct, forbid_unknown_fields=True):
     prefill_limit: str | None = None
 
 
+class Answer(Struct, forbid_unknown_fields=True):
+    """What was seen of an answer's text (measure/answer.py); the text itself is not kept.
+
+    asked        tokens that were to be generated
+    characters   of the text; `printed` without white space at its ends
+    garbage      replacement and control characters
+    loop         characters at the end that repeat one piece
+    repeated     share of stretches of 40 characters that came before
+    """
+
+    asked: Whole
+    characters: Whole
+    printed: Whole
+    garbage: Whole
+    loop: Whole
+    repeated: float
+
+
 class Run(Struct, forbid_unknown_fields=True):
     """One inference.
 
@@ -58,6 +77,7 @@ class Run(Struct, forbid_unknown_fields=True):
     gaps              between consecutive tokens: generated_tokens - 1 values, to a microsecond
     clock             "engine", "server" (llama-server's timings) or "stream" (arrival here)
     output            SHA-256 of the generated text
+    answer            figures of the text; None in older records and for failed runs
     error             one line; do not use the times of a failed run
     """
 
@@ -78,6 +98,7 @@ class Run(Struct, forbid_unknown_fields=True):
     clock: str = "engine"
     stop_reason: str = ""
     output: str = ""
+    answer: Answer | None = None
     load: Load = field(default_factory=Load)
     ceiling: Ceiling = field(default_factory=Ceiling)
     error: str | None = None
@@ -115,8 +136,19 @@ class ModelFile(Struct, forbid_unknown_fields=True):
     sha256: str | None = None
 
 
+class Part(Struct, forbid_unknown_fields=True):
+    """A slice: `layers` of the layers of a preset, and `experts` of each layer's, None for all."""
+
+    preset: str
+    layers: Whole
+    experts: Whole | None = None
+
+
 class Target(Struct, forbid_unknown_fields=True):
-    """What was measured: `kind` is "deskside" (in process) or "endpoint"."""
+    """What was measured: `kind` is "deskside" (in process) or "endpoint".
+
+    random: the weights are random (`deskside synth`). part: what the file is of a whole model.
+    """
 
     kind: str
     name: str  # the model, as people call it
@@ -131,6 +163,8 @@ class Target(Struct, forbid_unknown_fields=True):
     load_seconds: float | None = None
     n_ctx: Whole | None = None
     resident_bytes: Whole | None = None  # anonymous memory of the process after loading
+    random: bool = False
+    part: Part | None = None
 
 
 class OpProfile(Struct, forbid_unknown_fields=True):
@@ -144,7 +178,10 @@ class OpProfile(Struct, forbid_unknown_fields=True):
 
 
 class Record(Struct, forbid_unknown_fields=True):
-    """A measurement. `workload` is the complete workload (workload.py), so it can be replayed."""
+    """A measurement. `workload` is the complete workload (workload.py), so it can be replayed.
+
+    commit, compiler: of the deskside that measured; "" if unknown.
+    """
 
     workload: dict[str, Any]
     targets: dict[str, Target]  # by side
@@ -155,6 +192,8 @@ class Record(Struct, forbid_unknown_fields=True):
     seed: int = 0
     created: str = ""
     deskside: str = ""
+    commit: str = ""
+    compiler: str = ""
     schema: Whole = SCHEMA
 
     def save(self, path: Path) -> None:

@@ -47,6 +47,7 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     thinking   leading tokens of the answer that are thinking; prompts that continue it leave them
                out, as chat templates do
     tree       repeat the item, `prompt` tokens each, until all of the text was read in order
+    representative   the report shows it among the few runs that stand for all
     """
 
     name: schema.Name
@@ -55,6 +56,7 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     continues: bool = False
     thinking: Annotated[int, Meta(ge=0)] = 0
     tree: bool = False
+    representative: bool = False
 
 
 class Workload(Struct, frozen=True, forbid_unknown_fields=True):

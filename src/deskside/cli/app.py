@@ -13,12 +13,11 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from deskside import console
-from deskside.cli import bench, doctor, files, plan, predict, quality, report, run
-from deskside.cli.flags import strip_ignored
+from deskside.cli import arguments, bench, doctor, files, plan, predict, quality, report, run
+from deskside.cli.list import list_
 from deskside.errors import DesksideError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,6 +27,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     run.run,
     bench.bench,
     plan.plan,
+    list_,
     files.synth,
     files.convert,
     files.quantize,
@@ -38,7 +38,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     doctor.doctor,
 ]
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 # The base class of click's usage errors. Typer exports only this subclass, and some versions of
 # typer bundle their own click.
@@ -110,19 +110,15 @@ def main() -> None:
 def _main() -> None:
     if sys.stdout is None or sys.stderr is None:
         sys.exit(2)  # closed, so nobody could read a result or an error
-    arguments = sys.argv[1:]
-    notes: list[str] = []
-    if arguments[:1] in (["run"], ["bench"]):
-        arguments, notes = strip_ignored(arguments)
-    for line in notes:
-        console.note(line)
     code = 0
     try:
         with warnings.catch_warnings():
             # The library warns with UserWarning, for example of options that this system lacks.
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note_warning
-            result = app(args=arguments, prog_name="deskside", standalone_mode=False)
+            group: Any = typer.main.get_command(app)
+            words = _words(group, sys.argv[1:])
+            result = group.main(args=words, prog_name="deskside", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except DesksideError as failure:
         console.error(str(failure))
@@ -141,3 +137,19 @@ def _main() -> None:
         console.error(f"{name}{failure.strerror or failure}")
         code = 2
     sys.exit(code)
+
+
+def _words(group: Any, given: list[str]) -> list[str]:
+    """The command line for typer; one note names the flags that change nothing."""
+    if not given:
+        return given
+    name = given[0]
+    if name not in group.commands:
+        # Typer would cut up -hx here as well.
+        if name.startswith("-") and name.partition("=")[0] not in arguments.flags_of(group):
+            raise DesksideError(f"{name}: no such flag before a command; see deskside --help")
+        return given
+    read = arguments.commands(group.commands)[name].read(given[1:])
+    if read.unused:
+        console.note(f"these change nothing here: {', '.join(read.unused)}")
+    return [name, *read.words]

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from typer import Option
 
 from deskside.bench.request import Request
-from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, spelled, takes
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, spelled, takes
+from deskside.cli.model import MODEL, fetched, hub_model, model_flags
 from deskside.cli.predict import predict
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
@@ -57,11 +58,13 @@ REQUEST = Request()
 
 # Engine and sampling flags have no default, because a workload or a record may set these values.
 @takes(
+    model=model_flags(),
     targets=flags(REQUEST, *TARGETS, options=TARGETS),
     workload=flags(REQUEST, *WORKLOAD, options=WORKLOAD),
     engine=flags(
         ENGINE,
-        *("ctx", "threads", "ubatch", "ctk", "ctv", "isa", "numa", "huge_pages"),
+        *("ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
+        *("isa", "numa", "huge_pages"),
         unset=True,
         ctx={"help": None, "show_default": "what the workload needs"},
     ),
@@ -76,14 +79,15 @@ REQUEST = Request()
 )
 def bench(
     *,
-    model: Model = None,
+    model: Given,
     targets: Given,
     preset: Annotated[
         str | None,
         Option("--preset", help="predict this model's speed from slices, as `deskside predict`"),
     ] = None,
     layers: Annotated[
-        str | None, Option("--layers", help="layers of the slices: auto, or such as 4,8,12")
+        str | None,
+        Option("--layers", help="layers of the slices of --preset: auto, or such as 4,8,12"),
     ] = None,
     workload: Given,
     engine: Given,
@@ -96,16 +100,17 @@ def bench(
     Exit code 1 if runs failed, 2 for bad input, 130 after Ctrl-C. Finished runs are always kept.
     """
     request = {**targets, **workload, **runs}
-    if model is not None:
-        request["model"] = model
     options = {**engine, **placing}
     if preset is not None:
-        return _predict(preset, layers, {**request, **options, **sampling})
+        return _predict(preset, layers, {**model, **request, **options, **sampling})
     if layers is not None:
         raise DesksideError("--layers belongs to --preset NAME, such as qwen3.5-397b-a17b")
     from deskside.bench import command
 
-    return command.main(Request(**request, options=options, sampling=sampling))
+    remote = hub_model(model)
+    path = model.get("model") if remote is None else remote.path
+    asked = Request(path, **request, options=options, sampling=sampling)
+    return command.main(asked, lambda: remote and fetched(remote))
 
 
 def _predict(preset: str, layers: str | None, given: dict[str, Any]) -> int:
@@ -125,7 +130,7 @@ def _predict(preset: str, layers: str | None, given: dict[str, Any]) -> int:
     if caches:
         [taken["kv"]] = caches
     if given:
-        options = {"model": Option("--model"), **OPTIONS, **TARGETS, **WORKLOAD, **RUNS}
+        options = {**MODEL, **OPTIONS, **TARGETS, **WORKLOAD, **RUNS}
         names = spelled(options[next(iter(given))])
         flag = next(name for name in names if name.startswith("--"))
         raise DesksideError(f"{flag} has no meaning with --preset, which runs no workload")

@@ -57,7 +57,7 @@ def convert(
         str | None, Option("--pre", help="name of the pre-tokenizer, if it is not recognised")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face checkpoint (qwen3_5_moe, qwen3_5, qwen3_moe, llama) to GGUF."""
+    """Convert a Hugging Face checkpoint (Qwen2, Qwen3, Qwen3.5, their MoE, Llama) to GGUF."""
     from deskside.convert.huggingface import convert_hf
 
     with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""Flags that several commands share, under llama.cpp's names, and flags that do nothing."""
+"""Flags that several commands share, under llama.cpp's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
@@ -27,7 +26,11 @@ OPTIONS: dict[str, Any] = {
         show_default="4096, or the model's own if less",
     ),
     "threads": Option("-t", "--threads", help="threads; 0 = one per usable core"),
+    "threads_batch": Option(
+        "-tb", "--threads-batch", help="threads while a prompt is computed; 0 = as -t"
+    ),
     "ubatch": Option("-ub", "--ubatch-size", help="most tokens to compute at once in prefill"),
+    "batch": Option("-b", "--batch-size", help="a limit of -ub", show_default="none"),
     "parallel": Option("-np", "--parallel", help="most sequences at the same time"),
     "ctk": Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32"),
     "ctv": Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32"),
@@ -88,7 +91,7 @@ OPTIONS: dict[str, Any] = {
     "max_tokens": Option(
         "-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit"
     ),
-    "temperature": Option("--temp", help="temperature; 0 = greedy"),
+    "temperature": Option("--temp", "--temperature", help="temperature; 0 = greedy"),
     "top_k": Option("--top-k", help="0 = off"),
     "top_p": Option("--top-p", help="1 = off"),
     "min_p": Option("--min-p", help="0 = off"),
@@ -111,9 +114,6 @@ ENGINE = EngineConfig()
 SAMPLING = SamplingParams(seed=-1)
 
 # Flags for the signatures of commands.
-Model = Annotated[
-    Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
-]
 Threads = Annotated[int, OPTIONS["threads"]]
 Ubatch = Annotated[int, OPTIONS["ubatch"]]
 Isa = Annotated[str | None, OPTIONS["isa"]]
@@ -197,39 +197,3 @@ def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return run
 
     return decorate
-
-
-# Flags of llama.cpp that deskside does not need. They are accepted with a note, so that a command
-# line for llama-cli works unchanged.
-IGNORED = {
-    "-fa/--flash-attn": "attention is always computed in tiles",
-    "--jinja": "the file's template is always used",
-    "-b/--batch-size": "-ub decides how many tokens are computed at once",
-    "-tb/--threads-batch": "prefill uses -t as well",
-}
-ON_OFF = ("on", "off", "auto", "1", "0")
-_TAKES_VALUE = {"-fa", "-b", "-tb"}
-
-
-def strip_ignored(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Remove the flags of IGNORED. Returns the other arguments, and a note for each removed one."""
-    notes, kept = [], []
-    spelled = {s: names for names in IGNORED for s in names.split("/")}
-    takes_value = {s for s, names in spelled.items() if names.split("/")[0] in _TAKES_VALUE}
-    i = 0
-    while i < len(arguments):
-        flag, equals, _ = arguments[i].partition("=")
-        i += 1
-        if arguments[i - 1] == "--":
-            kept += arguments[i - 1 :]
-            break
-        if flag not in spelled:
-            kept.append(arguments[i - 1])
-            continue
-        notes.append(f"{flag} is accepted and does nothing: {IGNORED[spelled[flag]]}")
-        if flag in takes_value and not equals and i < len(arguments):
-            # -fa may come without a value.
-            if flag in ("-fa", "--flash-attn") and arguments[i] not in ON_OFF:
-                continue
-            i += 1
-    return kept, notes

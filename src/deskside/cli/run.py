@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from deskside.cli.escapes import as_bytes, as_text
-from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
+from deskside.cli.model import model_file, model_flags, with_source
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -22,7 +25,8 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 
 
 @takes(
-    engine=flags(ENGINE, "ctx", "threads", "ubatch", "ctk", "ctv"),
+    model=model_flags(),
+    engine=flags(ENGINE, "ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
     sampling=flags(
         SAMPLING,
         *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
@@ -32,17 +36,33 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 )
 def run(
     *,
-    model: Model = None,
+    source: Annotated[
+        Path | None, Argument(metavar="MODEL.gguf", help="as -m", show_default=False)
+    ] = None,
+    model: Given,
     prompt: Annotated[
-        str | None, Option("-p", "--prompt", help="answer this and exit; without it: chat")
+        str | None,
+        Option("-p", "--prompt", help="answer this and exit, or go on with -cnv; without it: chat"),
     ] = None,
     file: Annotated[Path | None, Option("-f", "--file", help="read the prompt from a file")] = None,
     system: Annotated[
         str | None, Option("-sys", "--system-prompt", help="system message of the chat")
     ] = None,
-    no_chat: Annotated[
-        bool, Option("-no-cnv", "--no-chat", help="complete the prompt as plain text")
-    ] = False,
+    system_file: Annotated[
+        Path | None,
+        Option("-sysf", "-spf", "--system-prompt-file", help="read the system message from a file"),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        Option(
+            "-cnv/-no-cnv",
+            "--conversation/--no-conversation",
+            "--chat/--no-chat",
+            help="chat, even with a prompt; or complete the prompt as plain text",
+            show_default="one answer in the chat template",
+        ),
+    ] = None,
+    single: Annotated[bool, Option("-st", "--single-turn", help="end after one answer")] = False,
     think: Annotated[
         bool | None, Option("--think/--no-think", help="enable_thinking of the chat template")
     ] = None,
@@ -64,14 +84,33 @@ def run(
     if prompt is not None and file is not None:
         raise DesksideError("-p and -f both give a prompt; use one of them")
     if file is not None:
-        prompt = as_text(file.read_bytes(), str(file), escape=escape)
+        prompt = as_text(_read(file), str(file), escape=escape)
     elif prompt is not None:
         prompt = as_text(as_bytes(prompt), "-p", escape=escape)
     elif sys.stdin is None or not sys.stdin.isatty():
         prompt = as_text(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
-    if system is not None:
+    if system is not None and system_file is not None:
+        raise DesksideError("-sys and -sysf both give a system message; use one of them")
+    if system_file is not None:
+        system = as_text(_read(system_file), str(system_file))
+    elif system is not None:
         system = as_text(as_bytes(system), "-sys")
-    _main(model, prompt, system, not no_chat, think, params, {**engine, **placing})
+    model = with_source(source, model)
+    turns = Turns(chat is not False, single or (prompt is not None and chat is None))
+    _main(model, prompt, system, turns, think, params, {**engine, **placing})
+
+
+def _read(file: Path) -> bytes:
+    """A file without its last line's end, as llama.cpp reads one."""
+    return file.read_bytes().removesuffix(b"\n")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """chat: by the chat template, else plain text. single: one answer ends it."""
+
+    chat: bool
+    single: bool
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
@@ -87,42 +126,46 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 
 
 def _main(
-    model: Path | None,
+    model: Given,
     prompt: str | None,
     system: str | None,
-    chat: bool,
+    turns: Turns,
     think: bool | None,
     params: SamplingParams,
     options: dict[str, Any],
 ) -> None:
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
-    if system is not None and not chat:
-        raise DesksideError("-sys is a message of a chat: leave it out, or leave out --no-chat")
+    if system is not None and not turns.chat:
+        raise DesksideError("-sys is a message of a chat: leave it out, or leave out -no-cnv")
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
-    path = model or demo_model()
+    path = model_file(model) or demo_model()
     with progress_bar() as progress:
         llm = LLM(path, progress=progress, **options)
     for line in llm.notes:
         note(line)
-    if llm.config.threads > llm.config.n_threads:
-        asked, running = llm.config.threads, llm.config.n_threads
-        note(f"-t {asked} is more than the usable cores; running {running}")
+    c = llm.config
+    flags_of_threads = {
+        f"-t {c.threads}": c.threads > c.n_threads,
+        f"-tb {c.threads_batch}": c.threads_batch > c.n_threads_batch,
+    }
+    if above := " and ".join(flag for flag, more in flags_of_threads.items() if more):
+        note(f"{above}: more than the usable cores; running {c.n_threads}")
 
     conversation = _Conversation(llm, system, think, params)
-    if prompt is None:
-        if not chat:
-            raise DesksideError("--no-chat needs a prompt: -p, -f or stdin")
+    if not turns.chat:
+        if prompt is None:
+            raise DesksideError("-no-cnv needs a prompt: -p, -f or stdin")
+        _show(llm.stream(prompt, params), [])
+    elif prompt is not None and turns.single:
+        conversation.answer(prompt)
+    else:
         name = llm.file.get("general.name", path.name)
         where = " and ".join(llm.plan.used) if llm.plan else llm.config.backend
         err.print(f"{name} on {where}, context {llm.ctx}. {HELP}", markup=False)
-        conversation.loop()
-    elif chat:
-        conversation.answer(prompt)
-    else:
-        _show(llm.stream(prompt, params), [])
+        conversation.loop(prompt, single=turns.single)
 
 
 class _Conversation:
@@ -148,11 +191,18 @@ class _Conversation:
             answer = {"role": "assistant", "content": "".join(pieces)}
             self.messages = [*messages, answer]
 
-    def loop(self) -> None:
+    def loop(self, first: str | None = None, *, single: bool = False) -> None:
+        """Answer `first`, then what is typed, until the user ends it.
+
+        single: end after one answer.
+        """
         with contextlib.suppress(ImportError):  # adds line editing to input()
             import readline  # noqa: F401
 
-        while True:
+        if first is not None:
+            with _stoppable():
+                self.answer(first)
+        while not (single and len(self.messages) > len(self.start)):
             try:
                 text = input("> ").strip()
             except EOFError:
@@ -170,12 +220,19 @@ class _Conversation:
             elif text in ("/help", "/?"):
                 err.print(HELP)
             elif text:
-                try:
+                with _stoppable():
                     self.answer(text)
-                except DesksideError as failure:
-                    err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
-                except KeyboardInterrupt:
-                    err.print("stopped", style="dim")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Of one answer: neither Ctrl-C nor a failure ends the conversation."""
+    try:
+        yield
+    except DesksideError as failure:
+        err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
+    except KeyboardInterrupt:
+        err.print("stopped", style="dim")
 
 
 def _show(stream: Stream, pieces: list[str]) -> None:

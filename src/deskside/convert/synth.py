@@ -130,6 +130,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 64,
     },
+    "tiny-qwen3": {
+        "model_type": "qwen3",
+        **_TINY,
+        "num_hidden_layers": 4,
+        "rope_theta": 1e6,
+        "intermediate_size": 512,
+    },
+    "tiny-qwen2": {
+        "model_type": "qwen2",
+        **_TINY,
+        "num_hidden_layers": 4,
+        "rope_theta": 1e6,
+        "intermediate_size": 512,
+    },
     "tiny-llama": {
         "model_type": "llama",
         **_TINY,
@@ -143,7 +157,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 _OPTIONAL = {"tie_word_embeddings", "rms_norm_eps", "rope_parameters", "layer_types"}
 # Sizes far beyond any model, so that a slip of the keyboard fails at once.
 _LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}
-_PRE = {"qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "llama": "llama-bpe"}
+_PRE = {
+    "qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "qwen3": "qwen2",
+    "qwen2": "qwen2", "llama": "llama-bpe",
+}  # fmt: skip
 # Experts in 4 bits, the head in 6, all else in Q8_0.
 _DEFAULT_RULES: Rules = (
     (r"ffn_(gate|up|down)_exps", quant_type("IQ4_NL")),

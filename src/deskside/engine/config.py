@@ -40,6 +40,8 @@ PLACING = (
 FLAGS = {
     "ctx": "-c/ctx",
     "threads": "-t/threads",
+    "threads_batch": "-tb/threads_batch",
+    "batch": "-b/batch",
     "ubatch": "-ub/ubatch",
     "parallel": "-np/parallel",
 }
@@ -55,8 +57,11 @@ class EngineConfig:
 
     ctx        context in tokens, at most the model's own; 0 = the model's own; None = 4096, or the
                model's own if that is less
-    threads    0 = one per usable core
+    threads    0 or -1 = one per usable core
+    threads_batch
+               threads while a prompt is computed; 0 or -1 = as many as `threads`
     ubatch     most tokens that one step of prefill computes
+    batch      a limit of `ubatch`, which becomes the smaller of the two; None = no limit
     parallel   most sequences at the same time, each with a context of `ctx` tokens
     ctk, ctv   types of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
@@ -84,8 +89,10 @@ class EngineConfig:
     """
 
     ctx: Natural | None = None
-    threads: Natural = 0
+    threads: Annotated[int, Meta(ge=-1)] = 0
+    threads_batch: Annotated[int, Meta(ge=-1)] = 0
     ubatch: Annotated[int, Meta(ge=1)] = 512
+    batch: Annotated[int, Meta(ge=1)] | None = None
     parallel: Annotated[int, Meta(ge=1)] = 1
     ctk: str = "f16"
     ctv: str = "f16"
@@ -114,6 +121,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, FLAGS)
+        if self.batch is not None:
+            object.__setattr__(self, "ubatch", min(self.ubatch, self.batch))
         check_options(self.huge_pages, self.numa)
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
@@ -133,7 +142,22 @@ class EngineConfig:
     @property
     def n_threads(self) -> int:
         """Threads to run: at most one a core, because more would wait for each other."""
-        return min(self.threads or usable_cores(), usable_cores())
+        return min(self.threads, usable_cores()) if self.threads > 0 else usable_cores()
+
+    @property
+    def n_threads_batch(self) -> int:
+        """The same while a prompt is computed."""
+        return min(self.threads_batch, usable_cores()) if self.threads_batch > 0 else self.n_threads
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: what was asked for and is done otherwise."""
+        if self.threads <= usable_cores():
+            return []
+        return [
+            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
+            f"{self.n_threads} threads run; more would only wait for each other"
+        ]
 
 
 def demo_model() -> Path:

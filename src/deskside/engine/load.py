@@ -191,7 +191,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
         ubatch=ubatch,
         max_outputs=max_outputs,
         plan=plan,
-        notes=[*tape.notes, *launch.notes],
+        notes=[*config.notes, *tape.notes, *launch.notes],
         offloads=plan is not None and launch.offload is not None,
         banned=tokenizer.banned(tape.n_vocab),
         _rows=np.empty((config.parallel, tape.n_vocab), np.float32),
@@ -220,7 +220,9 @@ def check_values(file: GGUF, tape: Tape) -> None:
 
 
 def _host_options(config: EngineConfig) -> HostOptions:
-    return HostOptions(config.n_threads, config.isa, config.huge_pages, config.numa)
+    return HostOptions(
+        config.n_threads, config.isa, config.huge_pages, config.numa, config.n_threads_batch
+    )
 
 
 def _cache_options(config: EngineConfig, ctx: int) -> dict[str, Any]:

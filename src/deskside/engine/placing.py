@@ -110,7 +110,8 @@ def planned(
         parallel=parallel,
         ctk=config.ctk.lower(),
         ctv=config.ctv.lower(),
-        threads=min(config.threads or machine.cores, machine.cores),
+        threads=min(config.threads, machine.cores) if config.threads > 0 else machine.cores,
+        threads_batch=min(max(0, config.threads_batch), machine.cores),
         mmap=not config.no_mmap,
         mlock=config.mlock,
     )
@@ -316,15 +317,19 @@ def _wants_gpu(config: EngineConfig) -> bool:
 
 
 def _without_gpu(wishes: rules.Rules) -> tuple[rules.Rules, list[str]]:
-    """The rules without those that need a GPU, and a note for each of these.
+    """The rules without those that need a GPU, and a note that names these.
 
-    So command lines for llama.cpp also work on a machine without a GPU. Overrides that name a
-    device stay, and are refused.
+    So command lines for llama.cpp also work on a machine without a GPU. Overrides that name an
+    emulated device stay, and are refused.
     """
+    on_gpus = [rule for rule in wishes.overrides if rule.device.startswith("cuda")]
     named = {
         "-ngl": bool(wishes.gpu_layers),
         "--tensor-split": bool(wishes.tensor_split),
         "--main-gpu": wishes.main_gpu is not None,
+        **{str(rule): True for rule in on_gpus},
     }
-    notes = [f"{flag} {_NO_GPU}" for flag, given in named.items() if given]
-    return replace(wishes, gpu_layers=None, tensor_split=(), main_gpu=None), notes
+    unused = [flag for flag, given in named.items() if given]
+    notes = [f"there is no GPU to use; these change nothing: {', '.join(unused)}"] if unused else []
+    kept = tuple(rule for rule in wishes.overrides if rule not in on_gpus)
+    return replace(wishes, overrides=kept, gpu_layers=None, tensor_split=(), main_gpu=None), notes

@@ -116,6 +116,10 @@ def show(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
+class Truncated(DesksideError):
+    """The bytes end before the header does: more of the file may mend it."""
+
+
 class Unusable(DesksideError):
     """A tensor that cannot be read; the rest of its file can."""
 
@@ -144,9 +148,14 @@ class Cursor:
     def fail(self, reason: str) -> DesksideError:
         return DesksideError(f"{self.path}: {reason}")
 
+    def short(self, reason: str) -> Truncated:
+        return Truncated(f"{self.path}: {reason}")
+
     def take(self, size: int, what: str) -> memoryview:
         if size > self.left:
-            raise self.fail(f"{what} needs {size} bytes at {self.pos}, but only {self.left} remain")
+            raise self.short(
+                f"{what} needs {size} bytes at {self.pos}, but only {self.left} remain"
+            )
         self.pos += size
         return self.view[self.pos - size : self.pos]
 
@@ -160,7 +169,7 @@ class Cursor:
         """A u64 number of items of `min_bytes` or more each."""
         n = self.u64(what)
         if n * min_bytes > self.left:
-            raise self.fail(f"{what} is {n}, more than the remaining {self.left} bytes can hold")
+            raise self.short(f"{what} is {n}, more than the remaining {self.left} bytes can hold")
         return n
 
     def string(self, what: str) -> str:
@@ -190,7 +199,7 @@ class Cursor:
         except UnicodeDecodeError:
             raise self.fail(f"item {len(out)} of {what} is not valid UTF-8") from None
         if pos > end:
-            raise self.fail(f"the file ends within item {len(out)} of {what}")
+            raise self.short(f"the file ends within item {len(out)} of {what}")
         self.pos = pos
         return out
 
@@ -254,7 +263,7 @@ class Header:
         n_tensors = at.u64("the tensor count")
         n_keys = at.count("the number of keys", _MIN_KEY_BYTES)
         if n_tensors * _MIN_TENSOR_BYTES > at.left:
-            raise at.fail(f"the tensor count is {n_tensors}, more than the file can hold")
+            raise at.short(f"the tensor count is {n_tensors}, more than the file can hold")
         metadata: dict[str, Any] = {}
         types: dict[str, int] = {}
         odd: dict[str, Any] = {}

@@ -104,9 +104,11 @@ class GGUF:
         return info
 
     def raw(self, tensor: str | TensorInfo) -> NDArray[np.uint8]:
-        """The stored bytes: uint8 (n_rows, row_bytes), read-only. A view of the mapped file, or of
-        memory after `read_in`. Rows that do not follow each other are a copy, and so are
-        interleaved ones, which it has plain."""
+        """The stored bytes: uint8 (n_rows, row_bytes), read-only.
+
+        A view of the mapped file, or of memory after `read_in`. Rows that do not follow each other
+        are copied; interleaved rows are copied as plain ones.
+        """
         t = self.tensor(tensor) if isinstance(tensor, str) else tensor
         if t.name in self._read:
             return self._read[t.name]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.models import llama, qwen3moe, qwen35
+from deskside.models import llama, qwen2, qwen3, qwen35
 from deskside.models.common import Model
 from deskside.models.writers import check_metadata, left_out
 from deskside.tape import Tape
@@ -15,7 +15,9 @@ from deskside.tape import Tape
 ARCHITECTURES: dict[str, Callable[[Model], Tape]] = {
     "qwen35moe": qwen35.build,
     "qwen35": qwen35.build,
-    "qwen3moe": qwen3moe.build,
+    "qwen3moe": qwen3.build,
+    "qwen3": qwen3.build,
+    "qwen2": qwen2.build,
     "llama": llama.build,
 }
 

@@ -1,7 +1,7 @@
 """Emits a plan as a command line or as unit files.
 
-The command line is for llama.cpp's or ik_llama.cpp's server. The files are a Podman quadlet with
-its Containerfile, or a systemd unit; both start deskside.
+The command line is for llama.cpp's or ik_llama.cpp's server. The files are a Podman quadlet or
+a systemd unit; both start deskside.
 
 In llama.cpp, `-ngl` and `--tensor-split` give each layer's tensors and cache to a device. `-ot`
 then moves single tensors. So the layers' mixers decide the split. Tensors elsewhere become `-ot`
@@ -216,7 +216,9 @@ def arguments(plan: Plan, kind: str, model: str) -> list[str]:
     # llama.cpp's -c counts all sequences together
     words = ["-m", model, "-c", str(o.ctx * (o.parallel if theirs else 1))]
     words += ["-np" if theirs else "--parallel", str(o.parallel), "-ub", str(o.ubatch)]
-    words += ["-t", str(o.threads), "-ctk", o.ctk, "-ctv", o.ctv]
+    words += ["-t", str(o.threads)]
+    words += ["-tb", str(o.threads_batch)] if o.threads_batch else []
+    words += ["-ctk", o.ctk, "-ctv", o.ctv]
     if theirs and o.ubatch > 2048:
         words += ["-b", str(o.ubatch)]
     if plan.machine.gpus:
@@ -280,12 +282,12 @@ def _unit_words(words: Sequence[str]) -> str:
 
 
 def _podman(plan: Plan, model: str) -> dict[str, str]:
-    """The quadlet and its Containerfile. The model's folder is mounted read-only at /models."""
+    """A quadlet. The model's folder is mounted read-only at /models."""
     folder, _, file = model.rpartition("/")
     words = ["serve", *arguments(plan, "deskside", f"/models/{file}")]
     words += ["--host", "0.0.0.0", "--port", str(PORT)]
-    names = ("deskside.container", "Containerfile")
-    return {name: _render(name, plan, words=words, file=file, folder=folder) for name in names}
+    name = "deskside.container"
+    return {name: _render(name, plan, words=words, file=file, folder=folder)}
 
 
 def _systemd(plan: Plan, model: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from deskside.errors import DesksideError
 from deskside.lowering.memory import StepShape
 from deskside.machine.devices import Device, Machine
 from deskside.plan.rules import Rules
-from deskside.plan.speed import Rate
+from deskside.plan.speed import Rate, Replayed
 from deskside.tape import Tape
 from deskside.tape.cache import kv_type
 
@@ -22,6 +22,8 @@ class Options:
     parallel  sequences
     reserved  bytes by device for offloaded experts: staging slots and expert cache
     shapes    the steps that run; () for one of `ubatch` tokens
+    threads_batch
+              threads while a prompt is computed; 0 for as many as `threads`
     The rest is as in `EngineConfig`.
     """
 
@@ -31,6 +33,7 @@ class Options:
     ctk: str = "f16"
     ctv: str = "f16"
     threads: int = 1
+    threads_batch: int = 0
     mmap: bool = True
     mlock: bool = False
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -42,6 +45,11 @@ class Options:
                 raise DesksideError(f"{flag} {value}: expected at least 1")
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
+
+    @property
+    def most_threads(self) -> int:
+        """Threads that have work memory."""
+        return max(self.threads, self.threads_batch)
 
     @property
     def resident(self) -> bool:
@@ -79,7 +87,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement that fits. placement, reasons, kinds: by tensor name. state_devices: by state."""
+    """A placement that fits. placement, reasons, kinds: by tensor name. state_devices: by state.
+
+    replayed: what others published for this machine, where the context holds it.
+    """
 
     tape: Tape
     options: Options
@@ -91,6 +102,7 @@ class Plan:
     kinds: Mapping[str, str]
     usage: tuple[Usage, ...]
     rates: tuple[Rate, ...]
+    replayed: tuple[Replayed, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:

@@ -37,7 +37,9 @@ def remedies(tape: Tape, machine: Machine, rules: Rules, options: Options) -> li
     memories: dict[int, Memory] = {}
 
     def plan(new_rules: Rules, new: Options) -> Plan | None:
-        memory = memories.get(new.ubatch) or Memory(tape, threads=new.threads, ubatch=new.ubatch)
+        memory = memories.get(new.ubatch) or Memory(
+            tape, threads=new.most_threads, ubatch=new.ubatch
+        )
         memories[new.ubatch] = memory
         try:
             return make_plan(tape, machine, new_rules, new, memory)

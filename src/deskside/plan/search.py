@@ -25,7 +25,7 @@ from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
-from deskside.plan.speed import SpeedModel, predict
+from deskside.plan.speed import SpeedModel, predict, replays
 from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
@@ -50,7 +50,7 @@ def make_plan(
         raise DesksideError(
             f"-c {options.ctx} is more than the model's context of {tape.n_ctx_train} tokens"
         )
-    memory = memory or Memory(tape, threads=options.threads, ubatch=options.ubatch)
+    memory = memory or Memory(tape, threads=options.most_threads, ubatch=options.ubatch)
     search = _Search(tape, machine, rules, options, memory)
     while True:
         plan = search.plan(*search.best())
@@ -256,7 +256,7 @@ class _Search:
         in_order = self.tape.weights()
         o = self.options
         shapes = o.shapes or (StepShape(o.ubatch),)
-        taken, sections = buffers(self.tape, placement, shapes, threads=o.threads)
+        taken, sections = buffers(self.tape, placement, shapes, threads=o.most_threads)
         homes = state_homes(sections)
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
@@ -271,6 +271,7 @@ class _Search:
             self.grouping.kinds,
             self._usage(placement, states, taken),
             tuple(rates),
+            tuple(replays(self.speed, atoms, self.machine.published, o.ctx, o.ubatch)),
         )
 
     def _reason(self, i: int, device: int) -> str:

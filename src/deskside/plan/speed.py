@@ -18,14 +18,14 @@ barriers, hand-overs or row-wise ops.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
-from deskside.machine.devices import CPU, Device, Efficiency, Machine
+from deskside.machine.devices import CPU, Device, Efficiency, Machine, Published, PublishedRun
 from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
 from deskside.tape.cost import BatchShape, work
 
@@ -275,6 +275,35 @@ def predict(
     if n_seq > 1:
         rates.append(model.rate(BatchShape(1, min(4096, ctx - 1), n_seq), place))
     return rates
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A run that others published, and what is computed for it. decode: at its mean depth."""
+
+    run: PublishedRun
+    prefill: Rate
+    decode: Rate
+
+    @property
+    def total(self) -> float:
+        """Seconds of prompt and answer, whose first token comes with the prompt."""
+        return self.run.prompt / self.prefill.rate + (self.run.generated - 1) / self.decode.rate
+
+
+def replays(
+    model: SpeedModel,
+    place: NDArray[np.intp],
+    published: Sequence[Published],
+    ctx: int,
+    ubatch: int,
+) -> Iterator[Replayed]:
+    """The published runs that a context of `ctx` tokens holds."""
+    for run in dict.fromkeys(run for p in published for run in p.runs):
+        if run.prompt + run.generated <= ctx:
+            depth = run.prompt + (run.generated - 1) // 2
+            prefill = model.rate(BatchShape(min(ubatch, run.prompt), 0), place, run.prompt)
+            yield Replayed(run, prefill, model.rate(BatchShape(1, depth), place))
 
 
 def sources(machine: Machine, used: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deskside.errors import DesksideError
+from deskside.machine.loopback import is_loopback
 
 if TYPE_CHECKING:
     import httpx
@@ -170,20 +170,6 @@ class Wire:
 
     def close(self) -> None:
         self._client.close()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host of a URL is this machine: localhost, 127.0.0.0/8, ::1, or the address of all
-    interfaces, which connects to it."""
-    name = host.strip("[]").rstrip(".").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback or address.is_unspecified
 
 
 def _proxies() -> str:

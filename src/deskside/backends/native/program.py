@@ -13,7 +13,7 @@ from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import FLOAT_TYPES
-from deskside.lowering.buffers import plan_buffers, stride
+from deskside.lowering.buffers import plan_arena, stride
 from deskside.lowering.steps import NativeOp, Stretch, plan_steps
 from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
@@ -49,6 +49,7 @@ class CpuBackend:
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
+        self._host = host
         self._cache: Cache | None = None
         try:
             _native.choose(host.isa or "")
@@ -58,7 +59,7 @@ class CpuBackend:
         _check_types(w for op in ops for w in op.weights)
         self.steps = plan_steps(tape, stretches)
         self._ranges: list[tuple[int, int]] = []  # of each stretch: its native steps [begin, end)
-        offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
+        offsets, biases, arena = plan_arena(self.steps, max_tokens, tape.logits)
         too_large = DesksideError(
             f"-ub {max_tokens} needs at least {4 * arena / 1e9:.1f} GB of work memory; lower it"
         )
@@ -67,15 +68,15 @@ class CpuBackend:
         reserve += 4 * arena
         try:
             try:
-                self.program = _native.Program(host.n_threads, max_tokens, arena, host.isa or "")
+                self.program = _native.Program(host.most_threads, max_tokens, arena, host.isa or "")
             except RuntimeError as error:  # from the system
                 raise DesksideError(
-                    f"-t {host.n_threads}: the system starts no more threads: {error}; lower it"
+                    f"-t {host.most_threads}: the system starts no more threads: {error}; lower it"
                 ) from None
             self.weights = load(
                 self.steps, host, reserve=reserve, progress=progress, packed=packed or {}
             )
-            lowering = _Lowering(self.program, file, tape, offsets, self.weights)
+            lowering = _Lowering(self.program, file, tape, offsets, biases, self.weights)
             self._lower(lowering)
             self.program.finish()
         except MemoryError:
@@ -84,6 +85,8 @@ class CpuBackend:
             raise DesksideError(f"{file.path}: {error}") from None
         self._offsets = offsets
         self._activations = self.program.activations
+        for name, (at, width, _) in biases.items():
+            self._activations[at : at + width] = file.dequantized(name)
 
     def _lower(self, lowering: _Lowering) -> None:
         n, hops = 0, []
@@ -152,7 +155,12 @@ class CpuBackend:
             self._bind(cache)
         cache.check(batch)
         segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
-        return self.program.run(batch.tokens, segments, batch.outputs, logits, profile, begin, end)
+        threads = self._host.n_threads
+        if any(s.n > 1 for s in batch.segments):
+            threads = self._host.n_threads_batch or threads
+        return self.program.run(
+            batch.tokens, segments, batch.outputs, logits, profile, begin, end, threads
+        )
 
     def _bind(self, cache: Cache) -> None:
         types = (cache.k_type.id, cache.v_type.id)
@@ -183,6 +191,7 @@ class _Lowering:
     file: GGUF
     tape: Tape
     offsets: dict[int, int]
+    biases: dict[str, Place]
     weights: dict[str, _native.Weights]
 
     def place(self, value: Value) -> Place:
@@ -204,6 +213,10 @@ class _Lowering:
     def rms_norm(self, op: NativeOp) -> None:
         x, out = self.places(op)
         self.program.norm(x, out, self.floats(op.op.weights[0]), op.op.attrs["eps"])
+
+    def bias(self, op: NativeOp) -> None:
+        x, out = self.places(op)
+        self.program.add(x, self.biases[op.op.weights[0].name], out)
 
     def gated_norm(self, op: NativeOp) -> None:
         x, z, out = self.places(op)
@@ -313,8 +326,11 @@ class _Lowering:
 
 
 # A test keeps these equal to the table in native/isa/matmul.cpp.
-LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
-SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
+LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_0", "Q8_0", "IQ4_NL", "MXFP4")
+SUPERBLOCK_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+    *("IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ4_KSS", "IQ5_KS"),
+)
 KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))
 
 
@@ -324,6 +340,7 @@ LOWERINGS: dict[str, Callable[[_Lowering, NativeOp], None]] = {
     for f in (
         _Lowering.embed,
         _Lowering.rms_norm,
+        _Lowering.bias,
         _Lowering.gated_norm,
         _Lowering.quantize,
         _Lowering.linear,

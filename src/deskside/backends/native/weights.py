@@ -58,7 +58,7 @@ def load(
                 files[info.path] = os.open(info.path, os.O_RDONLY)
             fd = files[info.path]
             progress("loading", done, whole)
-            weights[info.name] = _packed(arena, fd, p, host.n_threads)
+            weights[info.name] = _packed(arena, fd, p, host.most_threads)
             if forget:
                 _forget(fd, info)
             done += info.nbytes

@@ -151,6 +151,10 @@ def linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     return [multiply(rounded(x, info.type), step.weights[info.name], info, step.kernels)]
 
 
+def bias(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    return [inputs[0] + step.floats(op.weights[0])]
+
+
 def split_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
     pairs = x.reshape(len(x), op.size("heads"), 2, op.size("head_dim"))
@@ -544,6 +548,7 @@ OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
         embed,
         rms_norm,
         linear,
+        bias,
         split_gate,
         rope,
         attention,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deskside.bench.record import Ceiling, Run
 from deskside.machine import rates
-from deskside.tape.cost import Work
+from deskside.tape.cost import Work, bound
 
 # A sample of the limits stays valid for HOLDS seconds, and for SHARE times as long as it took. So
 # many short runs are not slowed down by sampling.
@@ -41,22 +41,17 @@ class Roof:
         found = Ceiling(bandwidth=bandwidth, compute=compute)
         if run.generated_tokens > 1:
             depth = run.depth + run.generated_tokens / 2
-            macs = self.work.macs + self.work.head_macs
             found.decode_bytes = self.decode_bytes(depth)
-            found.decode_rate, found.decode_limit = _min_rate(
-                bandwidth / found.decode_bytes, compute / macs
-            )
+            needed = {
+                "bytes": found.decode_bytes,
+                "macs": self.work.macs + self.work.head_macs,
+            }
+            found.decode_rate, found.decode_limit = bound(needed, bandwidth, compute)
         if run.prompt_tokens:
             needed = self.work.prefill(run.prompt_tokens, self.ubatch)
             found.prefill_macs = needed["macs"]
-            found.prefill_rate, found.prefill_limit = _min_rate(
-                bandwidth / needed["bytes"], compute / needed["macs"]
-            )
+            found.prefill_rate, found.prefill_limit = bound(needed, bandwidth, compute)
         return found
-
-
-def _min_rate(reading: float, multiplying: float) -> tuple[float, str]:
-    return min((reading, "bandwidth"), (multiplying, "compute"))
 
 
 class Limits:

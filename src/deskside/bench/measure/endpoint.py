@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from deskside.bench.measure import answers
 from deskside.bench.measure.arrivals import Arrivals, timed
 from deskside.bench.measure.ceiling import Roof
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.text import Token
-from deskside.bench.record import ModelFile, Run, Target
+from deskside.bench.predict import slices
+from deskside.bench.record import ModelFile, Part, Run, Target
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -51,6 +52,8 @@ class Endpoint:
         self.limit = f"{wire.url} has a context of {n_ctx}"
         self.local = is_local(wire.host)
         self.files: list[ModelFile] = []
+        self.random = False
+        self.part: Part | None = None
         self.options: dict[str, Any] = {}
         self._roof: Roof | None = None
 
@@ -63,6 +66,8 @@ class Endpoint:
             options=self.options,
             files=self.files,
             n_ctx=self.n_ctx,
+            random=self.random,
+            part=self.part,
         )
 
     def roof(self) -> Roof | None:
@@ -75,6 +80,7 @@ class Endpoint:
         """
         file = GGUF.open(path)
         self.files = hashed(file.paths, sha, progress)
+        self.random, self.part = slices.is_random(file), slices.part(file)
         self._roof = Roof(Work.of(build_tape(file)), usable_cores(), 512, "f16", "f16")
 
     def _expect_at_most(self, asked: int | None, came: int) -> None:
@@ -157,7 +163,7 @@ class LlamaServer(Endpoint):
             )
         cut = last.get("truncated") is True
         run.stop_reason = "context" if cut else STOPS.get(words(last, "stop_type"), "")
-        run.output = _digest(text)
+        answers.note(run, text, params.max_tokens or run.generated_tokens)
         # The server does not stream all tokens inside a character. Then tokenize the text.
         return run, ids if len(ids) == run.generated_tokens else self.encode(text, False)
 
@@ -282,7 +288,7 @@ class OpenAIServer(Endpoint):
         run.cached_tokens = count(details, "cached_tokens") or 0
         run.prompt_tokens = (len(prompt) if asked is None else asked) - run.cached_tokens
         run.stop_reason = reason
-        run.output = _digest(text)
+        answers.note(run, text, params.max_tokens or run.generated_tokens)
         return run, [text]
 
 
@@ -364,10 +370,6 @@ def is_local(host: str) -> bool:
 def _sampling(params: SamplingParams, *more: str) -> dict[str, Any]:
     names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", *more)
     return {name: getattr(params, name) for name in names}
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
 
 
 def is_url(text: str) -> bool:

@@ -12,17 +12,19 @@ from typing import Any
 
 import msgspec
 
-from deskside import __version__
+import deskside
+from deskside import __version__, _native
 from deskside.bench.measure.ceiling import Limits
 from deskside.bench.measure.targets import TargetRunner
 from deskside.bench.measure.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
 from deskside.bench.record import Record, Run, Target
 from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
-from deskside.machine import watch
+from deskside.machine import environment, watch
 from deskside.machine.watch import Host
 from deskside.progress import Progress, silent
 
+PACKAGE = Path(deskside.__file__).parent
 SAMPLE = 4000  # characters that a target sees before the first run
 MAX_FAILURES = 3  # failed runs in a row that end the measurement
 # Seconds between two updates of the progress bar, because drawing slows a decoding thread.
@@ -110,6 +112,8 @@ def characterise(
             seed=seed,
             created=_now(),
             deskside=__version__,
+            commit=environment.commit(PACKAGE) or "",
+            compiler=str(getattr(_native, "compiler", "")),
         )
     else:
         record = resume
@@ -338,7 +342,8 @@ def _expect_same(
     for key in sorted(keys - {"skipped", "items"}):
         check(f"workload.{key}", record.workload.get(key), workload.get(key))
     items = record.workload.get("items")
-    both = itertools.zip_longest(items if isinstance(items, list) else [], workload["items"])
+    recorded = [_complete(item) for item in items] if isinstance(items, list) else []
+    both = itertools.zip_longest(recorded, workload["items"])
     for i, (was, now) in enumerate(both):
         check(f"workload.items[{i}]", was, now)
     check("sides", sorted(record.targets), sorted(targets))
@@ -349,6 +354,14 @@ def _expect_same(
         for name in sorted(old["options"].keys() | new["options"].keys()):
             check(f"option {name}", old["options"].get(name), new["options"].get(name))
         check_files(record.targets[side], target, str(out))
+
+
+def _complete(item: Any) -> Any:
+    """An item of a record with the defaults of fields that came after it."""
+    try:
+        return msgspec.to_builtins(msgspec.convert(item, Item))
+    except msgspec.ValidationError:
+        return item
 
 
 def check_files(old: Target, new: Target, source: str) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 from deskside import __version__
 from deskside.backends.native.program import CpuBackend
+from deskside.bench.measure import answers
 from deskside.bench.measure.ceiling import Roof
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.text import Token
+from deskside.bench.predict import slices
 from deskside.bench.record import Run, Target
 from deskside.bench.workload import Workload, fit_context
 from deskside.engine import LLM
@@ -141,6 +142,7 @@ class InProcess:
                 "model": self._path,
                 "ctx": llm.ctx,
                 "threads": config.n_threads if threads else None,
+                **({"threads_batch": config.n_threads_batch} if config.threads_batch > 0 else {}),
                 "ubatch": llm.ubatch,
                 "ctk": config.ctk,
                 "ctv": config.ctv,
@@ -158,6 +160,8 @@ class InProcess:
             load_seconds=self._load_seconds,
             n_ctx=llm.ctx,
             resident_bytes=self._resident,
+            random=slices.is_random(llm.file),
+            part=slices.part(llm.file),
         )
 
     def roof(self) -> Roof | None:
@@ -166,7 +170,8 @@ class InProcess:
             return None  # the limits of NumPy and of other devices are not known here
         isa = llm.backend.isa
         work = Work.of(llm.tape)
-        return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
+        threads = max(config.n_threads, config.n_threads_batch)
+        return Roof(work, threads, llm.ubatch, config.ctk, config.ctv, isa)
 
     def learn(self, sample: str) -> None:
         """Do nothing, because the tokenizer is in this process."""
@@ -217,8 +222,8 @@ class InProcess:
             gaps=gaps,
             clock="engine",
             stop_reason=stream.stop_reason,
-            output=sha256("".join(text).encode("utf-8", "replace")).hexdigest(),
         )
+        answers.note(run, "".join(text), params.max_tokens or run.generated_tokens)
         return run, list(stream.tokens)
 
     def check(self) -> None:

@@ -157,7 +157,8 @@ class Prediction:
     def ceiling(self, slice_: Slice, figure: Figure) -> float | None:
         """Most tokens per second that the machine allows a slice; None if unknown."""
         work = _work(slice_.work, self.options, figure.depth)
-        return limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
+        found = limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
+        return found and found.rate
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(asdict(self), indent=1))
@@ -194,6 +195,8 @@ def predict(
         what = "to be written" if s in missing else "in the cache"
         say(f"{s.name}: {s.nbytes / 1e9:.2f} GB, {what}")
     say(choice.order)
+    for line in EngineConfig(threads=options.threads).notes:
+        say(line)
     try:
         for s in missing:
             write(s, folder, progress)
@@ -326,6 +329,7 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
         scale = _scale(choice.slices[0], options, depth)
         samples = [m.seconds[kind] for m in runner.measured[:n]]
         layers = [s.layers for s in choice.slices]
+        ceiling = limit(work, bandwidth, compute, prefill=not depth)
         estimate = extrapolate(layers, samples, whole.layers * scale, paired=choice.together)
         figure = Figure(
             kind,
@@ -336,7 +340,7 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
             rate=tokens / estimate.seconds,
             low=tokens / estimate.high,
             high=tokens / estimate.low,
-            ceiling=limit(work, bandwidth, compute, prefill=not depth),
+            ceiling=ceiling and ceiling.rate,
         )
         figures.append(_checked(figure, choice, runner, samples) if choice.check else figure)
     return Prediction(

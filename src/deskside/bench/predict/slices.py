@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deskside.bench.record import Part
 from deskside.convert.synth import PRESETS, outline, synth_file
 from deskside.errors import DesksideError
+from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
 from deskside.tape.cost import Work
 
 # Bytes for padding of tensors, the header, and the file system's own use.
 DISK_MARGIN = 1.02
+RANDOM = " with random weights"  # what `synth` calls a file behind the preset's name
+NAME = re.compile(r"(?P<preset>.+)-(?P<layers>\d+)l(-(?P<experts>\d+)e)?")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Slice:
         """Bytes of weights that an engine holds in memory: all except the embedding."""
         return self.work.dense_bytes + sum(layer.nbytes for layer in self.work.experts)
 
+    @property
+    def head_share(self) -> float:
+        """Of the bytes that a token reads at depth 0."""
+        return self.work.head_bytes / self.work.decode(0, "f16")["bytes"]
+
     def file(self, folder: Path) -> Path:
         return folder / f"{self.name}.gguf"
 
@@ -65,6 +75,47 @@ def full(preset: str) -> Slice:
     if preset not in PRESETS:
         raise DesksideError(f"preset {preset!r} is not known; choose from {', '.join(PRESETS)}")
     return Slice(preset, PRESETS[preset]["num_hidden_layers"])
+
+
+def is_random(file: GGUF) -> bool:
+    """Whether `deskside synth` wrote it."""
+    return str(file.get("general.name", "")).endswith(RANDOM)
+
+
+def part(file: GGUF) -> Part | None:
+    """What a synthetic file is of a preset; None for all of one, and for any other file."""
+    preset = str(file.get("general.name", "")).removesuffix(RANDOM)
+    shape, arch = PRESETS.get(preset), file.get("general.architecture")
+    layers, experts = (file.get(f"{arch}.{key}") for key in ("block_count", "expert_count"))
+    if not is_random(file) or shape is None or not isinstance(layers, int):
+        return None
+    layers -= int(file.get(f"{arch}.nextn_predict_layers", 0) or 0)
+    return _less(preset, layers, experts if isinstance(experts, int) else None)
+
+
+def named(name: str) -> Part | None:
+    """What a file is of a preset, by the name that `Slice` gives it: old records tell no more."""
+    found = NAME.fullmatch(name)
+    if found is None or found["preset"] not in PRESETS:
+        return None
+    return _less(found["preset"], int(found["layers"]), int(found["experts"] or 0) or None)
+
+
+def _less(preset: str, layers: int, experts: int | None) -> Part | None:
+    shape = PRESETS[preset]
+    fewer = None if experts in (None, shape.get("num_experts")) else experts
+    if (layers, fewer) == (shape["num_hidden_layers"], None):
+        return None
+    return Part(preset, layers, fewer)
+
+
+def label(part: Part) -> str:
+    """ "8 of 40 layers", and of the experts where not all are there."""
+    shape = PRESETS[part.preset]
+    text = f"{part.layers} of {shape['num_hidden_layers']} layers"
+    if part.experts:
+        text += f", {part.experts} of {shape['num_experts']} experts"
+    return text
 
 
 def period(preset: str) -> int:

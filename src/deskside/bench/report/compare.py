@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from deskside.bench.predict.slices import label
 from deskside.bench.record import Record, Target
 from deskside.bench.report.analysis import summarise
 from deskside.bench.report.facts import Row, Side
+from deskside.bench.report.part import part_of
 from deskside.bench.report.stats import FEWEST, Ratio, median_ratio
 from deskside.errors import DesksideError
 
@@ -108,7 +110,9 @@ def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) ->
 
 
 def _label(target: Target) -> str:
-    return ", ".join(part for part in (target.name, target.engine) if part) or "unnamed"
+    part = part_of(target)
+    slice_ = label(part) if part is not None else ""
+    return ", ".join(text for text in (target.name, slice_, target.engine) if text) or "unnamed"
 
 
 def _phases(side: Side, *, paired: bool) -> set[str]:

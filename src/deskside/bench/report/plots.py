@@ -160,19 +160,21 @@ def profile(record: Record, phase: str) -> Plot | None:
         Axis("", 0, len(ops)),
         height=svg.TOP + svg.BOTTOM + ROW * len(ops),
     )
-    start = plot.at_x(0)
+    start, over = plot.at_x(0), False
     for i, op in enumerate(ops):
         text = svg.TOP + ROW * i + LABEL
         top = text + 6
         end = plot.at_x(op.seconds * per)
         bar = plot.element("rect", "bar", x=start, y=top, width=end - start, height=THICK)
         figures = f"{number(op.seconds * per)} {unit}"
-        min_seconds = roofline(op, bandwidth, compute)
-        if min_seconds is not None:
-            figures += f", {percent(min_seconds / op.seconds)}"
-            x = plot.at_x(min_seconds * per)
+        least = roofline(op, bandwidth, compute)
+        if least is not None:
+            figures += f", {percent(least.seconds / op.seconds)}"
+            over = over or least.seconds > op.seconds
+            x = plot.at_x(least.seconds * per)
             plot.element("line", "least", x1=x, x2=x, y1=top - 2, y2=top + THICK + 2)
             plot.note = "line: the least that the machine allows; %: its share of the time taken"
+            plot.note += "; over 100 %: see the table" if over else ""
         ET.SubElement(bar, "title").text = f"{op.name}: {figures}"
         name = op.name if len(op.name) <= LONGEST else f"{op.name[: LONGEST - 1]}…"
         plot.write(start + 2, text, f"{name}: {figures}")
