@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,10 +31,8 @@ class Model:
 
     def _mtp_blocks(self, blocks: int) -> int:
         """Blocks for multi-token prediction behind the layers, where the metadata does not say."""
-        n = 0
-        while n < blocks and self.has(f"blk.{blocks - 1 - n}.nextn.eh_proj.weight"):
-            n += 1
-        return n
+        found = (re.match(r"blk\.(\d+)\.nextn\.", name) for name in self.file.tensors)
+        return max(0, blocks - min((int(block[1]) for block in found if block), default=blocks))
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number >= 0 from the metadata. key: without the architecture's prefix.
