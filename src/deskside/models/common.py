@@ -132,6 +132,19 @@ class Model:
             at += rows
         return found
 
+    def biases_of(self, prefix: str, fused: str, parts: Mapping[str, int]) -> list[TensorInfo]:
+        """As `rows_of`, for the biases {prefix}{part}.bias: vectors by name and length."""
+        joined = f"{prefix}{fused}.bias"
+        names = {f"{prefix}{part}.bias": n for part, n in parts.items()}
+        if self.has(next(iter(names))) or not self.has(joined):
+            return [self.tensor(name, n) for name, n in names.items()]
+        whole, at, found = self.tensor(joined, sum(parts.values())), 0, []
+        for name, n in names.items():
+            offset = whole.offset + whole.type.row_bytes(at)
+            found.append(replace(whole, name=name, shape=(n,), offset=offset, source=joined))
+            at += n
+        return found
+
     def head(self, t: TapeBuilder, x: Value, token_embd: TensorInfo) -> Value:
         """Output norm and LM head; without an `output.weight` the embedding serves as head."""
         x = t.take_rows(x)
