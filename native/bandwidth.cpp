@@ -19,7 +19,7 @@ void check(int n_threads, int64_t bytes, int repeats) {
     throw std::invalid_argument("read_bandwidth: at least 1 thread, 1 MiB and 1 repeat");
 }
 
-// Keeps the calling thread on one CPU as long as it lives. A CPU that it may not have is no error.
+// Pins the calling thread to one CPU while this object lives. A forbidden CPU is ignored.
 class OnCpu {
  public:
   OnCpu([[maybe_unused]] const std::vector<int>& cpus, [[maybe_unused]] int thread) {
@@ -46,7 +46,7 @@ class OnCpu {
 #endif
 };
 
-// Words of 8 bytes that each of n threads reads.
+// The number of 8-byte words that each of n threads reads.
 int64_t part_of(int64_t bytes, int n) { return bytes / 8 / n / 32 * 32; }
 
 }  // namespace
@@ -69,13 +69,13 @@ double Reader::read(int n_threads, int repeats, const std::vector<int>& cpus) co
   std::vector<uint64_t> sums(size_t(n_threads) * 8);
   Pool pool(n_threads);
   double best = 0;
-  // The first pass only brings threads to their CPUs.
+  // The first pass only moves threads to their CPUs.
   for (int i = cpus.empty() ? 0 : -1; i < repeats; i++) {
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int t) {
       const OnCpu here(cpus, t);
       const uint64_t *p = data + t * part, *end = p + part;
-      // Independent sums, so that loads and not additions are the limit.
+      // Independent sums, so that loads are the limit, not additions.
       uint64_t a[8] = {};
       for (; p < end; p += 8)
         for (int j = 0; j < 8; j++) a[j] += p[j];
@@ -84,7 +84,7 @@ double Reader::read(int n_threads, int repeats, const std::vector<int>& cpus) co
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     if (i >= 0) best = std::max(best, double(part) * 8 * n_threads / seconds.count());
   }
-  // The sums are used, so the reads cannot be left out.
+  // Using the sums keeps the compiler from removing the reads.
   if (sums[0] == 0) throw std::runtime_error("read_bandwidth: memory was not read");
   return best;
 }
@@ -116,15 +116,15 @@ double barrier_seconds(int n_threads, double seconds) {
     throw std::invalid_argument("barrier_seconds: at least 1 thread and some time");
   constexpr int kBatch = 20, kLeast = 16;
   Pool pool(n_threads);
-  Team team(n_threads, [] { return 0L; });  // nobody goes on leave
+  Team team(n_threads, [] { return 0L; });  // no thread is sent on leave
   std::vector<double> batches;
   int count = 0;
   bool stop = false;
-  team.gather();
+  team.gather(n_threads);
   const double start = now_micros();
   double mark = start;
   pool.run([&](int t) {
-    while (!stop)  // written inside barriers
+    while (!stop)  // `stop` is written inside barriers
       team.barrier(t, [&] {
         if (++count % kBatch != 0) return;
         const double now = now_micros();
@@ -133,7 +133,7 @@ double barrier_seconds(int n_threads, double seconds) {
         stop = int(batches.size()) >= kLeast && now - start > 1e6 * seconds;
       });
   });
-  // The others lost a core to another program on the way.
+  // Slower groups lost a core to another program meanwhile.
   const auto low = batches.begin() + long(batches.size() / 8);
   std::nth_element(batches.begin(), low, batches.end());
   return 1e-6 * *low;

@@ -11,7 +11,7 @@ std::vector<Isa> instruction_sets() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 #if defined(DESKSIDE_EMULATE_AVX512)
-  // First, as the slowest: every choice by speed passes it over.
+  // The slowest, so it is never selected by speed.
   sets.insert(sets.begin(), {&kernels_avx512_emulated, avx2});
 #endif
   sets.push_back({&kernels_avx2, avx2});
@@ -36,7 +36,7 @@ const Kernels& choose_kernels(const std::string& name) {
     if (isa.supported) best = isa.kernels;
   }
   if (!name.empty())
-    throw std::invalid_argument("instruction set " + name + " is not compiled in; there is " +
+    throw std::invalid_argument("instruction set " + name + " is not compiled in; choose one of " +
                                 known);
   return *best;
 }

@@ -1,4 +1,4 @@
-// Which instruction sets were compiled in, which ones this machine runs, and the choice among them.
+// Lists the instruction sets that were compiled in, and selects one that this machine runs.
 #pragma once
 
 #include <string>

@@ -1,8 +1,8 @@
 // The only interface across instruction sets: a table of kernels, one instance per compiled set.
 //
-// Files compiled once per instruction set see only this header, quants.h, simd.h and what they
-// include by name, and keep everything but their table entry in internal linkage: a weak symbol
-// from an AVX-512 file must never be picked for the baseline path.
+// Some files are compiled once per instruction set. They see only this header, quants.h, simd.h and
+// what they include by name. Everything in them but the table entry has internal linkage. Otherwise
+// the linker could select a weak symbol from an AVX-512 file for the baseline path.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,9 @@ namespace deskside {
 // clang-format off
 enum class Type : int32_t {
   F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
-  Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
-  IQ4_KS = 144, IQ4_KSS = 146,
+  Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, BF16 = 30,
+  MXFP4 = 39, Q6_0 = 133, IQ4_K = 139, IQ5_K = 140, IQ6_K = 141, IQ4_KS = 144, IQ4_KSS = 146,
+  IQ5_KS = 152,
 };
 // clang-format on
 
@@ -24,8 +25,8 @@ static inline bool is_float(Type t) { return t == Type::F32 || t == Type::F16 ||
 constexpr int kPanelRows = 16;
 static inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-// A weight matrix packed in panels of 16 rows (panel.h), `stride` bytes from a panel to the next.
-// Float types keep their rows one after another within a panel.
+// A weight matrix packed in panels of 16 rows (panel.h), `stride` bytes apart. In a panel of a
+// float type, the rows follow each other.
 struct Weights {
   const uint8_t* data;
   Type type;
@@ -34,19 +35,20 @@ struct Weights {
   int64_t panels() const { return panels_of(rows); }
 };
 
-// Rows of activations in 8 bits, for quantised weights. A row is one record:
+// Bytes of a record: one row of activations in 8 bits, for quantised weights. Its fields:
 //   q    int8[cols]        x[i] ~ q[i] * d[i / 32]
 //   d    float[cols / 32]
 //   s    float[cols / 32]  d * sum of the block's q (for weights with a minimum)
 //   c32  int32[cols / 32]  -128 * sum of the block's q (for weights biased by 128)
 //   c16  int32[cols / 16]  the same per 16
-static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 20 + 63) / 64 * 64; }
+//   s16  float[cols / 16]  as s, per 16
+static inline int64_t record_bytes(int64_t cols) { return (cols + cols / 32 * 28 + 63) / 64 * 64; }
 
-// The rows of activations that a matrix is multiplied with: row i of n is row index[i] in memory,
-// or row i where there is no index.
+// The n rows of activations that a matrix is multiplied with. Row i is row index[i] in memory, or
+// row i without an index.
 struct Rows {
-  const float* f;    // of `cols` values, `stride` floats from a row to the next; for float weights
-  const uint8_t* q;  // records, one behind the other; for quantised weights
+  const float* f;    // for float weights: rows of `cols` values, `stride` floats apart
+  const uint8_t* q;  // for quantised weights: records, one after another
   int64_t cols, stride;
   int n;
   const int32_t* index = nullptr;
@@ -55,24 +57,24 @@ struct Rows {
 // The panels [begin, end) of a matrix.
 struct PanelRange {
   int64_t begin, end;
-  // What the thread reads after them, for the prefetcher; null if that lies behind the last panel.
+  // What the thread reads next, to prefetch it. Null: the bytes after the last panel.
   const uint8_t* then = nullptr;
 };
 
-// Where a product goes: value (i, r) belongs to row i of the activations and to row r of the
-// matrix, counted from the first row of the range of panels.
+// Where a product is written: value (i, r) at at[i * stride + r]. i counts the rows of activations,
+// r the rows of the matrix from the first panel of the range on.
 struct Results {
   float* at;
-  int64_t stride;  // floats from a row of activations to the next
+  int64_t stride;  // in floats
 };
 
-// Work memory of one thread for matmul: two unpacked panels, and for F16 and BF16 four rows of
-// floats.
+// One thread's work memory for matmul: two unpacked panels, and four rows of floats for F16 and
+// BF16.
 struct Tile {
   struct Unpacked {
     int8_t* w;     // (cols / 32, 8, 64)
     float* scale;  // (cols / 32, 1 or 2, 16)
-    float* min;    // (cols / 32, 16)
+    float* min;    // (cols / 32, 1 or 2, 16)
   } panel[2];
   float* f;
 };
@@ -90,8 +92,8 @@ struct DeltaSlice {
   int64_t out_stride;
 };
 
-// Attention of `n_rows` query rows that share one KV head over positions [begin, end).
-// Row r belongs to token r / group, may see positions <= pos0 + r / group.
+// Attention of `n_rows` query rows that share one KV head, over positions [begin, end). Row r
+// belongs to token r / group and sees positions up to pos0 + r / group.
 struct AttentionTile {
   const float* const* q;  // n_rows pointers to head_dim floats
   int n_rows, group, head_dim;
@@ -103,34 +105,35 @@ struct AttentionTile {
   float* work;             // attention_work(head_dim) floats
   float *acc, *max, *sum;  // (n_rows, head_dim), (n_rows), (n_rows): unnormalised result
 };
-constexpr int kKeyBlock = 64;   // positions between two corrections of the maximum
-constexpr int kQueryRows = 32;  // most rows of a tile
-constexpr int kMostKeys = 8;    // most keys decoded together
-// Queries and keys; scores of a block; a strip of values; one of results; four numbers a row.
+constexpr int kKeyBlock = 64;   // positions per update of the maximum
+constexpr int kQueryRows = 32;  // limit on the rows of a tile
+constexpr int kMaxKeys = 8;     // limit on the keys decoded together
+// Floats of work memory: queries and keys, scores of a block, a strip of values, a strip of
+// results, four numbers per row.
 static inline int64_t attention_work(int head_dim) {
   const int64_t dim = (head_dim + 31) / 32 * 32;
-  return dim * (kQueryRows + kMostKeys) + (kKeyBlock + kMostKeys) * kQueryRows + kKeyBlock * 32 +
+  return dim * (kQueryRows + kMaxKeys) + (kKeyBlock + kMaxKeys) * kQueryRows + kKeyBlock * 32 +
          kQueryRows * (32 + 4) + 16;
 }
 
 struct Kernels {
   const char* name;
 
-  // Rounds n values of a row, from column `first` on, to 8 bits in its record, d = max|x| / 127 per
-  // block of 32. first and n are multiples of 32.
+  // Rounds n values of a row, from column `first` on, to 8 bits in its record. In each block of 32,
+  // d = max|x| / 127. first and n are multiples of 32.
   void (*quantize)(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t cols);
-  // Multiplies every row of x with every row of the panels.
+  // Multiplies every row of x by every row of the panels.
   void (*matmul)(const Weights& w, const PanelRange& panels, const Rows& x, const Results& y,
                  const Tile& tile);
-  // The same for two matrices of one shape and type, whose panels are interleaved in memory: y is
-  // the product with w, z with v.
+  // The same for two matrices w and v of one shape and type. Their panels alternate in memory. y is
+  // the product with w, z the product with v.
   void (*matmul_pair)(const Weights& w, const Weights& v, const PanelRange& panels, const Rows& x,
                       const Results& y, const Results& z, const Tile& tile);
 
-  // Runs `rounds` of integer dot products on registers and returns how many products that were:
-  // with the time it took, what no matrix kernel of this instruction set can exceed.
+  // Runs `rounds` of integer dot products on registers, and returns the number of products. Their
+  // rate is the limit of any matrix kernel of this instruction set.
   int64_t (*dot_peak)(int64_t rounds, int32_t* result);
-  // The same of float32 multiply-adds.
+  // The same for float32 multiply-adds.
   int64_t (*float_peak)(int64_t rounds, float* result);
 
   void (*rms_norm)(const float* x, const float* w, int n, float eps, float* y);
@@ -140,17 +143,18 @@ struct Kernels {
   void (*sigmoid_gate)(const float* x, const float* gate, int64_t n, bool per_row, float* y);
   void (*add)(const float* x, const float* y, int64_t n, float* out);
   void (*axpy)(float a, const float* x, int64_t n, float* y);
-  // Some channels of n tokens: x (n, channels), taps w (kernel, channels) and state (kernel - 1,
-  // channels), which is advanced, both `width` floats from a row to the next, y (n, channels)
-  // `ldy`.
+  // Convolution and SiLU for some channels of n tokens. x and y are (n, channels), y's rows `ldy`
+  // floats apart. The taps w are (kernel, channels), the state is (kernel - 1, channels); the rows
+  // of both are `width` floats apart. The state advances.
   void (*conv_silu)(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
                     float* state, float* y, int64_t ldy);
-  // In place, n heads: a to the decay e^(ssm_a softplus(a + dt_bias)), b to sigmoid(b).
+  // For n heads, in place: a becomes the decay e^(ssm_a softplus(a + dt_bias)), b becomes
+  // sigmoid(b).
   void (*delta_gates)(float* a, float* b, const float* ssm_a, const float* dt_bias, int n);
   void (*gated_delta)(const DeltaSlice& s);
   void (*store_kv)(const float* x, int n, Type type, uint8_t* dst);
   void (*attention)(const AttentionTile& t);
-  // Best k of n by value, the lower index first among equals, and their softmax.
+  // The k largest of n logits and their softmax. Of equal logits the lower index comes first.
   void (*route)(const float* logits, int n, int k, float* ids, float* weights);
 };
 

@@ -1,4 +1,5 @@
-// Python's view of the native code. Checks arguments, keeps arrays alive, releases the GIL.
+// The Python bindings of the native code. They check arguments, keep arrays alive and release the
+// GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -20,7 +21,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
-// A buffer is a tuple in Python: offset into the arena, width, stride.
+// In Python a buffer is a tuple: offset into the arena, width, stride.
 template <> struct nb::detail::type_caster<deskside::Buffer> {
   NB_TYPE_CASTER(deskside::Buffer, const_name("tuple[int, int, int]"))
 
@@ -48,13 +49,13 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-// Packed weights that Python holds: they keep their arena alive.
+// Packed weights owned by Python. They keep their arena alive.
 struct PyWeights {
   std::shared_ptr<Arena> arena;
   Weights w;
-  int64_t groups;  // matrices of the same shape, one after another
+  int64_t groups;  // number of matrices of the same shape, one after another
 
-  // Matrix `group` as the file has it, into `to` (rows, row bytes).
+  // Writes matrix `group`, as the file's bytes, to `to` (rows, row bytes).
   void unpack(int64_t group, OutBytes to) const {
     const int64_t rows = w.rows / groups;
     require(group >= 0 && group < groups, "unpack: no such matrix");
@@ -72,7 +73,7 @@ int64_t panel_bytes(int type, int64_t cols) {
   return row * kPanelRows;
 }
 
-// pages: "auto" (transparent huge pages), "off" (4 KiB), "2MiB" or "1GiB" (reserved ones).
+// pages: "auto" (transparent huge pages), "off" (4 KiB pages), "2MiB" or "1GiB" (reserved pages).
 MemoryKind memory_kind(const std::string& pages, const std::vector<int>& nodes, bool strict) {
   const char* const names[] = {"off", "auto", "2MiB", "1GiB"};
   for (int node : nodes) require(node >= 0 && node < 4096, "nodes: numbers from 0 to 4095");
@@ -92,9 +93,13 @@ class PyArena {
     arena_ = std::make_shared<Arena>(bytes, kind);
   }
 
+  // group_bytes: from one matrix to the next in the file; -1 where nothing lies between them.
   PyWeights from_file(int fd, int64_t offset, int type, int64_t cols, int64_t rows, int64_t groups,
-                      int64_t at, int64_t stride, int n_threads) {
-    return fill({nullptr, fd, offset}, type, cols, rows, groups, at, stride, n_threads);
+                      int64_t at, int64_t stride, int n_threads, int64_t group_bytes) {
+    const int64_t own = rows * (panel_bytes(type, cols) / kPanelRows);
+    if (group_bytes == -1) group_bytes = own;
+    require(group_bytes >= own, "pack: the matrices overlap");
+    return fill({nullptr, fd, offset, group_bytes}, type, cols, rows, groups, at, stride, n_threads);
   }
 
   PyWeights from_array(Bytes data, int type, int64_t cols, int64_t groups, int64_t at,
@@ -103,7 +108,8 @@ class PyArena {
             "pack: rows do not divide by groups");
     require(int64_t(data.shape(1)) * kPanelRows == panel_bytes(type, cols),
             "pack: rows of a wrong length");
-    return fill({data.data(), -1, 0}, type, cols, int64_t(data.shape(0)) / groups, groups, at,
+    const int64_t rows = int64_t(data.shape(0)) / groups;
+    return fill({data.data(), -1, 0, rows * int64_t(data.shape(1))}, type, cols, rows, groups, at,
                 stride, n_threads);
   }
 
@@ -155,8 +161,8 @@ class PyReader {
   std::unique_ptr<Reader> reader_;
 };
 
-// The work memory of a program that is not built: its ops are told by their shapes. Each op answers
-// for itself, so no other code repeats its formula.
+// The work memory of a program that is not built, from the shapes of its ops. Each op computes its
+// own need, so that the formula exists once.
 class PyWorkMemory {
  public:
   explicit PyWorkMemory(int max_tokens) : max_tokens_(max_tokens) {}
@@ -201,7 +207,7 @@ class PyWorkMemory {
   WorkMemory need_;
 };
 
-// A row is a task of Team::share, which counts to 2^20.
+// Team::share takes rows as tasks, and counts them in 20 bits.
 constexpr int kMaxTokens = 1 << 18;
 
 class PyProgram {
@@ -255,7 +261,8 @@ class PyProgram {
     add(Quantize{.in = in, .out = out});
   }
 
-  // parts: (weights, out, to logits, weights of up or None, (taps, state) of a convolution or None)
+  // parts: tuples of weights, out, to_logits, the weights of `up` or None, and a convolution's
+  // (taps, state) or None.
   void linear(Buffer in, Buffer record, bool per_output, nb::list parts) {
     Linear op{.in = {in, record}, .per_output = per_output, .parts = {}};
     for (nb::handle entry : parts) {
@@ -391,7 +398,7 @@ class PyProgram {
 
   void finish() { program_.finish(); }
 
-  // One entry a state: arrays (slots, ...) and for keys and values their types.
+  // One entry per state: its arrays (slots, ...), and for keys and values their types.
   void set_states(nb::list entries) {
     std::vector<State> states;
     keep_states_.clear();
@@ -418,15 +425,17 @@ class PyProgram {
     program_.set_states(std::move(states));
   }
 
-  // The arena of activations, for whoever feeds a part of the steps and takes what it made.
+  // The arena of activations: callers of a part of the steps write its inputs and read its outputs.
   Activations activations() {
     return Activations(program_.activations(), {size_t(arena_floats_)}, nb::find(this));
   }
 
-  // Runs the steps [begin, end), all from `begin` on if end is -1. segments: (n, 3) of slot,
-  // position, token count. Returns each step's microseconds if `profile`.
+  // Runs the steps [begin, end); end = -1 stands for all. segments: (n, 3) of slot, position, token
+  // count. Returns the microseconds of each step if `profile`.
   std::vector<double> run(Ints tokens, Ints segments, Ints outputs, FloatMatrix logits,
-                          bool profile, int begin, int end) {
+                          bool profile, int begin, int end, int threads) {
+    if (threads == 0) threads = program_.n_threads();
+    require(threads >= 1 && threads <= program_.n_threads(), "run: bad number of threads");
     const int n_steps = int(program_.n_steps());
     if (end < 0) end = n_steps;
     require(begin >= 0 && begin <= end && end <= n_steps, "run: bad range of steps");
@@ -436,7 +445,7 @@ class PyProgram {
     const int n = int(batch.tokens.size());
     require(n >= 1 && n <= program_.max_tokens(), "run: bad number of tokens");
     require(int(batch.outputs.size()) <= program_.max_tokens(), "run: too many outputs");
-    // Without an embedding or a head of its own a program neither reads tokens nor writes logits.
+    // A program without embedding reads no tokens, and one without head writes no logits.
     for (int32_t t : batch.tokens)
       require(t >= 0 && (n_vocab_ == 0 || t < n_vocab_), "run: token id out of range");
     for (int32_t i : batch.outputs) require(i >= 0 && i < n, "run: output row out of range");
@@ -461,7 +470,7 @@ class PyProgram {
     bool done;
     {
       nb::gil_scoped_release release;
-      done = program_.run(batch, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
+      done = program_.run(batch, threads, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
         nb::gil_scoped_acquire acquire;
         return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
       });
@@ -480,7 +489,7 @@ class PyProgram {
     program_.add(std::make_unique<OpOf<T>>(std::move(op)));
   }
 
-  // Weights for the rows of `x`: of as many columns, and with records where they are quantised.
+  // Checks weights against the rows of `x`: equal columns, and records if they are quantised.
   Weights matrix(const PyWeights& w, const Input& x) {
     require(w.w.cols == x.f.width, "matrix: rows of a wrong length");
     require(is_float(w.w.type) || int64_t(x.q.width) * 4 >= record_bytes(x.f.width),
@@ -550,6 +559,11 @@ NB_MODULE(_native, m) {
            "cpus"_a = std::vector<int>())
       .def_prop_ro("nodes_error", &deskside::PyReader::nodes_error);
   m.attr("PANEL_ROWS") = deskside::kPanelRows;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("panel_bytes", &deskside::panel_bytes, "type"_a, "cols"_a, "Bytes of 16 packed rows.");
   m.def("record_bytes", &deskside::record_bytes, "cols"_a, "Bytes of a row of 8-bit activations.");
   nb::class_<deskside::PyWeights>(m, "Weights")
@@ -559,7 +573,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<int64_t, const std::string&, const std::vector<int>&, bool>(), "bytes"_a,
            "pages"_a = "auto", "nodes"_a = std::vector<int>(), "strict"_a = false)
       .def("from_file", &deskside::PyArena::from_file, "fd"_a, "offset"_a, "type"_a, "cols"_a,
-           "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a)
+           "rows"_a, "groups"_a, "at"_a, "stride"_a, "n_threads"_a, "group_bytes"_a = -1)
       .def("from_array", &deskside::PyArena::from_array, "data"_a, "type"_a, "cols"_a, "groups"_a,
            "at"_a, "stride"_a, "n_threads"_a)
       .def_prop_ro("nbytes", &deskside::PyArena::nbytes)
@@ -600,7 +614,8 @@ NB_MODULE(_native, m) {
       .def("finish", &PyProgram::finish)
       .def("set_states", &PyProgram::set_states)
       .def("run", &PyProgram::run, "tokens"_a, "segments"_a, "outputs"_a, "logits"_a,
-           "profile"_a = false, "begin"_a = 0, "end"_a = -1)
+           "profile"_a = false, "begin"_a = 0, "end"_a = -1, "threads"_a = 0,
+           "threads: how many of the program's run it; 0 for all of them.")
       .def_prop_ro("activations", &PyProgram::activations)
       .def_prop_ro("isa", &PyProgram::isa)
       .def_prop_ro("n_threads", &PyProgram::n_threads)

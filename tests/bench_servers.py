@@ -113,8 +113,8 @@ class Handler(BaseHTTPRequestHandler):
         cached = 0
         if body["cache_prompt"]:
             pairs = zip(prompt[:-1], self.server.cached, strict=False)
-            cached = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-            cached = min(n_prompt - 1, len(self.server.cached)) if cached is None else cached
+            shared = min(n_prompt - 1, len(self.server.cached))
+            cached = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
         self.begin()
         made: list[int] = []
         for i in self.tokens(n):

@@ -17,9 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def ctrl_c_works() -> Iterator[None]:
-    """Gives SIGINT its default action here and, since exec resets handlers, in processes that tests
-    start. A shell's background job and `nohup` begin with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_end_processes() -> Iterator[None]:
+    """Gives SIGINT and SIGHUP their default actions here and, since exec resets handlers, in
+    processes that tests start. A shell's background job ignores the one, `nohup` the other."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hangup)

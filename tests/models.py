@@ -16,7 +16,7 @@ from deskside.gguf.quants import quant_type
 from deskside.gguf.writer import GGUFWriter
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="deskside-tests-")
-PRESETS = ("tiny-moe", "tiny-dense", "tiny-qwen3moe", "tiny-llama")
+PRESETS = ("tiny-moe", "tiny-dense", "tiny-qwen3moe", "tiny-qwen3", "tiny-qwen2", "tiny-llama")
 # Narrow and short, so that the NumPy reference stays quick.
 SMALL: dict[str, Any] = {"layers": 4, "vocab": 2560}
 

@@ -10,9 +10,9 @@ import numpy as np
 from deskside.gguf import GGUF
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
-from models import tiny
-from placements import IDS, batch, cache_options, cpu_moe
-from torch_devices import Layout, PlacedBackend, parse_devices, torch_ops
+from tests.models import tiny
+from tests.placements import IDS, batch, cache_options, cpu_moe
+from tests.torch_devices import Layout, PlacedBackend, parse_devices, torch_ops
 
 PRESET = "tiny-moe"
 TAPE = build_tape(GGUF.open(tiny(PRESET)))
@@ -70,7 +70,7 @@ def needed(backend: Any, name: str = "emu0", kv: str = "f16") -> int:
     """Bytes of weights, states, work memory, slots and cache of a device."""
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
-    states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
+    states = sum(held.nbytes for i, held in cache.device_states.items() if homes[i] == name)
     work = backend._work(backend.devices[name])
     return backend.weight_bytes()[name] + states + work + backend.offload.nbytes(name)
 

@@ -11,7 +11,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.models import build_tape
 from deskside.tape.cache import Batch, Cache, Segment
-from models import tiny
+from tests.models import tiny
 
 IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()
 

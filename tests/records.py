@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def make_record(
     """
     rng = np.random.default_rng(seed)
     order = np.random.default_rng(0).permutation(prompts) if shuffle else np.array(prompts)
-    runs = []
+    runs: list[Any] = []
     for position, prompt in enumerate(order.tolist()):
         for side in sides:
             factor = (factors or {}).get(position, 1.0) * (side_factors or {}).get(side, 1.0)

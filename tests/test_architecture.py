@@ -81,7 +81,9 @@ def test_files_stay_small(path: Path) -> None:
 
 def test_tests_that_need_another_engine_are_marked() -> None:
     """`make test` deselects the mark and `make test-all` selects it: none is left out of both."""
-    needs = re.compile(r"importorskip\(|\bpackages\(|^from (offload|torch_devices) import", re.M)
+    needs = re.compile(
+        r"importorskip\(|\bpackages\(|^from (offload|torch_devices) import|^import ik_ggml", re.M
+    )
     for path in Path(__file__).parent.glob("test_*.py"):
         text = path.read_text(encoding="utf-8")
         assert path == Path(__file__) or not needs.search(text) or "mark.external" in text, path

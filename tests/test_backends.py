@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape import Op, Value
 from deskside.tape.cache import Batch, Cache, Segment
-from models import PRESETS, tiny
+from tests.models import PRESETS, tiny
 
 ISAS = [name for name, supported in _native.instruction_sets() if supported]
 IDS = np.random.default_rng(0).integers(0, 2000, 90).tolist()
@@ -36,7 +38,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cpu_equals_reference_on_float_weights(preset: str, isa: str) -> None:
-    options = {"ctk": "f32", "ctv": "f32"}
+    options: dict[str, Any] = {"ctk": "f32", "ctv": "f32"}
     expected = LLM(tiny(preset, "F32"), backend="reference", **options).logits(IDS)
     got = LLM(tiny(preset, "F32"), isa=isa, **options).logits(IDS)
     # Both sum in float32 in different orders: some 2^-24 * sqrt(256) a matrix, 30 matrices deep.
@@ -72,6 +74,42 @@ def test_the_number_of_threads_changes_nothing() -> None:
         results.append(backend.run(one_sequence(IDS), new_cache(tape.states)))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_prefill_and_decode_have_threads_of_their_own() -> None:
+    file = GGUF.open(tiny())
+    tape = build_tape(file)
+    used: list[int] = []
+
+    def results(host: HostOptions) -> list[np.ndarray]:
+        backend = CpuBackend(file, tape, host, max_tokens=90)
+        program = backend.program
+        backend.program = mock.Mock(wraps=program)
+        cache = new_cache(tape.states, n_slots=2)
+        found = [
+            backend.run(one_sequence(IDS[:40]), cache),
+            backend.run(one_sequence(IDS[40:41], pos=40), cache),
+            backend.run(one_sequence(IDS[41:43], pos=41), cache),
+            backend.run(one_sequence(IDS[43:44], pos=43), cache),
+        ]
+        used[:] = [call.args[-1] for call in backend.program.run.call_args_list]
+        assert program.n_threads == max(host.n_threads, host.n_threads_batch)
+        return found
+
+    expected = results(HostOptions(3))
+    assert used == [3, 3, 3, 3]
+    for decode, prefill in ((1, 5), (5, 1), (2, 8)):
+        found = results(HostOptions(decode, n_threads_batch=prefill))
+        assert used == [prefill, decode, prefill, decode]
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    program = CpuBackend(file, tape, HostOptions(2), max_tokens=4).program
+    one = np.zeros((1, 3), np.int32)
+    for threads in (-1, 3):
+        with pytest.raises(ValueError, match="bad number of threads"):
+            program.run(
+                one[0, :1], one + 1, one[0, :1], np.empty((1, 1), np.float32), False, 0, 0, threads
+            )
 
 
 def new_cache(states: tuple[object, ...], n_slots: int = 1, n_ctx: int = 2000) -> Cache:
@@ -189,8 +227,8 @@ def test_steps_keep_order_and_buffers_never_overlap(data: st.DataObject) -> None
     rows = data.draw(st.integers(1, 8))
     offsets, total = plan_buffers(steps, rows, Value(-1, 0))
     spans: dict[int, list[int]] = {}
-    for i, step in enumerate(steps):
-        for op in step.ops:
+    for i, made in enumerate(steps):
+        for op in made.ops:
             for value in (*op.inputs, *op.outputs):
                 spans.setdefault(value.id, []).append(i)
     for a in values:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
 from deskside.bench.measure.arrivals import Arrivals, timed
 from deskside.bench.measure.endpoint import LlamaServer, OpenAIServer, connect, is_local
 from deskside.bench.measure.loop import characterise
@@ -19,8 +18,9 @@ from deskside.bench.record import Record, Run
 from deskside.bench.workload import Item, Workload
 from deskside.errors import DesksideError
 from deskside.machine import rates
-from models import tiny
-from test_cli import inside, refused
+from tests.bench_servers import BAD_JSON, N_CTX, Handler, Server, serving
+from tests.commands import inside, refused
+from tests.models import tiny
 
 WORKLOAD = Workload(
     "w",
@@ -338,7 +338,7 @@ def test_which_servers_and_models_there_are(
     with pytest.raises(DesksideError, match="--endpoint http://"):
         connect("http://")
     for url in ("http://me:secret@127.0.0.1:1", "http://127.0.0.1:1/?key=secret"):
-        with pytest.raises(DesksideError, match="would be recorded; use --api-key") as failure:
+        with pytest.raises(DesksideError, match="must not be in it; use --api-key") as failure:
             connect(url)
         assert "secret" not in str(failure.value)
     assert is_local("localhost") and is_local("127.0.0.1") and not is_local("example.org")

@@ -32,8 +32,8 @@ from deskside.gguf import GGUF
 from deskside.machine import rates, watch
 from deskside.models import build_tape
 from deskside.tape.cost import Work
-from models import tiny
-from test_cli import COMMAND, inside, refused
+from tests.commands import COMMAND, inside, refused
+from tests.models import tiny
 
 SMALL = Workload(
     "small",
@@ -83,6 +83,8 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
         assert 0 < run.prefill_seconds <= run.first_seconds < run.total_seconds
         assert run.first_seconds + run.decode_seconds <= run.total_seconds
         assert len(run.output) == 64 and run.started.endswith("+00:00")
+        assert run.answer is not None and run.answer.asked == item.generate
+        assert run.answer.characters > 0
     one, two, talk, on, more = record.runs
     assert (one.prompt_tokens, one.cached_tokens) == (40, 0) and one.depth == 40
     assert (two.prompt_tokens, two.cached_tokens) == (90, 0)
@@ -90,6 +92,7 @@ def test_every_clock_is_filled_and_they_agree(target: InProcess, tmp_path: Path)
     assert (on.prompt_tokens, on.cached_tokens) == (21, talk.depth + 4)
     assert (more.prompt_tokens, more.cached_tokens) == (26, on.depth + 4)
     assert record.targets["A"].plan["kv"] > 0 and record.machine.cores > 0
+    assert record.targets["A"].random and record.machine.container
 
 
 def test_only_the_first_run_after_loading_is_cold(tmp_path: Path) -> None:
@@ -242,6 +245,13 @@ def test_resume_wants_the_same_measurement(target: InProcess, tmp_path: Path) ->
     assert path.read_bytes() == before
     resumed(SMALL, target, 1)  # complete: nothing to do, nothing changed
     assert path.read_bytes() == before
+    # a record of before some field of an item existed
+    old = Record.load(path)
+    for item in old.workload["items"]:
+        del item["representative"]
+    old.save(path)
+    resumed(SMALL, target, 1)
+    assert [key(r) for r in Record.load(path).runs] == [key(r) for r in old.runs]
 
 
 def test_too_long_is_refused_before_anything_runs(target: InProcess, tmp_path: Path) -> None:
@@ -292,7 +302,7 @@ def test_a_failed_run_is_recorded_and_made_again_on_resume(
     target: InProcess, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.json"
-    record = characterise(SMALL, {"A": Failing(target, {1, 3})}, path)  # type: ignore[dict-item]
+    record = characterise(SMALL, {"A": Failing(target, {1, 3})}, path)
     errors = [r.error for r in record.runs]
     assert errors[0] is None and errors[1] == "it broke" and errors[3] == "it broke"
     assert errors[2] is None and errors[4] is not None and "talk on" in errors[4]
@@ -415,6 +425,7 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     workload, out = files
     done = bench("-w", workload, "--out", out, "--runs", "2", "--temp", "0", "--profile")
     assert done.returncode == 0, done.stderr
+    assert b"this process may use" not in done.stderr
     record = Record.load(out)
     assert len(record.runs) == 12 and all(r.ok for r in record.runs)
     assert record.workload["sampling"]["temperature"] == 0 and record.profile
@@ -426,6 +437,12 @@ def test_bench_writes_a_record_and_a_table(files: tuple[Path, Path]) -> None:
     assert Record.load(out) == record
     done = inside("bench", "--resume", out, "--no-report")
     assert done.returncode == 0 and Record.load(out) == record
+
+
+def test_threads_beyond_the_cores_are_told(files: tuple[Path, Path]) -> None:
+    workload, out = files
+    done = bench("-w", workload, "--out", out, "-t", "4096", "--max-tokens", "2")
+    assert done.returncode == 0 and b"-t 4096: this process may use" in done.stderr
 
 
 def test_resume_after_kill_9(files: tuple[Path, Path]) -> None:
@@ -484,7 +501,7 @@ def test_ctrl_c_says_how_to_go_on(files: tuple[Path, Path]) -> None:
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130 and b"Traceback" not in stderr
-    assert f"--resume {out} goes on".encode() in stderr
+    assert f"--resume {out} continues".encode() in stderr
     assert len(Record.load(out).runs) >= 2
 
 
@@ -510,7 +527,7 @@ def test_replay_repeats_the_same_runs(files: tuple[Path, Path], tmp_path: Path) 
     first, second = Record.load(out), Record.load(again)
     assert [r.output for r in first.runs] == [r.output for r in second.runs]
     assert first.workload == second.workload and second.targets["A"].n_ctx == 100
-    refused("bench", "--replay", out, "-t", "2", part="--threads has no place")
+    refused("bench", "--replay", out, "-t", "2", part="--threads cannot be combined")
     # another file under the same name
     record = json.loads(out.read_text())
     record["targets"]["A"]["files"][0]["sha256"] = "0" * 64
@@ -569,9 +586,10 @@ def test_a_key_is_not_recorded() -> None:
     assert _command(["bench", "--api-key=s3"]) == ["bench", "--api-key=…"]
 
 
-def test_bench_is_imported_only_when_asked() -> None:
-    code = "import deskside.cli.app, sys; assert 'deskside.bench' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_the_command_line_imports_only_the_request_of_bench() -> None:
+    code = "import deskside.cli.app, sys; print(*(m for m in sys.modules if '.bench.' in m))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert done.stdout.split() == [b"deskside.bench.request"]
 
 
 def test_the_bar_ends_full(target: InProcess, tmp_path: Path) -> None:

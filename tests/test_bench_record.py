@@ -12,7 +12,7 @@ import pytest
 
 from deskside.bench.record import Record
 from deskside.errors import DesksideError
-from records import make_record
+from tests.records import make_record
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -24,7 +24,7 @@ from deskside.bench.measure.text import (
     tokens_of,
 )
 from deskside.errors import DesksideError
-from models import tiny
+from tests.models import tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deskside.bench.workload import Workload, fit_context, shipped
 from deskside.errors import DesksideError
+from deskside.machine import gallery
 
 GOOD = """
 name = "w"
@@ -37,8 +38,20 @@ def read(tmp_path: Path, text: str, suffix: str = ".toml") -> Workload:
 def test_the_article_is_as_the_article() -> None:
     w = Workload.read("article")
     assert len(w.items) == 28
-    assert {min(i.prompt for i in w.items), max(i.prompt for i in w.items)} == {500, 16000}
-    assert {min(i.generate for i in w.items), max(i.generate for i in w.items)} == {133, 2048}
+    published = sorted((i for i in w.items if i.representative), key=lambda i: i.name)
+    shapes = [(i.prompt, i.generate) for i in published]
+    assert shapes == [(4699, 13), (1125, 2048), (1124, 2048), (15866, 2048), (550, 520)]
+    assert shapes == [(r.prompt, r.generated) for r in gallery.entry("article").runs]
+    # the others by the rule that the file states
+    by_name = {i.name: (i.prompt, i.generate) for i in w.items}
+    for k in range(1, 24):
+        answer = 9 * (k - 1) % 23 + 1
+        assert by_name[f"between {k}"] == (
+            round(550 * (15866 / 550) ** (k / 24)),
+            round(13 * (2048 / 13) ** (answer / 24)),
+        )
+    in_order = sorted(w.items, key=lambda i: (i.prompt, i.generate))
+    assert list(w.items) == [in_order[13 * (n + 1) % 28] for n in range(28)]
     s = w.sampling
     assert (s.temperature, s.repeat_penalty, s.min_p, s.top_p, s.top_k) == (
         0.7,
@@ -157,7 +170,7 @@ def test_shrinking(tmp_path: Path) -> None:
     assert w.shrunk() == w
     for bad in ({"scale": 0.0}, {"scale": 1.1}, {"max_prompt": 0}, {"max_tokens": -1}):
         with pytest.raises(DesksideError, match="--"):
-            w.shrunk(**bad)  # type: ignore[arg-type]
+            w.shrunk(**bad)
 
 
 def test_what_is_too_long_is_refused_or_listed(tmp_path: Path) -> None:

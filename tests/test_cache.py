@@ -16,8 +16,8 @@ from deskside.gguf.quants import quant_type
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import PRESETS, tiny
-from placements import IDS, batch
+from tests.models import PRESETS, tiny
+from tests.placements import IDS, batch
 
 CUTS = (1, 13, 40)  # tokens of the sequence when it is kept
 Made = tuple[Any, Cache]

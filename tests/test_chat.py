@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
+import os
 from importlib import resources
 from typing import Any
 
@@ -11,6 +15,7 @@ from deskside.text.chat import ChatTemplate
 
 QWEN35 = resources.files("deskside").joinpath("data/qwen35-chat-template.jinja").read_text("utf-8")
 USER = {"role": "user", "content": "hi"}
+BARE = {"content": "hi"}  # nobody's text, which a template may leave out
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "the <b>weather</b> & more — für dich"},
@@ -24,7 +29,7 @@ def qwen() -> ChatTemplate:
 
 
 def render(source: str, messages: list[dict[str, Any]] | None = None, **options: Any) -> str:
-    return ChatTemplate(source, "<s>", "</s>", "toy.gguf").render(messages or [USER], **options)
+    return ChatTemplate(source, "<s>", "</s>", "toy.gguf").render(messages or [BARE], **options)
 
 
 def refused(source: str, **options: Any) -> str:
@@ -101,8 +106,8 @@ CONVERSATIONS = [
     ([{"role": "system", "content": "s"}, USER], {"tools": [WEATHER]}),
     ([USER, {"role": "assistant", "content": "a", "tool_calls": [CALL, CALL]}], {}),
     (
-        [{"role": "user", "content": [{"type": "text", "text": "<a & b>"}, {"type": "image"}]}],
-        {"add_vision_id": True, "enable_thinking": False},
+        [{"role": "user", "content": [{"type": "text", "text": "<a & b>"}]}],
+        {"enable_thinking": False},
     ),
     ([USER, {"role": "assistant", "content": None, "reasoning_content": "r"}, USER], {}),
 ]
@@ -119,6 +124,161 @@ def test_renders_as_transformers_does(
         [messages], chat_template=QWEN35, add_generation_prompt=generation, **options
     )
     assert qwen.render(messages, add_generation_prompt=generation, **options) == expected[0]
+
+
+# Shapes of messages.
+
+LOOP = "{% for m in messages %}"
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+OPENER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PARTS = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+READS = {
+    "text": f"{LOOP}{TURN}{{% endfor %}}{OPENER}",
+    "joined text": LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}" + OPENER,
+    "parts": f"{LOOP}{TURN.replace('{{ m.content }}', PARTS)}{{% endfor %}}{OPENER}",
+    "parts of the user alone": LOOP
+    + "<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}"
+    + f"{PARTS}{{% else %}}{{{{ m.content | trim }}}}{{% endif %}}<|im_end|>\n"
+    + f"{{% endfor %}}{OPENER}",
+    "either": LOOP + "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    f"{{% else %}}{PARTS}{{% endif %}}<|im_end|>\n{{% endfor %}}{OPENER}",
+}
+
+
+@pytest.mark.parametrize("source", READS.values(), ids=READS)
+@pytest.mark.parametrize("given", ["a", ["a"], ["a", "b c"]], ids=str)
+def test_the_texts_are_in_the_prompt_whichever_shape_of_content_is_read(
+    source: str, given: Any
+) -> None:
+    def content(text: str) -> Any:
+        pieces = [text] if isinstance(given, str) else [text + piece for piece in given]
+        return text + "a" if pieces == [text] else [{"type": "text", "text": p} for p in pieces]
+
+    whole = "".join(given if isinstance(given, str) else ["a", "sb c"][: len(given)])
+    messages = [
+        {"role": "system", "content": content("s")},
+        {"role": "user", "content": content("s")},
+        {"role": "assistant", "content": content("s")},
+        {"role": "user", "content": content("s")},
+    ]
+    turns = "".join(f"<|im_start|>{m['role']}\ns{whole}<|im_end|>\n" for m in messages)
+    assert render(source, messages) == turns + "<|im_start|>assistant\n"
+
+
+def test_a_text_that_is_left_out_is_an_error() -> None:
+    system = {"role": "system", "content": "be brief"}
+    no_system = LOOP + "{% if m.role != 'system' %}[{{ m.content }}]{% endif %}{% endfor %}"
+    assert render(no_system, [USER], add_generation_prompt=False) == "[hi]"
+    with pytest.raises(DesksideError, match=r"^toy.gguf: .* leaves out the text of the system's"):
+        render(no_system, [system, USER], add_generation_prompt=False)
+    with pytest.raises(DesksideError, match="leaves out the text of the user's"):
+        render("{{ messages[0].text }}", [USER])
+    with pytest.raises(DesksideError, match="leaves out the text of the user's"):
+        render("{{ messages[-1].content }}", [USER, {**USER, "content": "other"}])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["m.content | trim", "m.content | tojson", "m.content.split() | join(' ')", "m.content"],
+)
+def test_a_text_may_be_trimmed_or_encoded(written: str) -> None:
+    text = '  say "é\u2028"\n\tto <them>  '
+    source = f"{LOOP}[{{% if m.role == 'user' %}}{{{{ {written} }}}}]{{% endif %}}{{% endfor %}}"
+    assert render(source, [{"role": "user", "content": text}], add_generation_prompt=False)
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, 7, {"type": "text"}])
+def test_parts_other_than_text_are_refused(qwen: ChatTemplate, part: Any) -> None:
+    with pytest.raises(DesksideError, match="deskside reads text only"):
+        qwen.render([{"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
+
+
+def called(arguments: Any, **more: Any) -> list[dict[str, Any]]:
+    function = {"name": "weather", "arguments": arguments}
+    call = {"type": "function", "function": function} if not more.pop("flat", False) else function
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return [USER, answer, {"role": "tool", "content": "rain"}]
+
+
+ITERATES = (
+    LOOP + "{{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function or c %}"
+    "{{ f.name }}{% for k, v in f.arguments | items %}[{{ k }}={{ v }}]{% endfor %}{% endfor %}"
+    "{% endfor %}"
+)
+WRITES_TEXT = (
+    LOOP + "{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ (c.function or c).arguments }}{% endfor %}{% endfor %}"
+)
+JOINS_TEXT = WRITES_TEXT.replace("{{ (c.function or c)", "{{ '' + (c.function or c)")
+ENCODES = WRITES_TEXT.replace(".arguments }}", ".arguments | tojson }}")
+
+
+@pytest.mark.parametrize("arguments", ['{"town": "Köln"}', {"town": "Köln"}])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (ITERATES, "hiweather[town=Köln]rain"),
+        (WRITES_TEXT, 'hi{"town": "Köln"}rain'),
+        (JOINS_TEXT, 'hi{"town": "Köln"}rain'),
+        (ENCODES, 'hi{"town": "Köln"}rain'),
+    ],
+)
+def test_arguments_of_a_call_may_be_text_or_an_object(
+    source: str, text: str, arguments: Any, flat: bool
+) -> None:
+    messages = called(arguments, flat=flat)
+    before = copy.deepcopy(messages)
+    assert render(source, messages) == text
+    assert messages == before
+
+
+@pytest.mark.parametrize("nothing", ["", "  ", "{}", {}, None])
+def test_a_call_without_arguments(nothing: Any, qwen: ChatTemplate) -> None:
+    assert render(ITERATES, called(nothing)) == "hiweatherrain"
+    assert "<function=weather>\n</function>" in qwen.render(called(nothing))
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", "7", [1], "[" * 100_000])
+def test_arguments_that_are_no_object_are_named(bad: Any, qwen: ChatTemplate) -> None:
+    with pytest.raises(DesksideError, match="call of 'weather' are no JSON object"):
+        qwen.render(called(bad))
+
+
+def test_an_opener_that_the_template_leaves_out_is_added() -> None:
+    no_turn = f"{LOOP}{TURN}{{% endfor %}}"
+    template = ChatTemplate(no_turn, name="toy.gguf")
+    with pytest.warns(UserWarning, match=r"toy.gguf: .*assistant's opener; it is added"):
+        text = template.render([USER])
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert template.render([USER]) == text  # told once
+    assert template.render([USER], add_generation_prompt=False) + "<|im_start|>assistant\n" == text
+
+
+def test_a_format_without_an_opener_gets_none() -> None:
+    inst = LOOP + (
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    assert render(inst, [USER]) == "[INST] hi [/INST]"
+
+
+def test_after_a_fork_both_processes_render() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", name="toy.gguf")
+    assert template.render([USER]) == "hi"
+    with template._lock:  # as if another thread were rendering
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                code = int(template.render([{"content": "child"}]) != "child")
+                del template
+                gc.collect()
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert template._process.poll() is None
+    assert template.render([USER]) == "hi"
 
 
 # What templates may use.
@@ -209,10 +369,10 @@ def test_hostile_templates_end_in_one_line(source: str) -> None:
 def test_a_template_that_was_stopped_can_be_used_again() -> None:
     loop = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
     template = ChatTemplate("{% if spin %}" + loop + "{% endif %}fine", name="t", seconds=3)
-    assert template.render([USER]) == "fine"
+    assert template.render([BARE]) == "fine"
     with pytest.raises(DesksideError, match="too much time"):
-        template.render([USER], spin=True)
-    assert template.render([USER]) == "fine"
+        template.render([BARE], spin=True)
+    assert template.render([BARE]) == "fine"
 
 
 # From a file.
@@ -224,7 +384,7 @@ def test_from_metadata() -> None:
         "tokenizer.ggml.tokens": ["a", "b"],
         "tokenizer.ggml.bos_token_id": np.uint32(1),
     }
-    assert ChatTemplate.from_metadata(metadata, "toy.gguf").render([USER]) == "b|"
+    assert ChatTemplate.from_metadata(metadata, "toy.gguf").render([BARE]) == "b|"
 
 
 def test_without_a_template_chatml_if_its_tokens_exist() -> None:
@@ -234,6 +394,11 @@ def test_without_a_template_chatml_if_its_tokens_exist() -> None:
     )
     with pytest.raises(DesksideError, match=r"^toy.gguf: .*complete instead"):
         ChatTemplate.from_metadata({"tokenizer.ggml.tokens": ["a"]}, "toy.gguf")
+
+
+def test_an_empty_template_is_none() -> None:
+    metadata = {"tokenizer.ggml.tokens": ["<|im_start|>"], "tokenizer.chat_template": " \n"}
+    assert "<|im_start|>user\nhi" in ChatTemplate.from_metadata(metadata, "toy.gguf").render([USER])
 
 
 def test_a_template_that_is_not_text_is_an_error() -> None:

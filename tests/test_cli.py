@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pty
 import re
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import resources
 from importlib.metadata import version
@@ -20,46 +19,15 @@ from unittest import mock
 
 import pytest
 
-from deskside.cli import app as cli
+from deskside.bench.request import Request
+from deskside.cli.bench import RUNS, TARGETS, WORKLOAD
+from deskside.cli.escapes import unescaped
 from deskside.cli.flags import OPTIONS
+from deskside.cli.model import MODEL, ModelFlags
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
-from models import rewrite, tiny
-
-COMMAND = [sys.executable, "-c", "from deskside.cli import main; main()"]
-
-
-def deskside(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=120
-    )
-
-
-def inside(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """As `deskside`, in this process: for what is said, where starting one would take longest."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["deskside", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        cli.main()
-    code = ended.value.code
-    assert isinstance(code, int)
-    said = (out.getvalue().encode(), err.getvalue().encode())
-    return subprocess.CompletedProcess(list(map(str, arguments)), code, *said)
-
-
-def refused(*arguments: str | Path, stdin: bytes = b"", part: str) -> None:
-    """One line on stderr, nothing on stdout, exit code 2."""
-    done = inside(*arguments, stdin=stdin)
-    lines = done.stderr.decode().strip().splitlines()
-    assert done.returncode == 2, done
-    assert done.stdout == b""
-    assert len([line for line in lines if "error" in line]) == 1
-    assert part in lines[0], lines
+from tests.commands import COMMAND, deskside, inside, refused
+from tests.models import rewrite, tiny
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +60,66 @@ def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stderr.decode().splitlines() if line.startswith("note:")]
-    assert len(notes) == 6 and all("does nothing" in line for line in notes)
+    assert notes == [
+        "note: these change nothing here: -fa, --jinja",
+        "note: there is no GPU to use; these change nothing: -ngl, --main-gpu",
+    ]
 
 
 def test_piped_text_is_the_prompt_and_need_not_be_utf8(model: Path) -> None:
     done = deskside("run", "-m", model, "-n", "2", stdin=b"caf\xe9 \xff")
     assert done.returncode == 0 and "not all UTF-8" in done.stderr.decode()
+
+
+def prefilled(*arguments: str | Path, stdin: bytes = b"") -> int:
+    """Tokens of the prompt of `deskside run -no-cnv`."""
+    done = deskside("run", "-no-cnv", "-n", "1", "--temp", "0", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"prefill (\d+) tokens", done.stderr.decode())
+    assert found
+    return int(found[1])
+
+
+def test_escapes_of_prompts_and_stop_strings(model: Path, tmp_path: Path) -> None:
+    m, file = ("-m", model), tmp_path / "f"
+    file.write_text("a\\n\\nb")
+    real, literal = prefilled(*m, "-p", "a\n\nb"), prefilled(*m, "-p", "a\\n\\nb", "--no-escape")
+    assert real != literal
+    assert prefilled(*m, "-p", "a\\n\\nb") == prefilled(*m, "-p", "a\\n\\nb", "-e") == real
+    assert prefilled(*m, "-f", file) == real
+    assert prefilled(*m, "-f", file, "--no-escape") == literal
+    assert prefilled(*m, stdin=b"a\\n\\nb") == literal  # piped text is nobody's command line
+    with mock.patch("deskside.cli.run._main") as begun:
+        inside("run", "-p", "x", "-r", "\\n\\n", "-r", "\\x41", "--temp", "0")
+        assert begun.call_args[0][5].stop == ("\n\n", "A")
+        inside("run", "-p", "x", "-r", "\\n", "--no-escape")
+        assert begun.call_args[0][5].stop == ("\\n",)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (b"\\n\\r\\t\\'\\\"\\\\", b"\n\r\t'\"\\"),
+        (b"\\\\n", b"\\n"),
+        (b"\\xC3\\xa9\\x0", b"\xc3\xa9\\x0"),
+        (b"\\d+ \\ \\u00e9 \\xg1", b"\\d+ \\ \\u00e9 \\xg1"),
+        (b"ends in \\", b"ends in \\"),
+    ],
+)
+def test_escapes_are_llama_cpps(typed: bytes, meant: bytes) -> None:
+    assert unescaped(typed) == meant
+
+
+def test_a_prompt_of_odd_bytes(model: Path, tmp_path: Path) -> None:
+    plain = prefilled("-m", model, "-p", "what")
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfwhat")
+    assert prefilled("-m", model, "-f", tmp_path / "bom") == plain
+    assert prefilled("-m", model, stdin=b"\xef\xbb\xbfwhat") == plain
+    odd = os.fsdecode(b"caf\xe9")
+    for flag in ("-p", "-sys"):
+        done = deskside("run", "-m", model, "-n", "1", "-p", "x", flag, odd)
+        assert done.returncode == 0, done.stderr
+        assert f"{flag} is not all UTF-8" in done.stderr.decode()
 
 
 def test_context_zero_and_too_many_threads_are_defined(model: Path) -> None:
@@ -209,9 +231,28 @@ def test_help_and_version() -> None:
 def test_every_setting_has_one_flag() -> None:
     settings = [*fields(EngineConfig), *fields(SamplingParams)]
     assert set(OPTIONS) == {setting.name for setting in settings}
+    assert list(MODEL) == [field.name for field in fields(ModelFlags)]
     for command in ("run", "perplexity", "bench"):  # one sequence at a time
         assert b"--parallel" not in inside(command, "--help").stdout
     assert b"--parallel" in inside("plan", "--help").stdout
+
+
+def test_every_field_of_a_bench_request_has_one_flag() -> None:
+    flags = [*TARGETS, *WORKLOAD, *RUNS]
+    others = ["model", "options", "sampling"]  # flags that bench shares with other commands
+    assert sorted(flags + others) == sorted(f.name for f in fields(Request))
+
+
+def test_a_model_by_name_takes_only_flags_that_need_no_workload() -> None:
+    for given, flag in [
+        (("--no-ignore-eos",), "--ignore-eos"),
+        (("-c", "512"), "--ctx-size"),
+        (("-m", "x.gguf"), "--model"),
+        (("-dev", "cuda0"), "--device"),
+        (("-w", "article"), "--workload"),
+    ]:
+        refused("bench", "--preset", "tiny-moe", *given, part=f"{flag} has no meaning")
+    refused("bench", "--layers", "4", part="--preset NAME")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(model: Path) -> None:

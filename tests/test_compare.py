@@ -15,7 +15,7 @@ from deskside.gguf import GGUF
 from deskside.machine import rates
 from deskside.models import build_tape
 from deskside.tape.cost import Experts, Work, limit
-from models import tiny
+from tests.models import tiny
 from tools.compare import machine, measure, peers, plan, prepare, record, report
 from tools.kernels import instructions
 
@@ -111,9 +111,9 @@ def test_experts_that_tokens_share_are_read_once() -> None:
 
 def test_the_limit_is_the_lower_bound() -> None:
     work = {"bytes": 2.0, "macs": 10.0}
-    assert limit(work, 100, 1000, prefill=True) == 50
-    assert limit(work, 100, 100, prefill=True) == 10
-    assert limit(work, 100, None, prefill=False) == 50
+    assert limit(work, 100, 1000, prefill=True) == (50, "bandwidth")
+    assert limit(work, 100, 100, prefill=True) == (10, "compute")
+    assert limit(work, 100, None, prefill=False) == (50, "bandwidth")
     assert limit(work, 100, None, prefill=True) is None
     assert limit(work, None, 100, prefill=False) is None
 
@@ -270,7 +270,7 @@ def test_the_table() -> None:
     assert cells[:4] == ["decode, depth 0", "37.5", "30", "1.25 (1.23..1.27) / 1.25 pass"]
     # the faster of ik_llama.cpp's two
     assert cells[4:6] == ["36 r", "1.04 (1.03..1.06) / 1.05 FAIL"]
-    assert cells[6:] == ["40", "94% / 93% pass"]
+    assert cells[6:] == ["40", "94% of bandwidth / 93% pass"]
     row = next(line for line in text.splitlines() if "prefill 512" in line)
     assert [c.strip() for c in row.strip("│ ").split("│")][1:] == ["100", *["-"] * 6]
     for line in (

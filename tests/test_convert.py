@@ -20,7 +20,7 @@ from deskside.convert.huggingface import convert_hf
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.text.tokenizer import Tokenizer
-from hf_checkpoints import (
+from tests.hf_checkpoints import (
     CONTROL_TOKEN,
     EXPERTS,
     HEAD_DIM,
@@ -401,6 +401,149 @@ def test_add_bos(tmp_path: Path, post: Any, settings: dict[str, Any], adds: bool
     assert GGUF.open(tmp_path / "out.gguf").metadata["tokenizer.ggml.add_bos_token"] is adds
 
 
+def test_ids_that_the_run_does_not_need_are_left_out(tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path / "hf",
+        QWEN3MOE | {"bos_token_id": -1, "pad_token_id": VOCAB + 5, "eos_token_id": 260},
+        qwen3moe_tensors(),
+    )
+    notes = convert_hf(folder, tmp_path / "out.gguf")
+    m = GGUF.open(tmp_path / "out.gguf").metadata
+    assert "tokenizer.ggml.bos_token_id" not in m
+    assert "tokenizer.ggml.padding_token_id" not in m
+    assert m["tokenizer.ggml.eos_token_id"] == 260
+    assert any(f"pad_token_id {VOCAB + 5}" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "named", "eos", "ends"),
+    [
+        ([260, 7], None, None, 260, {260, 7}),
+        ([260, 7, 8, 9], [10, 260], None, 260, {260, 7, 8, 9, 10}),
+        (7, 260, None, 7, {7, 260}),
+        # config.json often keeps the base model's
+        (7, None, CONTROL_TOKEN, 260, {260}),
+        ([7, 8], 9, CONTROL_TOKEN, 260, {260, 7, 8, 9}),
+        (-1, [-1, VOCAB], CONTROL_TOKEN, 260, {260}),
+        (None, None, None, None, set()),
+    ],
+)
+def test_every_listed_id_ends_an_answer(
+    tmp_path: Path, config: Any, generation: Any, named: Any, eos: int | None, ends: set[int]
+) -> None:
+    folder = write_checkpoint(
+        tmp_path / "hf", QWEN3MOE | {"eos_token_id": config}, qwen3moe_tensors()
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    convert_hf(folder, tmp_path / "out.gguf")
+    tokenizer = Tokenizer.from_metadata(GGUF.open(tmp_path / "out.gguf").metadata, "out.gguf")
+    assert tokenizer.eos_id == eos
+    assert tokenizer.stop_ids == ends
+
+
+TEMPLATES = {
+    "chat_template.jinja": "jinja",
+    "chat_template.json": json.dumps({"chat_template": "json"}),
+    "tokenizer_config.json": json.dumps({"chat_template": "config"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "default", "named"),
+    [
+        (TEMPLATES, "jinja", {}),
+        (("chat_template.json", "tokenizer_config.json"), "json", {}),
+        (("tokenizer_config.json",), "config", {}),
+        (
+            {
+                "tokenizer_config.json": json.dumps(
+                    {
+                        "chat_template": [
+                            {"name": "default", "template": "d"},
+                            {"name": "tool_use", "template": "t"},
+                            {"name": 3, "template": None},
+                        ]
+                    }
+                )
+            },
+            "d",
+            {"tool_use": "t"},
+        ),
+        ({"tokenizer_config.json": json.dumps({"chat_template": {"default": "o"}})}, "o", {}),
+        (
+            {
+                "chat_template.jinja": "jinja",
+                "additional_chat_templates/Tool-Use.jinja": "t",
+                "additional_chat_templates/rag.jinja": "r",
+            },
+            "jinja",
+            {"tool_use": "t", "rag": "r"},
+        ),
+    ],
+)
+def test_chat_templates_in_all_of_hugging_faces_places(
+    tmp_path: Path, files: Any, default: str, named: dict[str, str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "hf", QWEN3MOE, qwen3moe_tensors())
+    (folder / "additional_chat_templates").mkdir()
+    for name in files:
+        (folder / name).write_text(files[name] if isinstance(files, dict) else TEMPLATES[name])
+    assert convert_hf(folder, tmp_path / "out.gguf") == []
+    m = GGUF.open(tmp_path / "out.gguf").metadata
+    prefix = "tokenizer.chat_template"
+    assert m[prefix] == default
+    assert {k.removeprefix(f"{prefix}."): v for k, v in m.items() if f"{prefix}." in k} == named
+    assert set(m.get(f"{prefix}s", [])) == set(named)
+
+
+@pytest.mark.parametrize(
+    ("told", "default", "note"),
+    [
+        (None, None, "no chat template"),
+        ("", None, "no chat template"),
+        ([{"name": "rag", "template": "r"}], "r", "took 'rag'"),
+    ],
+)
+def test_without_a_default_template_there_is_a_note(
+    tmp_path: Path, told: Any, default: str | None, note: str
+) -> None:
+    folder = write_checkpoint(tmp_path / "hf", QWEN3MOE, qwen3moe_tensors())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": told}))
+    (told_note,) = convert_hf(folder, tmp_path / "out.gguf")
+    assert note in told_note
+    assert GGUF.open(tmp_path / "out.gguf").get("tokenizer.chat_template") == default
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "hf", LLAMA, llama_tensors())
+    convert_hf(folder, tmp_path / "whole.gguf")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    convert_hf(folder, tmp_path / "one.gguf")
+    names = sorted(llama_tensors())
+    for no, part in enumerate((names[::2], names[1::2]), 1):
+        path = folder / f"model-{no:05}-of-00002.safetensors"
+        write_safetensors(path, {n: llama_tensors()[n] for n in part})
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    convert_hf(folder, tmp_path / "two.gguf")
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes() == whole
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    refused(folder, tmp_path, "no model.safetensors and no model.safetensors.index.json")
+    write_safetensors(folder / "model-00003-of-00003.safetensors", {})
+    refused(folder, tmp_path, "is the checkpoint complete")
+
+
+def test_a_snapshot_of_the_cache_has_its_repositorys_name(tmp_path: Path) -> None:
+    commit = "hub/models--acme--tiny-1b/snapshots/0123456789abcdef"
+    folder = write_checkpoint(tmp_path / commit, LLAMA, llama_tensors())
+    convert_hf(folder, tmp_path / "out.gguf")
+    assert GGUF.open(tmp_path / "out.gguf").metadata["general.name"] == "tiny-1b"
+    (tmp_path / "my-model").symlink_to(folder)
+    convert_hf(tmp_path / "my-model", tmp_path / "out.gguf")
+    assert GGUF.open(tmp_path / "out.gguf").metadata["general.name"] == "tiny-1b"
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], Any]
@@ -437,7 +580,6 @@ def refused(folder: Path, tmp_path: Path, message: str) -> None:
         ({"vocab_size": VOCAB + 1}, r"embed_tokens\S+ has shape \[300, 12\].*\[301, 12\]"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"attn_output_gate": False}, "attn_output_gate"),
-        ({"eos_token_id": VOCAB}, "eos token 300 is outside"),
     ],
 )
 def test_bad_config(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from deskside.gguf.roles import Role, role
 from deskside.models import build_tape
 from deskside.tape import Tape, TapeBuilder
 from deskside.tape.cost import MATRICES, BatchShape, Experts, Work, state_bytes, work
-from models import PRESETS
+from tests.models import PRESETS
 
 ALL = (*PRESETS, "qwen3.5-35b-a3b")
 

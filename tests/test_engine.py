@@ -6,13 +6,14 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from deskside import LLM, DesksideError, SamplingParams
 from deskside.machine.system import usable_cores
-from models import rewrite, tiny
+from tests.models import rewrite, tiny
 
 IDS = np.random.default_rng(1).integers(0, 2000, 40).tolist()
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
@@ -105,7 +106,7 @@ def test_a_stream_ends_when_another_generation_begins(llm: LLM) -> None:
     first = llm.stream(IDS, GREEDY)
     next(first)
     llm.generate(IDS[:5], GREEDY)
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         next(first)
 
 
@@ -136,6 +137,9 @@ def test_context_zero_is_the_models_own() -> None:
 def test_more_threads_than_cores_run_as_many_as_there_are() -> None:
     llm = LLM(tiny(), ctx=64, threads=4096)
     assert llm.config.n_threads == usable_cores()
+    (note,) = llm.notes
+    assert note.startswith(f"-t 4096: this process may use {usable_cores()} cores")
+    assert not LLM(tiny(), ctx=64, threads=usable_cores()).notes
     assert len(llm.generate(IDS, GREEDY).tokens) == 12
 
 
@@ -160,7 +164,7 @@ def test_zero_tokens_may_be_asked_for(llm: LLM) -> None:
         ({"speed": 11}, "speed"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, object], part: str) -> None:
+def test_bad_options_are_named(options: dict[str, Any], part: str) -> None:
     with pytest.raises(DesksideError, match=part):
         LLM(tiny(), **options)
 
@@ -217,3 +221,32 @@ def test_a_cache_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(engine, "available_memory", lambda: 100_000)
     with pytest.raises(DesksideError, match=r"-c 4096 needs .* GB"):
         LLM(tiny())
+
+
+def test_a_forked_process_gets_one_error_and_may_load_anew() -> None:
+    llm = LLM(tiny(), threads=2, ctx=64)
+    want = llm.generate("a", GREEDY).tokens
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:  # a thread that computes while another one forks
+        with llm.loaded.turn:
+            held.set()
+            let_go.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            llm.generate("a", GREEDY)
+        except DesksideError as error:
+            anew = LLM(tiny(), threads=2, ctx=64).generate("a", GREEDY).tokens
+            code = 0 if "before a fork" in str(error) and anew == want else 2
+        finally:
+            os._exit(code)
+    let_go.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert llm.generate("a", GREEDY).tokens == want

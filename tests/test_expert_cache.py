@@ -19,8 +19,8 @@ from deskside.lowering.steps import Stretch
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import tiny
-from offload import (
+from tests.models import tiny
+from tests.offload import (
     EXPERT,
     N_EXPERT,
     NAMES,
@@ -34,8 +34,8 @@ from offload import (
     results,
     results_of,
 )
-from placements import IDS, batch, cache_options
-from torch_devices import ExpertCache, StreamOptions
+from tests.placements import IDS, batch, cache_options
+from tests.torch_devices import ExpertCache, StreamOptions
 
 pytestmark = pytest.mark.external
 
@@ -263,9 +263,9 @@ def test_a_device_never_holds_more_than_was_reckoned(native: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"nbytes": EXPERT + TABLE - 1}, "hold no expert of"),
-        ({"nbytes": 0}, "hold no expert of"),
-        ({"policy": "fifo"}, "policy 'fifo' is none of lfu, lru"),
+        ({"nbytes": EXPERT + TABLE - 1}, "too little for an expert of"),
+        ({"nbytes": 0}, "too little for an expert of"),
+        ({"policy": "fifo"}, "unknown policy 'fifo'; choose one of lfu, lru"),
         ({"max_promotions": -1}, "max_promotions of at least 0"),
         ({"half_life": 0.0}, "a half_life above 0"),
         ({"margin": 0.5}, "margin of at least 1"),
@@ -299,7 +299,7 @@ def test_a_device_lost_at_any_time_leaves_a_cache_that_is_right(after: int) -> N
     with pytest.raises(DesksideError, match=f"emu1 was lost while {what}") as error:
         backend.run(batch((0, 3, [IDS[40]])), cache)
     assert "\n" not in str(error.value)
-    assert not any(h.arrays[0].any() for h in cache.held.values() if h._recurrent)
+    assert not any(h.arrays[0].any() for h in cache.device_states.values() if h._recurrent)
     with pytest.raises(DesksideError, match="emu1 was lost while"):
         backend.run(batch((0, 0, IDS[:1])), cache)
     device.lost, device.ops_until_loss = False, None  # it is back

@@ -14,7 +14,7 @@ import pytest
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.quants import QuantType, dequantize
-from gguf_files import (
+from tests.gguf_files import (
     F32,
     KSS,
     METADATA,

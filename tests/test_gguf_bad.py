@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from deskside.convert.quantize import quantize_file
+from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from gguf_files import METADATA, TENSORS, patched, refused, write
+from deskside.gguf.quants import BY_NAME
+from tests.gguf_files import METADATA, TENSORS, patched, refused, write
 
 
 def text(value: str | bytes) -> bytes:
@@ -77,10 +80,13 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "value type": (file_of([key("k", 13, b"")]), ("key 'k'", "type 13")),
     "element type": (file_of([key("k", 9, struct.pack("<IQ", 99, 0))]), ("key 'k'", "type 99")),
     "key UTF-8": (file_of([key(b"k\xff", 7, b"\x01")]), ("name of key 0", "UTF-8")),
-    "value UTF-8": (file_of([key("k", 8, text(b"\xc3"))]), ("key 'k'", "UTF-8")),
+    "value UTF-8": (
+        file_of([key("tokenizer.k", 8, text(b"\xc3"))]),
+        ("key 'tokenizer.k'", "UTF-8"),
+    ),
     "item UTF-8": (
-        file_of([key("k", 9, struct.pack("<IQ", 8, 2) + text("a") + text(b"\x80"))]),
-        ("item 1 of key 'k'", "UTF-8"),
+        file_of([key("tokenizer.k", 9, struct.pack("<IQ", 8, 2) + text("a") + text(b"\x80"))]),
+        ("item 1 of key 'tokenizer.k'", "UTF-8"),
     ),
     "key twice": (file_of([key("k", 7, b"\x01")] * 2), ("key 'k' appears twice",)),
     "alignment 0": (
@@ -95,35 +101,71 @@ BAD: dict[str, tuple[bytes, tuple[str, ...]]] = {
         file_of([key("general.alignment", 8, text("32"))]),
         ("general.alignment is '32'",),
     ),
-    "tensor name UTF-8": (file_of([], [info(b"\xfe")]), ("name of tensor 0", "UTF-8")),
     "tensor name length": (
         file_of([], [struct.pack("<Q", HUGE) + bytes(40)]),
         ("name of tensor 0", str(HUGE)),
     ),
-    "line break in a name": (file_of([], [info("a\nb", kind=99)]), (r"'a\nb'",)),
     "5 dimensions": (file_of([], [info(ne=(1,) * 5)]), ("'w'", "5 dimensions")),
     "0 dimensions": (file_of([], [info(ne=())]), ("'w'", "0 dimensions")),
     "2^32 dimensions": (
         file_of([], [text("w") + struct.pack("<I", 2**32 - 1) + bytes(64)]),
         ("'w'", "dimensions"),
     ),
-    "zero dimension": (file_of([], [info(ne=(32, 0))]), ("'w'", "shape (32, 0)")),
-    "shape product": (file_of([], [info(ne=(2**32, 2**32, 2))]), ("'w'", "shape")),
-    "unknown type": (file_of([], [info(kind=77)]), ("'w'", "type id 77")),
-    "known type": (file_of([], [info(kind=220)]), ("'w'", "IQ4_NL_R4", "220", "not supported")),
-    "row length": (file_of([], [info(ne=(48, 2), kind=8)]), ("'w'", "48", "32", "Q8_0")),
-    "row length of a row type": (file_of([], [info(ne=(128,), kind=146)]), ("'w'", "IQ4_KSS")),
-    "odd offset": (file_of([], [info(offset=4)]), ("'w'", "offset 4", "alignment 32")),
     "offset": (file_of([], [info(offset=1 << 50)]), ("'w'", "truncated")),
     "offset overflow": (file_of([], [info(offset=2**64 - 32)]), ("'w'", "truncated")),
     "truncated data": (file_of([], [info(ne=(32, 33))])[:-200], ("'w'", "truncated")),
     "name twice": (file_of([], [info(), info(offset=128)]), ("'w' appears twice",)),
+}
+
+
+# Defects of one tensor: they matter to whoever needs it.
+UNUSABLE: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "line break in a name": (file_of([], [info("a\nb", kind=99)]), (r"'a\nb'",)),
+    "zero dimension": (file_of([], [info(ne=(32, 0))]), ("'w'", "shape (32, 0)")),
+    "shape product": (file_of([], [info(ne=(2**32, 2**32, 2))]), ("'w'", "shape")),
+    "unknown type": (file_of([], [info(kind=77)]), ("'w'", "type id 77")),
+    "known type": (file_of([], [info(kind=399)]), ("'w'", "Q8_K_R8", "399", "not supported")),
+    "row length": (file_of([], [info(ne=(48, 2), kind=8)]), ("'w'", "48", "32", "Q8_0")),
+    "row length of a row type": (file_of([], [info(ne=(128,), kind=146)]), ("'w'", "IQ4_KSS")),
+    "odd offset": (file_of([], [info(offset=4)]), ("'w'", "offset 4", "alignment 32")),
     "overlap": (
         file_of([], [info("late", offset=64), info("early", ne=(32,))]),
         ("'early'", "'late'", "overlap"),
     ),
     "same place": (file_of([], [info("a"), info("b")]), ("'a'", "'b'", "overlap")),
 }
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_tensor_that_cannot_be_read_refuses_those_who_need_it(tmp_path: Path, case: str) -> None:
+    data, parts = UNUSABLE[case]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    model = GGUF.open(path)
+    assert model.tensors == {}
+    for name in model.unusable:
+        for access in (model.tensor, model.raw, model.dequantized):
+            with pytest.raises(DesksideError) as caught:
+                access(name)
+            message = str(caught.value)
+            assert "\n" not in message
+            assert all(part in message for part in ("bad.gguf", *parts))
+    with pytest.raises(DesksideError, match=r"bad\.gguf"):
+        quantize_file(path, tmp_path / "out.gguf", BY_NAME["F16"])
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_text_that_is_not_utf8_is_kept_as_it_is(tmp_path: Path) -> None:
+    path, out = tmp_path / "latin.gguf", tmp_path / "out.gguf"
+    keys = [key("general.description", 8, text(b"caf\xe9"))]
+    keys += [key("general.tags", 9, struct.pack("<IQ", 8, 2) + text("a") + text(b"\x80b"))]
+    path.write_bytes(file_of(keys, [info(b"w\xfe")]))
+    model = GGUF.open(path)
+    assert model.metadata == {"general.description": "caf\ufffd", "general.tags": ["a", "\ufffdb"]}
+    assert list(model.tensors) == ["w\ufffd"]
+    quantize_file(path, out, BY_NAME["F16"])
+    assert b"caf\xe9" in out.read_bytes()
+    assert b"\x80b" in out.read_bytes()
 
 
 @pytest.mark.parametrize("case", BAD)

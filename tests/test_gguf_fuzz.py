@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from gguf_files import METADATA, TENSORS, write
+from tests.gguf_files import METADATA, TENSORS, write
 
 HEADER = 960
 

@@ -11,7 +11,7 @@ import pytest
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.gguf.writer import GGUFWriter
-from gguf_files import F32, Q8_0, TENSORS, write
+from tests.gguf_files import F32, Q8_0, TENSORS, write
 
 
 def leftovers(folder: Path) -> list[str]:

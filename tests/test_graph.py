@@ -22,9 +22,9 @@ from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
-from models import PRESETS, tiny
-from placements import IDS, batch, cache_options, cpu_moe
-from torch_devices import (
+from tests.models import PRESETS, tiny
+from tests.placements import IDS, batch, cache_options, cpu_moe
+from tests.torch_devices import (
     ExpertCache,
     FakeDevice,
     PlacedBackend,
@@ -118,6 +118,7 @@ CASES = [
     ("tiny-dense", "F32", "f16", None, 40),
     ("tiny-qwen3moe", "F32", "f16", None, 40),
     ("tiny-llama", "F32", "f32", None, 40),
+    ("tiny-qwen2", "F32", "f32", None, 40),
     ("tiny-moe", "", "q8_0", mixed, 8),
 ]
 
@@ -267,7 +268,7 @@ def test_positions_past_the_end_may_be_anything() -> None:
     out = []
     for fill in (0, 0xFF):  # NaN in float16
         cache = own.new_cache(**cache_options("f16"))
-        for held in cache.held.values():
+        for held in cache.device_states.values():
             for array in held.arrays:
                 array.fill_(fill)
         out.append([own.run(batch((1, i, IDS[i : i + 1])), cache) for i in range(3)])
@@ -276,7 +277,7 @@ def test_positions_past_the_end_may_be_anything() -> None:
 
 def test_long_and_wide_steps_are_not_captured() -> None:
     own = backend("tiny-llama", graphs=True)
-    cache = own.new_cache(**cache_options("f16") | {"n_slots": 9})
+    cache = own.new_cache(**{**cache_options("f16"), "n_slots": 9})
     for i in range(3):
         own.run(batch((0, 2 * i, IDS[2 * i : 2 * i + 2])), cache)
         own.run(batch(*((s, 6 + i, IDS[s : s + 1]) for s in range(9))), cache)

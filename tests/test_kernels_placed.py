@@ -21,10 +21,10 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
-from models import tiny
-from oracles.need import packages
-from placements import IDS, batch, cache_options
-from torch_devices import FakeDevice, PlacedBackend, kernels, torch_ops, torch_quants
+from tests.models import tiny
+from tests.oracles.need import packages
+from tests.placements import IDS, batch, cache_options
+from tests.torch_devices import FakeDevice, PlacedBackend, kernels, torch_ops, torch_quants
 
 packages("triton")
 torch = import_module("torch")

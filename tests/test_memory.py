@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 
 from deskside.convert.synth import synth_file
+from deskside.errors import DesksideError
+from deskside.gguf import TensorInfo
+from deskside.gguf.quants import BY_NAME
+from deskside.lowering.panels import panel_bytes
 
 CTX, UBATCH = 1024, 512
 # Beyond what a tiny model needs: Python's own memory differs from run to run by this much.
@@ -166,9 +170,15 @@ def test_a_load_that_fails_keeps_nothing(model: Path) -> None:
     says = {
         "cut off": "ends early",
         "interrupted": "KeyboardInterrupt",
-        "no room for weights": "a limit (ulimit -v, overcommit) refuses them",
+        "no room for weights": "a limit of the system refuses them; raise ulimit -v",
         "no room for the rest": "-ub 512 needs",
     }
     for way, (told, left) in found.items():
         assert says[way] in told, (way, told)
         assert left < 8 << 20, (way, told, left)
+
+
+def test_a_type_without_a_kernel_is_named_with_its_file_and_tensor() -> None:
+    info = TensorInfo("blk.0.w", BY_NAME["F64"], (256, 16), Path("m.gguf"), 0)
+    with pytest.raises(DesksideError, match=r"m\.gguf: tensor blk\.0\.w has type F64.*no kernel"):
+        panel_bytes(info)

@@ -12,7 +12,7 @@ from deskside.convert.synth import synth_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
 from deskside.models import build_tape
-from models import rewrite, tiny
+from tests.models import rewrite, tiny
 
 
 def refused(path: Path, *parts: str) -> None:
@@ -58,16 +58,19 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
         ("qwen35moe.expert_used_count", 99, "99"),
         ("qwen35moe.ssm.group_count", 3, "no multiple"),
         ("qwen35moe.attention.layer_norm_rms_epsilon", float("nan"), "nan"),
-        ("qwen35moe.rope.scaling.type", "yarn", "'yarn'"),
+        ("qwen35moe.rope.scaling.type", "longrope", "'longrope'"),
+        ("qwen35moe.rope.scale_linear", 4.0, "4.0"),
+        ("qwen35moe.expert_gating_func", 2, "is 2"),
+        ("qwen35moe.norm_top_k_prob", False, "False"),
+        ("qwen35moe.ssm.v_head_reordered", False, "False"),
+        ("qwen35moe.attention.head_count", np.array([4, 4, 2, 4], np.int32), "differs"),
+        ("qwen35moe.attention.head_count", np.array([4, -4, 4, 4], np.int32), "differs"),
+        ("qwen35moe.attention.head_count_kv", np.array([0, 2]), "names 2 of 4 layers"),
+        ("qwen35moe.attention.head_count_kv", np.array([2.0] * 4, np.float32), "whole number"),
     ],
 )
 def test_bad_hyper_parameters_are_named(tmp_path: Path, key: str, value: Any, part: str) -> None:
     refused(rewrite(tiny(), tmp_path / "m.gguf", metadata={key: value}), key, part)
-
-
-def test_fused_tensors_are_named(tmp_path: Path) -> None:
-    names = {"blk.0.ffn_gate_exps.weight": "blk.0.ffn_gate_up_exps.weight"}
-    refused(rewrite(tiny(), tmp_path / "m.gguf", rename=names), "fused ffn_gate_up_exps")
 
 
 def test_mtp_tensors_are_left_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from deskside.engine.config import EngineConfig
 from deskside.errors import DesksideError
 from deskside.machine import pages
 from deskside.machine.pages import Node
-from models import tiny
+from tests.models import tiny
 
 IDS = list(range(100, 120))
 

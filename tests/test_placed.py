@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from functools import cache as cached
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from deskside.gguf import GGUF
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.tape.cache import Cache
-from models import PRESETS, tiny
-from placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
-from torch_devices import FakeDevice, PlacedBackend, parse_devices, placed_module
+from tests.models import PRESETS, tiny
+from tests.placements import IDS, batch, cache_options, cpu_moe, drawn, named, session
+from tests.torch_devices import FakeDevice, PlacedBackend, parse_devices, placed_module
 
 pytestmark = pytest.mark.external
 
@@ -147,7 +148,7 @@ def test_where_no_value_rounds_the_other_way_devices_and_cpu_agree(types: str) -
 
 
 def test_generation_on_devices_gives_the_tokens_of_the_cpu() -> None:
-    options = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
+    options: dict[str, Any] = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
     expected = LLM(tiny("tiny-moe", "F32"), **options).generate(IDS, GREEDY).tokens
     llm = LLM(tiny("tiny-moe", "F32"), override_tensor=RULES, devices=DEVICES, **options)
     assert llm.generate(IDS, GREEDY).tokens == expected
@@ -181,7 +182,7 @@ def needed(backend: PlacedBackend, name: str, kv: str = "f16") -> int:
     """Weights, states and work memory of a device."""
     cache = backend.new_cache(**cache_options(kv))
     homes = backend.state_homes()
-    states = sum(held.nbytes for i, held in cache.held.items() if homes[i] == name)
+    states = sum(held.nbytes for i, held in cache.device_states.items() if homes[i] == name)
     work = backend._work(backend.devices[name])
     return backend.weight_bytes()[name] + states + work
 
@@ -262,9 +263,9 @@ def test_a_device_lost_mid_run_ends_with_one_line_and_an_empty_sequence(
     with pytest.raises(DesksideError, match="device emu1 was lost while") as caught:
         list(stream)
     assert "\n" not in str(caught.value)
-    for held in llm.cache.held.values():
-        if held._recurrent and held._device is not device:
-            assert not held.arrays[0].any()
+    for held in llm.cache.device_states.values():
+        if held._recurrent and held._device is not device:  # type: ignore[attr-defined]
+            assert not held.arrays[0].any()  # type: ignore[attr-defined]
     for state, arrays in zip(llm.cache.states, llm.cache.arrays, strict=True):
         assert not (arrays and hasattr(state, "v_heads") and arrays[0].any())
     with pytest.raises(DesksideError, match="device emu1 was lost while"):

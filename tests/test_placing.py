@@ -20,19 +20,20 @@ from deskside.engine.config import EngineConfig
 from deskside.engine.placing import place
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.gguf.roles import Role, role
 from deskside.lowering.sections import cut_by_device, hops
 from deskside.machine import pages
 from deskside.machine.descriptions import this_machine
 from deskside.models import build_tape
-from models import PRESETS, tiny
-from test_cli import deskside, refused
-from torch_devices import PlacedBackend
+from tests.commands import deskside, refused
+from tests.models import PRESETS, tiny
+from tests.torch_devices import PlacedBackend
 
 pytestmark = pytest.mark.external
 
 TWO = "emu0:300MiB,emu1:300MiB"
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
-EXACT = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
+EXACT: dict[str, Any] = {"ctk": "f32", "ctv": "f32", "ubatch": 32}
 # The article's launch: layers dealt to two GPUs by regex, the experts that are left on the CPU.
 ARTICLE = [r"blk\.(0|1)\.ffn_.*_exps\.=CUDA0", r"blk\.(2)\.ffn_.*_exps\.=CUDA1,exps=CPU"]
 
@@ -127,6 +128,21 @@ def test_an_offload_that_helps_nobody_is_noted(options: dict[str, Any], part: st
     assert not any(u.reserved for u in llm.plan.usage)
 
 
+@pytest.mark.parametrize("layers", [99, "all"])
+def test_all_layers_means_as_much_as_fits(layers: int | str) -> None:
+    """The article's third command line: -ngl 99, whatever the card holds."""
+    tape = build_tape(GGUF.open(tiny("tiny-moe")))
+    launch = place(tape, EngineConfig(devices="emu0:4MiB", gpu_layers=layers), 512, 64)
+    assert launch.plan is not None and f"-ngl {layers}: not all" in launch.notes[0]
+    for name, device in launch.plan.placement.items():
+        if device == "cpu" and role(name) is not Role.EMBEDDING:
+            assert str(launch.plan.kinds[name]) in launch.notes[0]
+    roomy = place(tape, EngineConfig(devices="emu0:1GiB", gpu_layers=layers), 512, 64)
+    assert not roomy.notes and roomy.plan is not None
+    on_cpu = {role(name) for name, d in roomy.plan.placement.items() if d == "cpu"}
+    assert on_cpu == {Role.EMBEDDING}
+
+
 def test_a_plan_hops_as_often_as_it_reckons() -> None:
     """The search counts changes of device along the tape; sections are what runs."""
     tape = build_tape(GGUF.open(tiny("tiny-moe")))
@@ -142,12 +158,15 @@ def test_the_cpu_alone_stays_the_native_backend(tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no measured machine with a GPU
     monkeypatch.setenv("PATH", str(tmp_path))  # nor an nvidia-smi
     for options in ({}, {"devices": "none"}, {"override_tensor": "exps=CPU"}, {"cpu_moe": True}):
-        llm = LLM(tiny(), **options)  # type: ignore[arg-type]
+        llm = LLM(tiny(), **options)
         assert isinstance(llm.backend, CpuBackend) and llm.plan is None and not llm.notes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llm = LLM(tiny(), gpu_layers=99, tensor_split="1", main_gpu=0)
-    assert [note.split()[0] for note in llm.notes] == ["-ngl", "--tensor-split", "--main-gpu"]
+    [note] = llm.notes
+    assert note.endswith("these change nothing: -ngl, --tensor-split, --main-gpu")
+    llm = LLM(tiny(), override_tensor=["blk.0=CUDA0,blk.1=CPU"])
+    assert llm.notes == ["there is no GPU to use; these change nothing: -ot blk.0=cuda0"]
 
 
 def test_gpus_that_the_driver_tells_of_are_planned_for(tmp_path: Path, monkeypatch: Any) -> None:
@@ -221,17 +240,17 @@ def test_no_mmap_reads_the_embedding_and_counts_it() -> None:
     [
         ({"override_tensor": "nothing=CPU"}, "-ot nothing=cpu: matches no tensor"),
         ({"override_tensor": "(=CPU"}, "-ot (: not a regex"),
-        ({"override_tensor": "exps=CUDA0"}, "there is no device cuda0"),
+        ({"override_tensor": "exps=EMU0"}, "there is no device emu0"),
         ({"devices": "emu0:1GiB", "override_tensor": "exps=CUDA0"}, "the devices are cpu, emu0"),
         ({"devices": "emu0:1GiB", "gpu_layers": "some"}, "-ngl some"),
         ({"devices": "emu0:1GiB", "n_cpu_moe": -1}, "--n-cpu-moe -1"),
         ({"devices": "emu0:1GiB", "margin": "2GiB"}, "nothing is left"),
-        ({"devices": "emu0:4MiB", "gpu_layers": "all"}, "emu0 lacks"),
+        ({"devices": "emu0:4MiB", "gpu_layers": 3}, "emu0 lacks"),
         ({"devices": "emu0:1GiB", "backend": "reference"}, "--backend reference"),
         ({"devices": "emu0:1GiB", "stream_experts": "0"}, "--stream-experts 0"),
         ({"devices": "emu0:1GiB", "stream_experts": "x"}, "--stream-experts x"),
         ({"devices": "emu0:1GiB", "expert_cache": "x"}, "--expert-cache 'x'"),
-        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "that holds no expert"),
+        ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "1KiB"}, "holds no expert"),
         ({"devices": "emu0:1GiB", "cpu_moe": True, "expert_cache": "2GiB"}, "emu0 lacks"),
         ({"devices": 3}, "devices is 3"),
         ({"cpu_moe": 1}, "cpu_moe is 1"),

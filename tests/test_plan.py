@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,47 +19,18 @@ from deskside.lowering.memory import Memory
 from deskside.lowering.panels import layout, matrices
 from deskside.lowering.steps import plan_steps
 from deskside.machine.descriptions import load_machine
-from deskside.machine.devices import Device, Figure, Machine
+from deskside.machine.devices import Figure, Machine
 from deskside.machine.host import HostOptions
 from deskside.models import build_tape
 from deskside.plan import DoesNotFit, Options, Plan, make_plan
 from deskside.plan.remedies import remedies
 from deskside.plan.rules import Override, Rules, apply
-from deskside.tape import Tape
 from deskside.tape.cache import Cache
 from deskside.tape.cost import BatchShape, Work
 from tests.models import PRESETS, tiny
+from tests.plans import machine, memory_of, options, tape_of
 
 MiB = 1 << 20
-
-
-@cache
-def tape_of(preset: str, layers: int | None = None) -> Tape:
-    return build_tape(outline(preset, layers=layers).gguf())
-
-
-@cache
-def memory_of(preset: str, layers: int | None = None) -> Memory:
-    return Memory(tape_of(preset, layers), threads=2, ubatch=64)
-
-
-def machine(cpu: float, *gpus: float, margin: int = 0) -> Machine:
-    """Memories in MiB. GPUs hand over in no time, so that even a tiny layer is worth it."""
-
-    def device(name: str, memory: float, scale: float) -> Device:
-        rates = [Figure(scale * r, "test") for r in (30e9, 400e9, 60e9)]
-        return Device(
-            name, int(memory * MiB), *rates, Figure(1e-9, "test"), Figure(1e12, "test"),
-            margin=margin,
-        )  # fmt: skip
-
-    devices = [device("cpu", cpu, 1)]
-    devices += [device(f"cuda{i}", m, 10) for i, m in enumerate(gpus)]
-    return Machine("test", 2, tuple(devices))
-
-
-def options(ctx: int = 512, **more: object) -> Options:
-    return Options(ctx=ctx, ubatch=64, threads=2, **more)  # type: ignore[arg-type]
 
 
 PIECES = ["exps", r"blk\.[0-3]\.", "attn_", "shexp", "ssm_out", r"blk\.5\.ffn_down_exps", "output",
@@ -131,13 +101,13 @@ def test_every_plan_keeps_its_promises(case: tuple[str, Machine, Rules, Options]
         assert s < len(tape.states)
     for u in plan.usage:
         name = u.device.name
-        own = [n for n, d in plan.placement.items() if d == name]
-        weights = sum(memory.of(n, cpu=name == "cpu", resident=o.resident) for n in own)
+        placed = [n for n, d in plan.placement.items() if d == name]
+        weights = sum(memory.of(n, cpu=name == "cpu", resident=o.resident) for n in placed)
         assert sum(u.weights.values()) == weights
         assert u.kv + u.recurrent == states[name]
         assert u.total == weights + states[name] + u.buffers + u.device.margin
         assert u.free >= 0 and u.total <= u.device.memory
-        assert u.buffers > 0 or not own
+        assert u.buffers > 0 or not placed
     assert plan.rates and all(r.rate > 0 and 0 < r.share <= 1.0 + 1e-9 for r in plan.rates)
     # the same again
     again = planned(case)
@@ -179,7 +149,7 @@ def test_bytes_are_those_of_the_engine(preset: str, threads: int, ubatch: int) -
     arena = layout(matrices(plan_steps(tape)))[1]
     floats = sum(
         4 * math.prod(w.shape) for op in tape.ops
-        if op.kind not in ("linear", "experts", "embed") for w in op.weights
+        if op.kind not in ("linear", "experts", "embed", "bias") for w in op.weights
     )  # fmt: skip
     o = Options(ctx=512, ubatch=ubatch, threads=threads, parallel=2)
     plan = make_plan(tape, machine(1000), Rules(), o, memory)

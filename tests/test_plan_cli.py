@@ -23,7 +23,7 @@ from deskside.plan.emit import KINDS, emit
 from deskside.plan.rules import Rules, parse_gpu_layers, parse_overrides, parse_split
 from tests.commands import command
 from tests.models import tiny
-from tests.test_plan import machine, memory_of, options, tape_of
+from tests.plans import machine, memory_of, options, tape_of
 
 BOX = "epyc-9175f-1x96gb"
 
@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_refusal_names_ways_out(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--preset", "qwen3.5-397b-a17b", "--machine", BOX, "-ngl", "99")
+    words = ("--preset", "qwen3.5-397b-a17b", "--machine", BOX, "-ngl", "40")
     code, out, err = run(capsys, *words)
     assert code == 2 and not out and err.count("enough would be") == 3
     assert re.search(r"cuda0 lacks [\d,]+ bytes", err)

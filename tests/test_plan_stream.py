@@ -16,8 +16,8 @@ from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.models import build_tape
 from deskside.plan.stream import StreamPlan, plan_stream
 from deskside.tape import Tape
-from models import tiny
-from placements import cpu_moe
+from tests.models import tiny
+from tests.placements import cpu_moe
 
 BOX = load_machine("epyc-9175f-1x96gb")
 

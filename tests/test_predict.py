@@ -20,9 +20,11 @@ from deskside.bench.predict.slices import Slice, full, write
 from deskside.cli import app as cli
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
+from deskside.machine import rates
+from deskside.machine.watch import WORK_BYTES
 from deskside.models import build_tape
 from deskside.tape.cost import Work
-from test_cli import refused
+from tests.commands import refused
 
 GB = 10**9
 HEAD, LAYER, DEPTH = 8e-3, 1.5e-3, 40
@@ -37,7 +39,7 @@ def rounds(
     of_slice = 1 + misfit * rng.standard_normal((len(layers), 1))
     of_round = 1 + noise * rng.standard_normal((len(layers), n))
     times = (HEAD + LAYER * np.array(layers)[:, None]) * of_slice * of_round
-    return times.tolist()  # type: ignore[no-any-return]
+    return times.tolist()
 
 
 # the line
@@ -202,8 +204,8 @@ QUICK = PredictOptions(depths=(16, 40), generate=6, repeats=2, threads=1)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(predicting.rates, "bandwidth", lambda threads: 1e10)
-    monkeypatch.setattr(predicting.rates, "compute", lambda threads, isa: 1e11)
+    monkeypatch.setattr(rates, "bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(rates, "compute", lambda threads, isa: 1e11)
     yield tmp_path / "cache"
 
 
@@ -215,7 +217,8 @@ def test_a_prediction_end_to_end(folder: Path, tmp_path: Path) -> None:
     for f in p.figures:
         assert 0 < f.low <= f.rate <= f.high and f.scale == 1
         assert f.measured == pytest.approx(f.tokens / p.slices[3].median(f.kind))
-        assert f.check_rate and f.error == pytest.approx(f.check_rate / f.measured - 1)
+        assert f.check_rate and f.measured
+        assert f.error == pytest.approx(f.check_rate / f.measured - 1)
     assert any("tiny-llama-3l: 0.00 GB, to be written" in line for line in said)
     assert len(list(folder.iterdir())) == 4
     p.save(tmp_path / "p.json")
@@ -232,7 +235,7 @@ def test_files_that_were_there_stay(folder: Path) -> None:
 def test_in_turn_every_slice_is_measured_in_both_directions(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = choosing.RESERVE + Slice("tiny-llama", 2).weights + choosing.WORK_BYTES
+    room = choosing.RESERVE + Slice("tiny-llama", 2).weights + WORK_BYTES
     monkeypatch.setattr(choosing, "available_memory", lambda: room)
     labels: list[str] = []
     options = PredictOptions(depths=(16,), generate=4, repeats=3, threads=1)

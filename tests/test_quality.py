@@ -17,8 +17,8 @@ from deskside.bench.quality import logprobs
 from deskside.bench.quality import perplexity as quality
 from deskside.bench.quality.logprobs import Header, LogProbs, LogProbWriter
 from deskside.errors import DesksideError
-from models import rewrite, tiny
-from test_cli import deskside, refused
+from tests.commands import deskside, refused
+from tests.models import rewrite, tiny
 
 CTX = 32
 TEXT = "".join(chr(97 + n % 26) + " word"[n % 5] for n in range(400))
@@ -211,8 +211,8 @@ def test_it_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
         LogProbWriter(path, header(4), tokens) as writer,
     ):
         writer.write(row, np.zeros(1, np.int32))
-    monkeypatch.setattr(logprobs.shutil, "disk_usage", lambda _: type("", (), {"free": 100})())
-    with pytest.raises(DesksideError, match=r"f: needs 0\.00 GB.*--chunks"):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 100})())
+    with pytest.raises(DesksideError, match=r"f: needs 0\.0 MB.*--chunks"):
         LogProbWriter(path, header(4), tokens)
     assert not list(tmp_path.iterdir())
 
@@ -237,8 +237,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         writer.write(np.log(np.full((6, 4), 0.25)), np.zeros(6, np.int32))
     good = path.read_bytes()
     for bad, said in (
-        (good[:-1], "cut short"),
-        (good + b"x", "cut short"),
+        (good[:-1], "is it truncated"),
+        (good + b"x", "is it truncated"),
         (b"", "not a file"),
         (b"GGUF" + good[4:], "not a file"),
         (good[:8] + b"\x02" + good[9:], "version 2"),
@@ -288,12 +288,12 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     refused(*run, "--chunks", "0", part="--chunks 0")
     refused(*run, "--kl", text, part="t.txt: not a file that --save-logits wrote")
     refused(*run, "--kl", ref, part="--chunks 2")
-    refused(*run, "--kl", ref, "--save-logits", ref, part="--save-logits and --kl")
+    refused(*run, "--kl", ref, "--save-logits", ref, part="--save-logits in a first run")
     refused(*run[:4], "-c", "64", "--kl", ref, part="use -c 32")
     refused("perplexity", "-", *run[2:], "--kl", ref, "--chunks", "2",
             stdin=b"other " * 99, part="window 1 has other tokens")  # fmt: skip
     refused(*run, "--save-logits", tmp_path / "no" / "ref", part="cannot be written")
-    refused(*run, "--save-logits", tmp_path, part="Is a directory")
+    refused(*run, "--save-logits", tmp_path, part="is a folder")
     refused(*run, "--save-logits", text, part="--save-logits did not write it")
     assert text.read_text() == TEXT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ref", "t.txt"]

@@ -11,10 +11,10 @@ import pytest
 from deskside.convert.quantize import Fallback, parse_rule, quantize_file
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
-from deskside.gguf.encoders import quantize
+from deskside.gguf.encoders import encodable, quantize
 from deskside.gguf.quants import BY_NAME
 from deskside.gguf.writer import GGUFWriter
-from gguf_files import METADATA, write_split
+from tests.gguf_files import METADATA, write_split
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "token_embd.weight": (256, 50),
@@ -94,9 +94,14 @@ def test_metadata_keeps_its_types(source: Path, tmp_path: Path) -> None:
 
 
 FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
-    "IQ4_KS": 145, "IQ4_KSS": 148,
+    "F32": 0, "F16": 1, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18,
+    "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38, "Q6_0": 135, "IQ4_K": 140, "IQ5_K": 141,
+    "IQ6_K": 142, "IQ4_KS": 145, "IQ4_KSS": 148, "IQ5_KS": 150,
 }  # fmt: skip
+
+
+def test_every_type_that_can_be_written_has_a_file_type() -> None:
+    assert FILE_TYPES.keys() == set(encodable())
 
 
 @pytest.mark.parametrize(("name", "number"), FILE_TYPES.items())
@@ -111,7 +116,16 @@ def test_every_type_and_its_file_type(source: Path, tmp_path: Path, name: str, n
 
 
 @pytest.mark.parametrize(
-    ("asked", "narrow"), [("IQ4_KSS", "IQ4_NL"), ("Q4_K", "IQ4_NL"), ("Q6_K", "Q8_0")]
+    ("asked", "narrow"),
+    [
+        ("IQ4_KSS", "IQ4_NL"),
+        ("Q2_K", "IQ4_NL"),
+        ("Q4_K", "IQ4_NL"),
+        ("Q5_K", "Q8_0"),
+        ("Q6_K", "Q8_0"),
+        ("IQ5_KS", "Q6_0"),
+        ("IQ6_K", "Q8_0"),
+    ],
 )
 def test_rows_that_do_not_fit_fall_back(
     source: Path, tmp_path: Path, asked: str, narrow: str
@@ -202,8 +216,8 @@ def test_a_rule_without_a_matrix_is_a_typo(source: Path, tmp_path: Path) -> None
 
 
 def test_refusals(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DesksideError, match="Q5_K"):
-        run(source, tmp_path / "q.gguf", "Q5_K")
+    with pytest.raises(DesksideError, match="Q5_1"):
+        run(source, tmp_path / "q.gguf", "Q5_1")
     with pytest.raises(DesksideError, match="Q4_0"):
         run(source, tmp_path / "q.gguf", "F16", "attn=Q4_0")
     with pytest.raises(DesksideError, match="threads"):

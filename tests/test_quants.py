@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
 from deskside.errors import DesksideError
+from deskside.gguf.decoders import K0, unpack_kss
 from deskside.gguf.quants import (
     BY_NAME,
-    K0,
     TYPES,
     UNSUPPORTED,
     dequantize,
     non_finite_rows,
     quant_type,
-    unpack_kss,
 )
+from tests import ik_ggml
 
 MAINLINE = [
-    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
-    "IQ4_XS",
+    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4",
 ]  # fmt: skip
+IK = ["Q6_0", "IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ4_KSS", "IQ5_KS"]
 
 
 def finite_rows(name: str, rows: int, n: int, seed: int = 0) -> np.ndarray:
@@ -40,12 +39,14 @@ def finite_rows(name: str, rows: int, n: int, seed: int = 0) -> np.ndarray:
     blocks = data[:, t.row_header :].reshape(rows, -1, t.block_bytes)
     for at in t.scales:
         blocks[:, :, at + 1] &= 0xBB
+    if name == "MXFP4":
+        blocks[:, :, 0] %= 253
     return data
 
 
 def test_sizes_agree_with_the_gguf_package() -> None:
     for t in TYPES.values():
-        if not t.row_header:
+        if t.name not in IK:
             kind = gguf.GGMLQuantizationType(t.id)
             assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (t.name, (t.block, t.block_bytes))
 
@@ -147,18 +148,33 @@ def test_row_scaled_types_equal_their_scalar_twin(
 
 
 @pytest.mark.external
-@pytest.mark.parametrize("name", ["IQ4_KS", "IQ4_KSS"])
-def test_row_scaled_types_equal_ik_llama_cpp(name: str) -> None:
-    ik = pytest.importorskip("ik_llama_cpp")
-    library = ctypes.CDLL(str(Path(ik.__file__).parent / "lib" / "libggml.so"))
-    decode = getattr(library, f"dequantize_row_{name.lower()}")
-    decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+@pytest.mark.parametrize("name", [name for name in IK if name != "IQ6_K"])
+def test_ik_types_equal_ik_llama_cpp_bit_for_bit(name: str) -> None:
     data = finite_rows(name, 50, 1024)
-    expected = np.empty((50, 1024), np.float32)
-    for row, out in zip(data, expected, strict=True):
-        decode(row.ctypes.data, out.ctypes.data, 1024)
+    expected = ik_ggml.decode(name.lower(), data, 1024)
     got = dequantize(data, BY_NAME[name], 1024)
     assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.external
+def test_iq6_k_rounds_the_cubic_of_iks_row_decoder() -> None:
+    """With d = 1 and scales of 1 its row decoder returns the cubic. Its products do not: below."""
+    data = finite_rows("IQ6_K", 20, 1024)
+    blocks = data.reshape(-1, 212)
+    blocks[:, :2] = np.array([1], np.float16).view(np.uint8)
+    blocks[:, 4:20] = 1
+    cubic = ik_ggml.decode("iq6_k", data, 1024)
+    assert np.array_equal(dequantize(data, BY_NAME["IQ6_K"], 1024), np.rint(cubic))
+
+
+@pytest.mark.external
+def test_iq6_k_equals_what_iks_products_multiply_with() -> None:
+    """An activation of 127 among zeros has the scale 1, so it gives a weight times 127. Products
+    may round once more than the decoder, by an ulp."""
+    t, n = BY_NAME["IQ6_K"], 256
+    data = finite_rows("IQ6_K", 16, n)
+    got = [ik_ggml.product(t.id, data, row) for row in 127 * np.eye(n, dtype=np.float32)]
+    np.testing.assert_allclose(np.stack(got, 1), 127 * dequantize(data, t, n), rtol=2**-22)
 
 
 def test_row_bytes() -> None:
@@ -183,7 +199,7 @@ def test_dequantize_refuses_a_wrong_shape() -> None:
         dequantize(np.zeros((2, 34), np.int8), BY_NAME["Q8_0"], 32)
 
 
-@pytest.mark.parametrize("name", [*MAINLINE, "F32", "F64", "IQ4_KS", "IQ4_KSS"])
+@pytest.mark.parametrize("name", [*MAINLINE, *IK, "F32", "F64"])
 def test_non_finite_rows_finds_scales_and_only_those(name: str) -> None:
     t = BY_NAME[name]
     clean = np.full((5, t.row_bytes(512)), 0xFF, np.uint8)
@@ -194,6 +210,9 @@ def test_non_finite_rows_finds_scales_and_only_those(name: str) -> None:
     if t.row_header:
         clean[:, :4] = 0x3B
         places, infinity = [0], b"\x00\x00\x80\x7f"
+    if name == "MXFP4":
+        clean[:, ::17] = 252
+        places, infinity = [17], b"\xfd"
     if t.block == 1:
         clean[:] = 0x3B
         places = [7 * t.block_bytes]

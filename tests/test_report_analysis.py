@@ -11,7 +11,7 @@ from msgspec import structs
 from deskside.bench.report.analysis import summarise
 from deskside.bench.report.facts import Side
 from deskside.machine.watch import Load
-from records import BANDWIDTH, COMPUTE, MACS, PROMPTS, make_record, make_run
+from tests.records import BANDWIDTH, COMPUTE, MACS, PROMPTS, make_record, make_run
 
 
 def phases(side: Side) -> list[str]:

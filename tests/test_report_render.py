@@ -19,9 +19,10 @@ from deskside.bench.record import Ceiling, OpProfile, Record, Run, Target
 from deskside.bench.report import tables
 from deskside.bench.report import write as report
 from deskside.bench.report.verdict import REASONS
+from deskside.errors import DesksideError
 from deskside.machine.watch import Load
-from records import make_record
-from test_cli import inside, refused
+from tests.commands import inside, refused
+from tests.records import make_record
 
 DOCS = Path(__file__).parents[1] / "docs"
 EVIL = "<script>alert(1)</script>\"'&|`*_[x](y)\n# h\x1b[31m"
@@ -84,7 +85,9 @@ def test_a_report_has_all_its_parts(tmp_path: Path) -> None:
         "Runs",
         "Statistics",
         "Target",
-        "Machine",
+        "Representative runs",
+        "Steady state",
+        "Test environment",
         "Repeat it",
         "Raw runs",
     ):
@@ -179,7 +182,7 @@ def test_no_text_of_a_record_acts_on_the_page(tmp_path: Path) -> None:
 def test_older_reports_are_replaced_whole_or_not(tmp_path: Path) -> None:
     (tmp_path / "r.html").mkdir()
     (tmp_path / "r.md").write_text("old")
-    with pytest.raises(OSError):
+    with pytest.raises(DesksideError, match=r"r\.html: is a folder"):
         report.write(full_record(), tmp_path / "r.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "r.md"]
 

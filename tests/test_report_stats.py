@@ -32,7 +32,7 @@ def test_a_sample_is_what_python_and_numpy_say(x: list[float]) -> None:
     assert s.median == pytest.approx(np.median(x))
     assert (s.p5, s.p95) == pytest.approx((np.percentile(x, 5), np.percentile(x, 95)))
     if len(x) == 1:
-        assert s.sd is s.mean_interval is s.median_interval is None
+        assert s.sd is None and s.mean_interval is None and s.median_interval is None
     else:
         assert s.sd == pytest.approx(statistics.stdev(x), abs=1e-9)
         assert s.mean_interval is not None and s.median_interval is not None

@@ -22,7 +22,7 @@ from deskside.bench.report.verdict import (
     overall,
 )
 from deskside.errors import DesksideError
-from records import make_record, make_run
+from tests.records import make_record, make_run
 
 
 def judged(record: Record, **limits: float) -> dict[str, Criterion]:

@@ -67,6 +67,30 @@ def test_what_is_joined_is_split_again(pairs: list[tuple[str, str]]) -> None:
     assert parse_overrides([f"{r}={d}" for r, d in pairs]) == want
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"blk\.(0|1)\.exps=CUDA0,blk\.2\.exps=CUDA1",
+        r"blk\.(0|1)\.exps=CUDA0,       blk\.2\.exps=CUDA1",
+        " \t" + r"blk\.(0|1)\.exps =CUDA0 , blk\.2\.exps= CUDA1 ",
+        r"blk\.(0|1)\.exps=CUDA0," + "\n    " + r"blk\.2\.exps=CUDA1" + "\n",
+        r"blk\.(0|1)\.exps=CUDA0," + "\\\n    " + r"blk\.2\.exps=CUDA1",
+        r"blk\.(0|1)\.exps" + "\\\r\n  " + r"=CUDA0,blk\.2\." + "\\\n" + "exps=CUDA1,",
+        r"blk\.(0|1)\.exps=CUDA0" + "\n" + r"blk\.2\.exps=CUDA1, ",
+    ],
+)
+def test_white_space_around_a_rule_means_nothing(text: str) -> None:
+    want = (Override(r"blk\.(0|1)\.exps", "cuda0"), Override(r"blk\.2\.exps", "cuda1"))
+    assert parse_overrides([text]) == want
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n", ",", "=CPU", " = CPU", "exps="])
+def test_what_is_no_rule_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(DesksideError, match=r"^-ot.*expected REGEX=DEVICE") as caught:
+        parse_overrides([text])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_first_match_wins_and_flags_come_after_overrides() -> None:
     rules = Rules(parse_overrides([r"blk\.2\.ffn_.*_exps=CUDA1", "exps=CUDA0"]))
     found = decide(rules)
@@ -108,7 +132,7 @@ def test_tensor_split_deals_out_runs_of_layers() -> None:
         (lambda: parse_overrides(["exps=CUDA7"]), GPUS, "there is no device cuda7"),
         (lambda: parse_overrides(["exps=CPU", "up_exps=CUDA0"]), GPUS, "contradicts -ot exps=cpu"),
         (lambda: Rules(parse_overrides(["exps=CUDA0"]), cpu_moe=True), GPUS, "contradicts -ot"),
-        (lambda: Rules(cpu_moe=True, n_cpu_moe=2), GPUS, "two different things"),
+        (lambda: Rules(cpu_moe=True, n_cpu_moe=2), GPUS, "contradict each other"),
         (lambda: Rules(n_cpu_moe=-1), GPUS, "expected a number of layers"),
         (lambda: Rules(tensor_split=(1,)), GPUS, "1 shares, but there are 2 GPUs"),
         (lambda: Rules(main_gpu=2), GPUS, "counted from 0"),

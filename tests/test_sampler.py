@@ -22,7 +22,7 @@ from deskside.engine.sampler import (
 from deskside.errors import DesksideError
 
 # Every step off: the model's own distribution.
-PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 NEVER = -math.inf
 
 
@@ -300,7 +300,12 @@ def test_a_wrong_parameter_is_named(field: str, value: Any) -> None:
 
 
 def test_parameters_that_are_accepted() -> None:
-    params = SamplingParams(max_tokens=None, temperature=-1, stop="end", seed=2**64)
+    params = SamplingParams(
+        max_tokens=None,
+        temperature=-1,
+        stop="end",  # type: ignore[arg-type]
+        seed=2**64,
+    )
     assert params.stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
     assert Sampler(params, 2).sample(floats(0, 1)) == 1

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from deskside.gguf import GGUF
 from deskside.lowering.sections import HOST, HOST_TORCH, Offload, cut_by_device, hops
 from deskside.models import build_tape
-from models import PRESETS, tiny
-from placements import cpu_moe, named
+from tests.models import PRESETS, tiny
+from tests.placements import cpu_moe, named
 
 TAPES = {preset: build_tape(GGUF.open(tiny(preset))) for preset in PRESETS}
 

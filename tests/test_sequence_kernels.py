@@ -3,7 +3,8 @@ instruction set: each as a small native program."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ ISAS = [name for name, supported in _native.instruction_sets() if supported]
 F32 = BY_NAME["F32"]
 
 
+Place = tuple[int, int, int]  # start, width, stride in the arena
+
+
 class Runner:
     """Feeds rows of its inputs to one op and reads the output; the state lives on between calls.
 
@@ -23,7 +27,12 @@ class Runner:
     """
 
     def __init__(
-        self, inputs: Sequence[np.ndarray], width: int, state: tuple, isa: str, add
+        self,
+        inputs: Sequence[np.ndarray],
+        width: int,
+        state: tuple[Any, ...],
+        isa: str,
+        add: Callable[[_native.Program, list[Place], Place], None],
     ) -> None:
         n = len(inputs[0])
         sizes = [*(x.shape[1] for x in inputs), width]
@@ -87,7 +96,7 @@ class Delta:
     def runner(self, isa: str) -> tuple[Runner, np.ndarray]:
         state = self.start.copy()
 
-        def add(program: _native.Program, places: list, out: tuple) -> None:
+        def add(program: _native.Program, places: list[Place], out: Place) -> None:
             program.begin("tasks")
             program.gated_delta(*places, out, K_HEADS, V_HEADS, self.dim, 0)
 
@@ -166,7 +175,7 @@ class Attention:
         shapes = [(1, self.kv_heads, self.n + 5, t.row_bytes(self.dim)) for t in self.types]
         cache = [np.full(shape, 0xFF, np.uint8) for shape in shapes]
 
-        def add(program: _native.Program, places: list, out: tuple) -> None:
+        def add(program: _native.Program, places: list[Place], out: Place) -> None:
             q, k, v = places
             program.store_kv(k, v, self.kv_heads, self.dim, 0)
             program.begin("tasks")

@@ -14,8 +14,8 @@ from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.lowering.scratch import expert_bytes
 from deskside.models import build_tape
-from models import tiny
-from offload import (
+from tests.models import tiny
+from tests.offload import (
     EXPERT,
     N_EXPERT,
     NAMES,
@@ -29,8 +29,8 @@ from offload import (
     relative,
     results,
 )
-from placements import IDS, batch, cache_options, drawn
-from torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
+from tests.placements import IDS, batch, cache_options, drawn
+from tests.torch_devices import ExpertCache, Layout, Source, StreamOptions, stream_module
 
 pytestmark = pytest.mark.external
 
@@ -118,8 +118,9 @@ def test_the_next_layers_experts_come_ahead(
     offloading = placed(native=False, stream=stream, expert_cache=cache, max_tokens=90)
     alone = placed(native=False, max_tokens=90)
     steps = [batch((0, 0, tokens[:3])), batch((1, 0, tokens)), batch((2, 0, tokens))]
-    got, expected = ([], [])
-    routes = []
+    got: list[np.ndarray] = []
+    expected: list[np.ndarray] = []
+    routes: list[np.ndarray] = []
     for backend, results_ in ((offloading, got), (alone, expected)):
         own = backend.new_cache(**cache_options("f16"))
         for step in steps:
@@ -187,7 +188,7 @@ def test_a_batch_whose_tokens_all_choose_the_same_experts_fits_too(by: str) -> N
     stream, cache = StreamOptions("emu1", 1, EXPERT), ExpertCache("emu1", 20 * EXPERT)
     options = {"stream": stream} if by == "stream" else {"expert_cache": cache}
     backend = placed(max_tokens=600, **options)
-    own = backend.new_cache(**(cache_options("f16") | {"n_ctx": 640, "n_slots": 1}))
+    own = backend.new_cache(**{**cache_options("f16"), "n_ctx": 640, "n_slots": 1})
     gc.collect()
     device = backend.devices["emu1"]
     device.meter.peak = device.meter.live
@@ -210,7 +211,7 @@ def test_what_was_reckoned_is_enough_and_a_byte_less_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"slot_bytes": EXPERT - 1}, "holds no expert"),
+        ({"slot_bytes": EXPERT - 1}, "too small for an expert"),
         ({"slots": 1}, "2 or more slots"),
         ({"min_tokens": 0}, "at least 1"),
         ({"host_below": -1}, "at least 0"),
@@ -235,7 +236,7 @@ def test_a_device_lost_while_experts_pass_empties_the_sequence(after: int) -> No
     backend = placed(native=False, stream=stream)
     cache = backend.new_cache(**cache_options("f16"))
     backend.run(batch((0, 0, IDS[:5])), cache)
-    recurrent = [held for held in cache.held.values() if held._recurrent]
+    recurrent = [held for held in cache.device_states.values() if held._recurrent]
     assert all(held.arrays[0].any() for held in recurrent)
     device = backend.devices["emu1"]
     device.ops_until_loss = after

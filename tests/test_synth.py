@@ -255,7 +255,9 @@ def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         free = 10**9
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage)
-    with pytest.raises(DesksideError, match=r"needs 20\.7 GB, the disk has 1\.0 GB free"):
+    with pytest.raises(
+        DesksideError, match=r"needs 20\.7 GB, the disk has 1\.0 GB free; use fewer"
+    ):
         synth_file("qwen3.5-35b-a3b", tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -10,7 +10,9 @@ of it, and 2^-25 for factors that end below float16's normal range (scaled x is 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from deskside.backends import reference
 from deskside.errors import DesksideError
 from deskside.gguf.quants import BY_NAME, dequantize
+from deskside.tape import Op
 from deskside.tape.cache import Batch, Segment
 from tests.oracles import need
 
@@ -50,11 +53,11 @@ def random_rows(name: str, shape: tuple[int, ...], n: int, rng: np.random.Genera
     rows = int(np.prod(shape))
     if t.block == 1:
         x = rng.standard_normal((rows, n)).astype(np.float32)
-        data = {
-            "F32": lambda: x,
-            "F16": lambda: x.astype("<f2"),
-            "BF16": lambda: (x.view(np.uint32) >> 16).astype("<u2"),
-        }[name]().view(np.uint8)
+        if name == "BF16":
+            x = (x.view(np.uint32) >> 16).astype("<u2")
+        elif name == "F16":
+            x = x.astype("<f2")
+        data = x.view(np.uint8)
         return data.reshape(*shape, -1)
     data = rng.integers(0, 256, (rows, t.row_bytes(n)), np.uint8)
     if t.row_header:
@@ -64,6 +67,8 @@ def random_rows(name: str, shape: tuple[int, ...], n: int, rng: np.random.Genera
     for at in t.scales:
         scales = rng.uniform(-size, size, (*blocks.shape[:2], 1)).astype("<f2")
         blocks[:, :, at : at + 2] = scales.view(np.uint8)
+    if name == "MXFP4":
+        blocks[:, :, 0] = rng.integers(118, 126, blocks.shape[:2])
     data[:, t.row_header :] = blocks.reshape(rows, -1)
     return data.reshape(*shape, -1)
 
@@ -96,7 +101,7 @@ def bound(x: np.ndarray, w: np.ndarray, name: str, rows: int) -> np.ndarray:
 
 
 @triton.jit
-def decode_rows(
+def decode_rows(  # type: ignore[no-untyped-def]
     w_ptr, out_ptr, TYPE: tl.constexpr, PAIR: tl.constexpr, N_IN: tl.constexpr,
     ROW_BYTES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +174,7 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def swiglu_bound(x: np.ndarray, gate: np.ndarray, up: np.ndarray, name: str, rows: int):
+def swiglu_bound(x: np.ndarray, gate: np.ndarray, up: np.ndarray, name: str, rows: int) -> Any:
     """silu's slope is below 1.1, and it is 2 ulp of its own off."""
     g, u = x @ gate.T, x @ up.T
     dg, du = bound(x, gate, name, rows), bound(x, up, name, rows)
@@ -259,7 +264,7 @@ def test_tiles_of_experts_write_their_own_pairs_only(
     usual = tk.experts_matmul(x, gpu(data), "Q4_0", n, n_out, ids)
     sort_pairs = tk.sort_pairs
 
-    def turned(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    def turned(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         order, tiles = sort_pairs(*args)
         return order, tiles.flip(0).contiguous()
 
@@ -273,7 +278,8 @@ def test_delta_step(rng: np.random.Generator) -> None:
     attrs = {"k_heads": k_heads, "v_heads": v_heads, "head_dim": dim, "eps": eps}
     ssm_a = -rng.uniform(0.1, 4, v_heads).astype(np.float32)
     dt_bias = rng.standard_normal(v_heads).astype(np.float32)
-    op = SimpleNamespace(attrs=attrs, weights=(ssm_a, dt_bias), state=0)
+    weights: Any = (ssm_a, dt_bias)  # `step.weight` gives them as they are
+    op = Op(0, "gated_delta", 0, (), (), weights, attrs, state=0)
     state = rng.standard_normal((5, v_heads, dim, dim)).astype(np.float32)
     ours = gpu(state.copy())
     slots = np.array([4, 0, 2], np.int32)
@@ -283,9 +289,9 @@ def test_delta_step(rng: np.random.Generator) -> None:
     for _ in range(2):
         qkv = rng.standard_normal((n, (2 * k_heads + v_heads) * dim)).astype(np.float32)
         a, b = (8 * rng.standard_normal((2, n, v_heads))).astype(np.float32)
-        (wanted,) = reference.gated_delta(op, [qkv, a, b], step)
+        (wanted,) = reference.gated_delta(op, [qkv, a, b], step)  # type: ignore[arg-type]
         args = [gpu(v) for v in (qkv, a, b, ssm_a, dt_bias)]
-        out = tk.delta_step(*args, ours, gpu(slots), k_heads=k_heads, eps=eps)
+        out = tk.delta_step(*args, ours, gpu(slots), k_heads=k_heads, eps=eps)  # type: ignore[misc]
         # Two float32 sums of dim products each, q and k of length 1, on both sides.
         allowed = 8 * (dim + 8) * EPS * np.abs(state).max() * dim**0.5
         np.testing.assert_allclose(host(out), wanted, rtol=0, atol=allowed)
@@ -307,9 +313,8 @@ def test_decode_attention(
     n = len(lengths)
     k = random_rows(k_t.name, (5, kv_heads, n_ctx), dim, rng)
     v = random_rows(v_t.name, (5, kv_heads, n_ctx), dim, rng)
-    op = SimpleNamespace(
-        attrs={"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": scale}, state=0
-    )
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": scale}
+    op = Op(0, "attention", 0, (), (), attrs=attrs, state=0)
     cache = SimpleNamespace(arrays=[(k, v)], k_type=k_t, v_type=v_t)
     segments = tuple(
         Segment(int(s), int(length) - 1, 1) for s, length in zip(slots, lengths, strict=True)
@@ -317,7 +322,8 @@ def test_decode_attention(
     batch = Batch(np.zeros(n, np.int32), segments, np.arange(n, dtype=np.int32))
     q = rng.standard_normal((n, heads * dim)).astype(np.float32)
     new = rng.standard_normal((2, n, kv_heads * dim)).astype(np.float32)
-    (wanted,) = reference.attention(op, [q, *new], SimpleNamespace(batch=batch, cache=cache))
+    step = SimpleNamespace(batch=batch, cache=cache)
+    (wanted,) = reference.attention(op, [q, *new], step)  # type: ignore[arg-type]
     for splits in (1, 3):
         device_out = tk.decode_attention(
             gpu(q), gpu(k), gpu(v), gpu(slots), gpu(lengths), k_type=k_type, v_type=v_type,
@@ -368,11 +374,11 @@ def test_splits_follow_the_longest_sequence() -> None:
                 4,
                 torch.zeros((2, 2), dtype=torch.int32),
             ),
-            "got 3 rows",
+            "rows of activations, not 3",
         ),
     ],
 )  # fmt: skip
-def test_wrong_arguments_say_so(call, says: str) -> None:
+def test_wrong_arguments_say_so(call: Callable[[], object], says: str) -> None:
     with pytest.raises(DesksideError) as error:
         call()
     assert says in str(error.value)

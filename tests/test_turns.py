@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands import command
 from deskside import LLM, SamplingParams
 from deskside.bench.record import Record
 from deskside.bench.workload import Workload
@@ -22,6 +21,7 @@ from deskside.gguf import GGUF
 from deskside.text.chat import ChatTemplate
 from deskside.text.prompt import Prompt, chat_prompt
 from deskside.text.tokenizer import Tokenizer
+from tests.commands import command
 
 
 @cache
@@ -175,7 +175,7 @@ def test_a_fourth_answer_takes_the_place_of_the_oldest() -> None:
     llm = LLM(demo_model(), ctx=256, threads=1, parallel=2)
     first, second, third = (llm.stream(llm.tokenize(q), GREEDY) for q in QUESTIONS[:3])
     next(first), next(second), next(third)
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         next(first)
     assert len(list(second)) and len(list(third))
 
@@ -212,7 +212,7 @@ def test_a_step_never_takes_a_slot_from_itself() -> None:
     assert first.slot is not third.slot
     while not (first.done and third.done):
         llm.step([first, third])
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         llm.step([second])
     with pytest.raises(DesksideError, match="3 sequences at once"):
         llm.step([llm.begin([50], GREEDY) for _ in range(3)])
@@ -260,5 +260,5 @@ def test_logits_of_one_thread_are_not_mixed_with_anothers_answer() -> None:
     pieces = llm.logits_from(list(range(50, 90)), 0, 8)
     next(pieces)
     llm.generate([50, 51], GREEDY)
-    with pytest.raises(DesksideError, match="another generation"):
+    with pytest.raises(DesksideError, match="another one took its slot"):
         next(pieces)

@@ -8,7 +8,7 @@ from typing import Any
 
 from deskside.machine.descriptions import this_machine
 from deskside.machine.devices import choose_devices
-from oracles.need import packages
+from tests.oracles.need import packages
 
 packages("torch")
 # Tiny matrices: a second thread would only be waited for, on a busy machine for milliseconds each.
@@ -26,7 +26,7 @@ emulated = import_module("deskside.backends.torch.emulated")
 torch_ops = import_module("deskside.backends.torch.ops")
 torch_quants = import_module("deskside.backends.torch.quants")
 torch_graph = import_module("deskside.backends.torch.graph")
-torch_record = import_module("torch_record")
+torch_record = import_module("tests.torch_record")
 kernels = import_module("deskside.backends.torch.kernels")
 
 
@@ -58,7 +58,7 @@ class FakeDevice(emulated.EmulatedDevice):  # type: ignore[misc, name-defined]
     def _count_down(self) -> None:
         if self.ops_until_loss is not None:
             self.ops_until_loss -= 1
-            self.lost = self.lost or self.ops_until_loss < 0
+            self.lost: bool = self.lost or self.ops_until_loss < 0
 
 
 def parse_devices(text: str) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Tools of the project's makers; nothing here is needed to run a model."""
+"""Tools for the developers of deskside. Nothing here is needed to run a model."""

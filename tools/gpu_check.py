@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Everything about the GPU tier that only a GPU can show: right, then fast. At most eight minutes.
+"""Checks what only a GPU can show: correct results, then speed. Takes at most eight minutes.
 
     python3 tools/gpu_check.py                # at the root of the working tree, all parts
-    python3 tools/gpu_check.py models decode  # these alone; --list says what there is
+    python3 tools/gpu_check.py models decode  # only these; --list shows all
 
-Builds deskside offline where it is not installed, runs each part in a process of its own (a CUDA
-error ends a context, so it must end no more than that), prints one table last and leaves
-gpu_check.json and gpu_check.log in $OUT (or ./reports). Exit code 1: something is wrong. Without a
-CUDA device the parts that need one say so, and the others run on an emulated one: that is how CI
-keeps this file alive.
+If deskside is not installed, it is built offline. Each part runs in its own process, because a CUDA
+error destroys the context. The last output is one table; gpu_check.json and gpu_check.log go to
+$OUT (or ./reports). Exit code 1 means that a check failed.
+
+Without a CUDA device, parts that need one are skipped, and the others run on an emulated device. CI
+runs this file that way.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from gpu_check_parts import OUT, PARTS, ROOT, SLICES, WORK, add_row, launches
 
 NEED_SLICES = {"decode", "stream", "threads"}
-TOTAL = 470  # seconds of all parts: ten minutes at most, with a margin
+TOTAL = 470  # seconds for all parts: ten minutes, minus a margin
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def parent(names: list[str]) -> int:
         "PYTHONPATH": os.pathsep.join(
             [str(WORK / "site"), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         ),
-        "TRITON_INTERPRET": "0",  # compiled; a conftest would turn the interpreter on
+        "TRITON_INTERPRET": "0",  # compile; a conftest would turn the interpreter on
         "TRITON_CACHE_DIR": str(WORK / "triton"),
         "PYTHONUNBUFFERED": "1",
         "GPU_CHECK_WORK": str(WORK),
@@ -69,12 +70,12 @@ def parent(names: list[str]) -> int:
     with (OUT / "gpu_check.log").open("w") as log:
         build(log, env)
         gpu = cuda(env)
-        if not gpu:  # tiny matrices: a second thread would only be waited for
+        if not gpu:  # matrices are tiny, so a second thread would only add waiting
             env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         synth = None
         for name in names:
             if synth is None and name != "machine" and gpu and NEED_SLICES & set(names):
-                synth = start_synth(env, log)  # beside the parts that need none
+                synth = start_synth(env, log)  # while parts without slices run
             p, left = PARTS[name], TOTAL - (time.monotonic() - began)
             if p.needs_gpu and not gpu:
                 add_row(name, "skipped: no CUDA device", None)
@@ -92,8 +93,10 @@ def parent(names: list[str]) -> int:
 
 
 def run_part(name: str, limit: float, log: Any, env: dict[str, str]) -> None:
-    """A part that fails is run once more, if it is quick, so that the log shows the launch itself
-    and not the next call that waits."""
+    """Run a part. A quick part that fails runs again with synchronous launches.
+
+    Then the log shows the failing launch instead of the next call that waits.
+    """
     print(f"-- {name} (at most {limit:.0f} s)", flush=True)
     log.write(f"\n======== {name}\n")
     log.flush()
@@ -120,8 +123,11 @@ def run_part(name: str, limit: float, log: Any, env: dict[str, str]) -> None:
 
 
 def build(log: Any, env: dict[str, str]) -> None:
-    """Installs into a folder: a virtual environment made from another one does not see its
-    packages, and nothing must come from a registry."""
+    """Build deskside and install it into a folder.
+
+    A new virtual environment would not see the packages of this one, and there is no registry to
+    install them from.
+    """
     need_packages(env)
     probe = [sys.executable, "-c", "import deskside._native"]
     if subprocess.run(probe, env=env, cwd=WORK, capture_output=True).returncode == 0:
@@ -139,7 +145,7 @@ def build(log: Any, env: dict[str, str]) -> None:
 
 
 def need_packages(env: dict[str, str]) -> None:
-    """Ends with one line where the interpreter lacks what deskside imports."""
+    """Exit with one line if the interpreter lacks a package that deskside imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [re.split("[><=!~; ]", entry)[0] for entry in project["dependencies"]]
     probe = (
@@ -162,7 +168,7 @@ def cuda(env: dict[str, str]) -> bool:
 
 
 def slice_folder() -> Path:
-    """In memory, if there is that much: a disk may take a minute longer."""
+    """The folder for slices: in memory if they fit, because a disk may take a minute longer."""
     memory = Path("/dev/shm")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     roomy = total > 110e9 and memory.is_dir() and shutil.disk_usage(memory).free > 45e9
@@ -170,7 +176,7 @@ def slice_folder() -> Path:
 
 
 def start_synth(env: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
-    """Writes the slices beside the parts that need none of them."""
+    """Start writing the slices, while parts run that do not need them."""
     code = f"""
 import os, shutil, time
 from pathlib import Path
@@ -192,7 +198,7 @@ for preset, layers in {SLICES!r}:
 
 
 def show(rows: list[dict[str, Any]], seconds: float) -> int:
-    """Figures and failures; what passed is counted."""
+    """Print figures and failures, and the number of passed checks. Returns the exit code."""
     passed, wrong = ([r for r in rows if r["ok"] is ok] for ok in (True, False))
     for r in rows:
         if r["ok"] is not True or r["case"].startswith("exit code"):

@@ -1,6 +1,6 @@
-"""The parts of gpu_check: each runs in a process of its own, and reports rows as it goes.
+"""The parts of gpu_check. Each runs in its own process and reports rows as it goes.
 
-The head of this file needs the standard library alone, for `gpu_check.py` reads the list of parts.
+The top level imports only the standard library, because `gpu_check.py` reads the list of parts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(os.environ.get("OUT") or ROOT / "reports")
 WORK = Path(os.environ.get("GPU_CHECK_WORK") or Path(tempfile.gettempdir()) / "gpu-check")
 CHECK = Path(__file__).with_name("gpu_check.py")
-# In the order in which they are written: 4.9, 17.0 and 20.7 GB. A part takes the last of its model
-# that is there when it begins.
+# Slices in the order of writing: 4.9, 17.0 and 20.7 GB. A part uses the last slice of its model
+# that exists when the part begins.
 SLICES = [("qwen3.5-35b-a3b", 8), ("qwen3.5-397b-a17b", 4), ("qwen3.5-35b-a3b", 40)]
 
 
 @dataclass(frozen=True)
 class Part:
-    """`limit`: seconds after which it is stopped; what it has reported by then counts."""
+    """A part. limit: seconds after which it is stopped; rows that it reported until then count."""
 
     run: Callable[[], None]
     limit: int
@@ -51,7 +52,7 @@ def add_row(
     part: str, case: str, ok: bool | None, value: float | None = None, unit: str = "",
     beside: str = "",
 ) -> None:  # fmt: skip
-    """One line of the table. ok: None for a figure that nothing is asked of."""
+    """Report one row of the table. ok: whether the check passed; None for a figure."""
     if os.environ.get("GPU_CHECK_AGAIN"):
         return
     row = {"part": part, "case": case, "ok": ok, "value": value, "unit": unit, "beside": beside}
@@ -62,8 +63,7 @@ def add_row(
 
 @part(40)
 def machine() -> None:
-    """What stands beside every figure: rates of memory and of the way there, the price of a launch,
-    alone and as a node of a graph."""
+    """Rates of memory and transfers, and the time of a launch, alone and as a node of a graph."""
     import torch
 
     from deskside import _native
@@ -113,15 +113,17 @@ def machine() -> None:
 
 @part(110, needs_gpu=True)
 def kernels() -> None:
-    """tests/test_triton.py, compiled, and what it cannot have: torch's own decoders on CUDA, and
-    matrices beyond 2^31."""
+    """tests/test_triton.py with compiled kernels, torch's decoders on CUDA, and huge matrices.
+
+    Huge means beyond 2^31 bytes.
+    """
     import numpy as np
     import torch
 
     from deskside.backends.torch import quants as tq
     from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME, dequantize
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     junit = WORK / "junit.xml"
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if has("xdist") else []
@@ -155,7 +157,7 @@ def kernels() -> None:
 
 @part(130)
 def models() -> None:
-    """Tiny models, each placed in every way, against the reference backend and the native CPU."""
+    """Tiny models, placed in every way, compared with the reference backend and the native CPU."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -170,7 +172,7 @@ def models() -> None:
     raise SystemExit(wrong)
 
 
-# preset, types ("" for the preset's own mix), cache; bound: of the relative error of float models.
+# Preset, types ("" = the preset's own mix), cache, bound of the relative error of float models.
 MODELS = [
     ("tiny-moe", "F32", "f32", 1e-4),
     ("tiny-moe", "", "q8_0", None),
@@ -181,7 +183,7 @@ MODELS = [
 
 
 def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, bool, float, str]]:
-    """(case, whether it is right, its error, unit)."""
+    """Rows of one model: (case, whether it is right, its error, unit)."""
     import numpy as np
 
     from deskside.backends.native.program import CpuBackend
@@ -191,12 +193,17 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
     from deskside.machine.host import HostOptions
     from deskside.models import build_tape
     from deskside.tape.cache import Cache
-    from models import tiny
+    from tests.models import tiny
 
     preset, types, kv, bound = model
     file = GGUF.open(tiny(preset, types))
     tape = build_tape(file)
-    shape = {"n_slots": 3, "n_ctx": 128, "k_type": quant_type(kv), "v_type": quant_type(kv)}
+    shape: dict[str, Any] = {
+        "n_slots": 3,
+        "n_ctx": 128,
+        "k_type": quant_type(kv),
+        "v_type": quant_type(kv),
+    }
     plain = Cache(tape.states, **shape)
     reference = session(ReferenceBackend(file, tape), plain)
 
@@ -230,7 +237,7 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
             if way in ("streamed", "cached"):
                 used = offload.streamed if way == "streamed" else offload.hits
                 rows.append((f"{name}: {way} at all", used > 0, used, "experts"))
-        except Exception as failure:  # the others should still be seen
+        except Exception as failure:  # so that the other ways still run
             import traceback
 
             traceback.print_exc()
@@ -243,8 +250,11 @@ def model_rows(model: tuple[str, str, str, float | None]) -> list[tuple[str, boo
 def after_a_failed_capture(
     file: Any, tape: Any, shape: Any, wanted: list[Any]
 ) -> tuple[str, bool, float, str]:
-    """One op waits for the device in one step: its section runs op by op, the results are right,
-    and another section, and another cache, are captured all the same."""
+    """Check that a failed capture harms nothing else. To fail it, one op waits for the device.
+
+    Then its section must run op by op with right results. Another section, and another cache, must
+    still be captured.
+    """
     import warnings
 
     import numpy as np
@@ -289,7 +299,7 @@ def ways(tape: Any) -> dict[str, dict[str, Any]]:
 
 @part(60)
 def cli() -> None:
-    """What a user types: doctor, and the bundled model on the device and beside the CPU."""
+    """Commands of a user: doctor, and the bundled model on the device and split with the CPU."""
     device = "cuda0" if has_cuda() else "emu0:1GiB"
     code = "from deskside.cli import main; main()"
     done = {}
@@ -314,8 +324,11 @@ ASK = ["run", "--temp", "0", "-n", "24", "-p", "What does os.path.join do?"]
 
 @part(75, needs_gpu=True)
 def sanitize() -> None:
-    """memcheck of a few launches of every kernel. Without torch's cache each tensor is an
-    allocation of its own, so that a read past its end is seen."""
+    """Run a few launches of every kernel under memcheck.
+
+    Without torch's memory cache, each tensor is its own allocation, so memcheck sees a read past
+    its end.
+    """
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         add_row("sanitize", "skipped: no compute-sanitizer", None)
@@ -327,17 +340,20 @@ def sanitize() -> None:
 
 
 def launches() -> None:
-    """For `sanitize`: both products, grouped and not, of the types with the oddest blocks; the
-    delta net's step; attention over both caches."""
+    """Launches for `sanitize`: both products, grouped and not, of the types with the oddest blocks;
+    the delta net's step; attention over both caches."""
     import numpy as np
     import torch
 
     from deskside.backends.triton import launch as tk
     from deskside.gguf.quants import BY_NAME
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     rng = np.random.default_rng(2)
-    cuda = lambda x: torch.from_numpy(np.ascontiguousarray(x)).cuda()  # noqa: E731
+
+    def cuda(x: Any) -> Any:
+        return torch.from_numpy(np.ascontiguousarray(x)).cuda()
+
     for name in ("IQ4_NL", "Q6_K", "IQ4_KSS"):
         for rows in (1, 5, 65):
             x = cuda(rng.standard_normal((rows, 256)).astype(np.float32))
@@ -347,7 +363,10 @@ def launches() -> None:
             x = cuda(rng.standard_normal((tokens, 256)).astype(np.float32))
             ids = cuda(rng.integers(-1, 5, (tokens, 2)).astype(np.int32))
             tk.experts_matmul(x, w, name, 256, 19, ids, w)
-    f = lambda *shape: cuda(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+
+    def f(*shape: int) -> Any:
+        return cuda(rng.standard_normal(shape).astype(np.float32))
+
     slots = cuda(np.array([2, 0], np.int32))
     tk.delta_step(
         f(2, 8 * 64), f(2, 4), f(2, 4), -f(4).abs(), f(4), f(3, 4, 64, 64), slots,
@@ -365,23 +384,23 @@ def launches() -> None:
 
 @part(80, needs_gpu=True)
 def bandwidth() -> None:
-    """Bytes of weights a second of the kernels of decode, as a share of a device copy's."""
+    """Weight bytes per second of the decode kernels, as a share of a device copy's rate."""
     import numpy as np
     import torch
 
     from deskside.backends.triton import launch as tk
     from deskside.backends.triton.decode import PAIR
-    from test_triton import random_rows
+    from tests.test_triton import random_rows
 
     a, b = (torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(2))
     copy = 2 * a.numel() / gpu_seconds(lambda: b.copy_(a))
     rng = np.random.default_rng(3)
-    n, rows = 4096, 32768  # 75 MB and more: beyond the L2, which is emptied anyway
+    n, rows = 4096, 32768  # 75 MB and more, larger than the L2, which is flushed anyway
     for name in PAIR:
         w = torch.from_numpy(random_rows(name, (512,), n, rng)).cuda().repeat(rows // 512, 1)
         for m in (1, 4, 512) if name in ("IQ4_NL", "Q8_0") else (1,):
             x = torch.randn(m, n, device="cuda")
-            seconds = gpu_seconds(lambda x=x, w=w, name=name: tk.matmul(x, w, name, n, rows))
+            seconds = gpu_seconds(partial(tk.matmul, x, w, name, n, rows))
             if m < 100:
                 rate = w.numel() / seconds
                 beside = f"{rate / copy:.0%} of a copy"
@@ -402,42 +421,45 @@ def bandwidth() -> None:
 
 @part(150)
 def decode() -> None:
-    """A slice of the 35b: prefill and decode by the CPU, by both, by the GPU; launches a token."""
+    """A slice of the 35b: prefill and decode on the CPU, on both, on the GPU; launches a token."""
     from deskside.backends.experts.resident import ExpertCache
 
     path = slice_of("35b", wait=60)
-    for way, options in {
+    ways: dict[str, dict[str, Any]] = {
         "gpu": {},
         "cpu-moe": {"moe": True},
         "cpu": {"cpu": True},
         "cpu-moe, a core spare": {"moe": True, "spare": 1},
         "gpu without graphs": {"graphs": False},
         "cpu-moe, 4 GiB of experts": {"moe": True, "expert_cache": ExpertCache(DEVICE, 4 << 30)},
-    }.items():
+    }
+    for way, options in ways.items():
         measure("decode", way, path, options)
 
 
 @part(100)
 def stream() -> None:
-    """Four layers of the 397b, experts on the CPU: decode, and a long prompt with and without
+    """Four layers of the 397b with experts on the CPU: decode, and a long prompt with and without
     streaming."""
     from deskside.backends.experts.stream import StreamOptions
 
     path = slice_of("397b", wait=60)
     long = 4096 if has_cuda() else 64
-    for way, options in {
+    ways: dict[str, dict[str, Any]] = {
         "cpu-moe": {"moe": True, "prompt": min(512, long)},
         "streamed": {"moe": True, "prompt": long, "stream": StreamOptions(DEVICE, 33, 256 << 20)},
         "cpu": {"cpu": True, "prompt": min(512, long)},
-    }.items():
+    }
+    for way, options in ways.items():
         measure("stream", way, path, options)
 
 
 @part(90)
 def threads() -> None:
-    """The CPU engine by threads: decode and prefill beside what as many threads read from memory.
+    """Decode and prefill on the CPU for each number of threads, beside their read bandwidth.
 
-    Last, so that nothing else runs; with the whole model too where it is written."""
+    This part is last, so that nothing else runs. It also uses the whole model, if that exists.
+    """
     import numpy as np
 
     from deskside import LLM, SamplingParams
@@ -457,7 +479,7 @@ def threads() -> None:
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     for path, n in [*((small, n) for n in counts), (large, cores)]:
         llm = LLM(path, ctx=prompt + 64, threads=n)
-        llm.generate(ids, params)  # pages and threads are there
+        llm.generate(ids, params)  # warms up pages and threads
         llm.reset()
         t = llm.generate(ids, params).timings
         work = Work.of(llm.tape).decode(prompt, "f16")["bytes"]
@@ -471,7 +493,7 @@ def threads() -> None:
 
 # ---- shared by the parts ------------------------------------------------------------------------
 
-DEVICE = "gpu0"  # our name for cuda:0, or for torch on the CPU where there is none
+DEVICE = "gpu0"  # deskside's name for cuda:0, or for torch on the CPU if there is no GPU
 
 
 def has(module: str) -> bool:
@@ -490,7 +512,7 @@ def placed(
     file: Any, tape: Any, *, moe: bool = False, graphs: bool | None = None, kernels: bool = True,
     max_tokens: int = 64, spare: int = 0, **options: Any,
 ) -> Any:  # fmt: skip
-    """All but the embedding on the device; with `moe` the routed experts too on the CPU."""
+    """A model with all but the embedding on the device. moe: routed experts on the CPU, too."""
     import torch
 
     from deskside.backends.placed import PlacedBackend
@@ -506,7 +528,7 @@ def placed(
         table = kernels_there() if kernels else NONE
         device = TorchDevice(DEVICE, torch.device("cuda", 0), kernels=table, graphs=graphs)
     else:
-        from torch_devices import FakeDevice
+        from tests.torch_devices import FakeDevice
 
         device = FakeDevice(DEVICE, 8 << 30, graphs=graphs)
     host = ("token_embd", "_exps") if moe else ("token_embd",)
@@ -519,8 +541,9 @@ def placed(
 
 
 def session(backend: Any, cache: Any) -> list[Any]:
-    """A prompt in two steps, tokens one by one (run, captured, replayed), sequences together."""
-    from placements import IDS, batch
+    """Logits of a prompt in two steps, of single tokens (run, captured, replayed), and of several
+    sequences together."""
+    from tests.placements import IDS, batch
 
     steps = [batch((0, 0, IDS[:23]), outputs=[]), batch((0, 23, IDS[23:42]))]
     steps += [batch((0, 42 + i, IDS[42 + i : 43 + i])) for i in range(5)]
@@ -532,10 +555,8 @@ def session(backend: Any, cache: Any) -> list[Any]:
 
 
 def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
-    """Rates of one way to run a file. Failures are rows: the next way is measured all the same."""
+    """Measure one way to run a file. A failure is a row, so that the next way is still measured."""
     import gc
-
-    import numpy as np
 
     from deskside.backends.native.program import CpuBackend
     from deskside.gguf import GGUF
@@ -543,8 +564,7 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     from deskside.machine.host import HostOptions
     from deskside.machine.system import usable_cores
     from deskside.models import build_tape
-    from deskside.tape.cache import Batch, Cache, Segment
-    from deskside.tape.cost import Work
+    from deskside.tape.cache import Cache
 
     file = GGUF.open(path)
     tape = build_tape(file)
@@ -552,7 +572,8 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
     prompt = options.pop("prompt", 512 if has_cuda() else 32)
     kv = quant_type("q8_0")
     shape = {"n_slots": 1, "n_ctx": prompt + 128, "k_type": kv, "v_type": kv}
-    backend = cache = None
+    backend: Any = None
+    cache: Any = None
     began = time.perf_counter()
     try:
         if options.pop("cpu", False):
@@ -563,31 +584,7 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
             cache = backend.new_cache(**shape)
         add_row(part, f"{path.stem}, {way}: loading", None, time.perf_counter() - began, "s",
                 f"{file_bytes(path) / 1e9:.1f} GB")  # fmt: skip
-        ids = np.random.default_rng(0).integers(0, 2000, prompt + 128).astype(np.int32)
-
-        def step(pos: int, n: int) -> float:
-            began = time.perf_counter()
-            last = np.array([n - 1], np.int32)
-            backend.run(Batch(ids[pos : pos + n], (Segment(0, pos, n),), last), cache)
-            return time.perf_counter() - began
-
-        prefill = []
-        for _ in range(2):  # the first one compiles
-            cache.clear(0)
-            prefill.append(step(0, prompt))
-        tokens = [step(prompt + i, 1) for i in range(40)]
-        work = Work.of(tape).decode(prompt, "q8_0")["bytes"]
-        rate = 1 / statistics.median(tokens[10:])
-        add_row(part, f"{way}: prefill of {prompt}", None, prompt / prefill[1], "tok/s",
-                f"first {prefill[0]:.2f} s")  # fmt: skip
-        add_row(part, f"{way}: decode", None, rate, "tok/s", f"{rate * work / 1e9:.0f} GB/s")
-        add_row(part, f"{way}: first, second token", None, 1e3 * tokens[0], "ms",
-                f"{1e3 * tokens[1]:.0f} ms, worst later {1e3 * max(tokens[2:]):.0f}")  # fmt: skip
-        if has_cuda() and not isinstance(backend, CpuBackend):
-            count, busy = profiled(lambda: step(prompt + 40, 1))
-            add_row(
-                part, f"{way}: kernels of a token", None, count, "", f"busy {1e3 * busy:.2f} ms"
-            )
+        step_rows(part, way, backend, cache, tape, prompt)
         if getattr(backend, "expert_metrics", None) and options:
             print(way, backend.expert_metrics)
     except Exception as failure:
@@ -604,9 +601,44 @@ def measure(part: str, way: str, path: Path, options: dict[str, Any]) -> None:
             torch.cuda.empty_cache()
 
 
+def step_rows(part: str, way: str, backend: Any, cache: Any, tape: Any, prompt: int) -> None:
+    """Rates of a prompt of `prompt` tokens and of the tokens after it."""
+    import numpy as np
+
+    from deskside.backends.native.program import CpuBackend
+    from deskside.tape.cache import Batch, Segment
+    from deskside.tape.cost import Work
+
+    ids = np.random.default_rng(0).integers(0, 2000, prompt + 128).astype(np.int32)
+
+    def step(pos: int, n: int) -> float:
+        began = time.perf_counter()
+        last = np.array([n - 1], np.int32)
+        backend.run(Batch(ids[pos : pos + n], (Segment(0, pos, n),), last), cache)
+        return time.perf_counter() - began
+
+    prefill = []
+    for _ in range(2):  # the first one compiles
+        cache.clear(0)
+        prefill.append(step(0, prompt))
+    tokens = [step(prompt + i, 1) for i in range(40)]
+    work = Work.of(tape).decode(prompt, "q8_0")["bytes"]
+    rate = 1 / statistics.median(tokens[10:])
+    add_row(part, f"{way}: prefill of {prompt}", None, prompt / prefill[1], "tok/s",
+            f"first {prefill[0]:.2f} s")  # fmt: skip
+    add_row(part, f"{way}: decode", None, rate, "tok/s", f"{rate * work / 1e9:.0f} GB/s")
+    add_row(part, f"{way}: first, second token", None, 1e3 * tokens[0], "ms",
+            f"{1e3 * tokens[1]:.0f} ms, worst later {1e3 * max(tokens[2:]):.0f}")  # fmt: skip
+    if has_cuda() and not isinstance(backend, CpuBackend):
+        count, busy = profiled(lambda: step(prompt + 40, 1))
+        add_row(part, f"{way}: kernels of a token", None, count, "", f"busy {1e3 * busy:.2f} ms")
+
+
 def profiled(run: Callable[[], object]) -> tuple[int, float]:
-    """Kernels and copies that the device ran, and the seconds it was busy; the log has the most
-    expensive."""
+    """Kernels and copies that the device ran, and the seconds it was busy.
+
+    Prints the most expensive ones to the log.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as p:
@@ -617,7 +649,7 @@ def profiled(run: Callable[[], object]) -> tuple[int, float]:
 
 
 def gpu_seconds(run: Callable[[], object]) -> float:
-    """Median of a call, the L2 emptied before each."""
+    """Median seconds of a call. The L2 is flushed before each call."""
     from triton.testing import do_bench
 
     return 1e-3 * float(do_bench(run, warmup=10, rep=60, return_mode="median"))
@@ -630,7 +662,7 @@ def file_bytes(path: Path) -> int:
 def slice_of(kind: str, wait: float, first: bool = False) -> Path:
     """The last slice that is written, or the first; `wait` seconds for one. Tiny without a GPU."""
     if not has_cuda():
-        from models import tiny
+        from tests.models import tiny
 
         return tiny("tiny-moe")
     until = time.monotonic() + wait

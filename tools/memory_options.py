@@ -1,8 +1,8 @@
-"""Decode and loading with weights in each sort of memory: `python -m tools.memory_options`.
+"""Times decode and loading for each kind of memory: `python -m tools.memory_options`.
 
-Page sizes (4 KiB, transparent, reserved 2 MiB and 1 GiB where enough are reserved) and, with
-several NUMA nodes, spread over them or not. In every round each is loaded afresh, so that what
-drifts meets all of them. A default is changed on figures from here. Run it on a quiet machine.
+Kinds are page sizes: 4 KiB, transparent, and reserved 2 MiB and 1 GiB if enough are reserved. With
+several NUMA nodes, each is also tried spread over the nodes. Every round loads each kind again, so
+that a drift of the machine affects all. Defaults follow these figures. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BASE: Option = ("auto", "none")
 
 
 def options() -> list[Option]:
-    """The default first."""
+    """The options to try, the default first."""
     numa = pages.NUMA if len(pages.nodes()) > 1 else ("none",)
     found = list(itertools.product(pages.HUGE_PAGES, numa))
     return sorted(found, key=lambda option: option != BASE)
@@ -51,12 +51,12 @@ def timed(path: Path, option: Option, threads: int, tokens: int) -> tuple[float,
     llm.reset()
     rate = llm.generate(ids, params).timings.decode_rate
     del llm
-    gc.collect()  # a model and its last stream hold each other
+    gc.collect()  # a model and its last stream reference each other
     return rate, loading
 
 
 def table(found: Mapping[Option, Sequence[tuple[float, float]]]) -> str:
-    """Medians, best decode, and decode against the default's."""
+    """A Markdown table of medians, best decode, and decode compared with the default's."""
     lines = [
         "| pages | NUMA | decode, tok/s | best | against auto | load, s |",
         "|---|---|---|---|---|---|",

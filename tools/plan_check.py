@@ -1,16 +1,16 @@
-"""Predicted speed beside the measured one: `python -m tools.plan_check [FILE...]`.
+"""Compares predicted with measured speed: `python -m tools.plan_check [FILE...]`.
 
-Without files: the slices that `deskside predict` and `make bench-peers` keep (35b, 8 layers; 397b,
-4 layers with 320 experts). For each file:
+Without files, it takes the slices that `deskside predict` and `make bench-peers` keep (35b with 8
+layers; 397b with 4 layers and 320 experts). For each file it takes these steps:
 
-1. one model is loaded; bandwidth and arithmetic are measured, and with `--calibrate` the
-   shares of both that a sort of step reaches, from a profile (plan_speed.calibrate) of the *first*
-   file alone, so that the others test them;
-2. decode at three depths and prefill of one and four ubatches are timed in rounds;
-3. the plan for this machine with those figures is asked for the same.
+1. Load the model, and measure bandwidth and arithmetic. With `--calibrate`, a profile of the
+   *first* file gives the share of both that each sort of op reaches (plan/calibrate.py). So the
+   other files test these shares.
+2. Time decode at three depths, and prefill of one and four ubatches, in rounds.
+3. Predict the same figures with the plan for this machine.
 
-Writes Markdown for docs/PLANNER.md; `--store` keeps what was measured for `deskside plan`. Run it
-on a quiet machine; the exit code is 1 where a prediction is off by more than 20 %.
+Writes Markdown for docs/PLANNER.md. `--store` stores the measurements for `deskside plan`. Use a
+quiet machine. The exit code is 1 if a prediction is wrong by more than 20 %.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from deskside.engine import LLM
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
-from deskside.machine import watch as measure
+from deskside.machine import rates
 from deskside.machine.descriptions import store, this_machine
 from deskside.machine.devices import Efficiency, Figure, Machine
 from deskside.plan import Options, make_plan
@@ -52,17 +52,17 @@ Sums = dict[str, tuple[float, float, float]]  # seconds, bytes, multiply-adds
 
 
 def measured_machine(threads: int, samples: int = 3) -> Machine:
-    """This machine with bandwidth and 8-bit arithmetic measured now."""
+    """This machine, with bandwidth and 8-bit arithmetic measured now."""
     base = this_machine(threads)
     when = f"measured {datetime.date.today()}"
-    bandwidth = statistics.median(measure.bandwidth(threads) for _ in range(samples))
-    compute = statistics.median(measure.compute(threads) for _ in range(samples))
+    bandwidth = statistics.median(rates.bandwidth(threads) for _ in range(samples))
+    compute = statistics.median(rates.compute(threads) for _ in range(samples))
     cpu = replace(base.cpu, bandwidth=Figure(bandwidth, when), compute=Figure(compute, when))
     return replace(base, devices=(cpu, *base.gpus))
 
 
 def shares(llm: LLM, machine: Machine, progress: Progress) -> dict[str, Efficiency]:
-    """What of both limits each sort of step reaches, from a profile of this model."""
+    """The share of both limits that each sort of op reaches, from a profile of this model."""
     depth = 1024
     found: dict[str, Sums] = {"decode": {}, "prefill": {}}  # sort -> sums
     tokens = {"decode": 1, "prefill": min(llm.ubatch, llm.ctx)}
@@ -79,7 +79,7 @@ def timed(llm: LLM, rounds: int, progress: Progress) -> dict[str, float]:
     """Median tokens per second by name."""
     rng = np.random.default_rng(0)
     normal = np.flatnonzero(~llm.tokenizer.banned(llm.tape.n_vocab))
-    # no token twice: a repeated one would find its experts in the cache
+    # Use no token twice, because a repeated one would find its experts in the CPU's cache.
     params = SamplingParams(
         max_tokens=GENERATE, temperature=0, presence_penalty=1e6, repeat_last_n=-1, ignore_eos=True
     )
@@ -103,7 +103,7 @@ def timed(llm: LLM, rounds: int, progress: Progress) -> dict[str, float]:
 
 
 def predicted(llm: LLM, machine: Machine) -> dict[str, float]:
-    """The same from the plan's speed model."""
+    """Tokens per second by name, predicted by the plan's speed model."""
     memory = replace(machine.cpu, memory=1 << 50)  # the model is loaded already
     machine = replace(machine, devices=(memory,))
     options = Options(ctx=llm.ctx, ubatch=llm.ubatch, threads=machine.cores)
@@ -153,7 +153,7 @@ def main() -> int:
         note(f"{machine.cores} threads, {cpu.bandwidth.value / 1e9:.1f} GB/s, "
              f"{cpu.compute.value / 1e9:.0f} G products/s")  # fmt: skip
         del llm
-        gc.collect()  # a model and its last stream hold each other
+        gc.collect()  # a model and its last stream reference each other
     if a.store:
         if efficiency:
             source = f"measured {datetime.date.today()}"

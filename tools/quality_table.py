@@ -1,9 +1,9 @@
-"""The tables of docs/QUALITY.md: cache types and quant types of a model, judged.
+"""Makes docs/QUALITY.md: what cache types and quant types of a model cost.
 
     python -m tools.quality_table tools/train_demo/heldout.txt --out docs/QUALITY.md
 
-Everything is compared with one run of the model's own file with float32 KV: `deskside perplexity
---save-logits` and `--kl`, `deskside quantize`, through the same functions.
+Every row is compared with a run of the model's own file with float32 KV. It calls the functions of
+`deskside perplexity --save-logits`, `--kl` and `deskside quantize`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deskside.gguf import GGUF
 from deskside.gguf.quants import quant_type
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
-F32_KV = {"ctk": "f32", "ctv": "f32"}
+F32_KV: dict[str, Any] = {"ctk": "f32", "ctv": "f32"}
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Row:
 
 
 def numeric(model: Path) -> Iterator[Row]:
-    """The file itself, run in other ways."""
+    """Rows of the model's own file with other options."""
     yield Row("f32 KV, `-ub 64`", model, {**F32_KV, "ubatch": 64})
     yield Row("f32 KV, `--isa scalar`", model, {**F32_KV, "isa": "scalar"})
     yield Row("f16 KV", model)
@@ -46,7 +46,7 @@ def numeric(model: Path) -> Iterator[Row]:
 
 
 def quantised(model: Path, folder: Path) -> Iterator[Row]:
-    """The file in other types, with the default f16 KV."""
+    """Rows of the model in other types, with the default f16 KV."""
     for name in TYPES:
         path = folder / f"{name}.gguf"
         fallbacks = quantize_file(model, path, quant_type(name))

@@ -1,9 +1,9 @@
-"""Held-out loss of a model in several quant types: the table of docs/QUANTS.md.
+"""Makes the table of docs/QUANTS.md: held-out loss of a model in several quant types.
 
     python -m tools.quants_table MODEL-F32.gguf tools/train_demo/heldout.txt --out docs/QUANTS.md
 
-The float model is quantised with deskside's own encoders into a temporary folder, every variant
-reads the same windows of text, and differences are paired by window.
+deskside's encoders quantize the float model into a temporary folder. Every variant reads the same
+windows of text, and differences are paired by window.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPERTS = r"_exps\.weight$"
 
 @dataclass
 class Variant:
-    """One row: a model file and cache type, and per window loss, divergence, agreement."""
+    """One row: a model file and a cache type. Loss, divergence and agreement are per window."""
 
     name: str
     path: Path
@@ -58,7 +58,7 @@ def variants(model: Path, folder: Path, threads: int) -> Iterator[Variant]:
 
 
 def measure(rows: list[Variant], text: str, window: int, limit: int) -> int:
-    """Fill the rows; returns the number of tokens that were predicted."""
+    """Fill the rows. Returns the number of predicted tokens."""
     models = [LLM(v.path, ctx=window, ctk=v.kv, ctv=v.kv) for v in rows]
     ids = models[0].tokenize(text, special=False)[: limit * window]
     windows = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]

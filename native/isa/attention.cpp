@@ -1,9 +1,10 @@
-// Attention over a KV cache and the cache's encoding. Compiled once per instruction set.
+// Attention over a KV cache, and the cache's encoding. Compiled once per instruction set.
 //
-// Scores are vectors over query rows: score[key][row] = sum_c key[c] * q[c][row], a number of the
-// key times a vector of packed queries. So keys are used as they lie, the softmax of all rows runs
-// side by side, and a key's weights lie together for weight[key][row] * value[key]. With fewer rows
-// than lanes a vector holds D dimensions of each row side by side, added up at the end.
+// Scores are vectors over query rows: score[key][row] = sum_c key[c] * q[c][row]. One number of the
+// key multiplies a vector of packed queries. So keys need no packing, and the softmax of all rows
+// runs in parallel lanes. A key's weights are adjacent, as weight[key][row] * value[key] needs
+// them. With fewer rows than lanes, a vector has D dimensions of each row, which are added at the
+// end.
 #include "kv_cache.h"
 #include "reduce.h"
 #include "sequence_entry.h"
@@ -11,18 +12,18 @@
 namespace deskside {
 namespace {
 
-// Keys scored together: with two vectors of rows they make as many sums as registers hold beside
-// their operands. add_groups wants a multiple of D / 2.
+// Keys scored together. Times two vectors of rows, they are as many sums as fit into registers
+// beside the operands. add_groups needs a multiple of D / 2.
 template <int D> constexpr int kKeys = kLanes == 16 ? 8 : D == 8 ? 4 : 6;
-static_assert(kKeys<1> <= kMostKeys);
+static_assert(kKeys<1> <= kMaxKeys);
 
 constexpr int kStrip = 32;   // columns of values decoded at a time: one block of q8_0
 constexpr int kBetween = 8;  // values between two prefetches
 
 inline int whole_strips(int dim) { return (dim + kStrip - 1) / kStrip * kStrip; }
 
-// A stretch of the cache that is on its way to L2 while other work is done, `step` bytes at a time:
-// asked for in one go it would fill the core's miss buffers and hold up that work.
+// Prefetches a part of the cache to L2 during other work, `step` bytes at a time. All at once would
+// fill the core's miss buffers and stall that work.
 struct Ahead {
   const uint8_t* at;
   int64_t step;
@@ -38,7 +39,7 @@ struct Ahead {
 
 // ---- scores -------------------------------------------------------------------------------------
 
-// The D floats at p, over and over.
+// A vector that repeats the D floats at p.
 template <int D> inline vf repeat(const float* p) {
   if constexpr (D == 1) {
     return *p - vf{};
@@ -65,7 +66,7 @@ template <int D> inline vf repeat(const float* p) {
   }
 }
 
-// Groups of two vectors of rows: [group][dim / D][2 kLanes / D rows][D].
+// Packs queries in groups of two vectors of rows: [group][dim / D][2 kLanes / D rows][D].
 template <int D>
 void pack_queries(const float* const* q, int n, int dim, int padded_dim, int rows, float scale,
                   float* to) {
@@ -80,7 +81,7 @@ void pack_queries(const float* const* q, int n, int dim, int padded_dim, int row
   }
 }
 
-// scores[key][row] of kKeys keys and one group of rows.
+// Computes scores[key][row] of kKeys keys and one group of rows.
 template <int D>
 inline void score(const float* keys, int64_t pitch, const float* q, int dim, float* scores,
                   int64_t scores_pitch, Ahead& ahead) {
@@ -130,7 +131,7 @@ inline void accumulate(const float* weight, int64_t weight_pitch, const float* v
     for (int j = 0; j < N; j++) store(acc + r * pitch + j * kLanes, a[r][j]);
 }
 
-// Calls f<R>(first row) for tiles of R rows: 2 R sums in registers, but 8 rows rather as 4 + 4.
+// Calls f<R>(first row) for tiles of R rows, which need 2 R sums in registers. 8 rows run as 4 + 4.
 template <class F> inline void each_row_tile(int rows, F f) {
   constexpr int R = kLanes == 16 ? 8 : 6;
   int r = 0;
@@ -149,16 +150,16 @@ inline int row_tiles(int rows) {
 
 struct Work {
   float *q, *keys, *scores, *strip, *acc;
-  float *max, *sum, *keep;  // a number a row, in the order of the scores' lanes
-  int32_t* last;            // the same: last position that a row sees, counted from pos0
+  float *max, *sum, *keep;  // one number per row, in the order of the scores' lanes
+  int32_t* last;            // per row: the last position that it sees, counted from pos0
 
   explicit Work(const AttentionTile& t) {
     float* p = t.work + (64 - reinterpret_cast<uintptr_t>(t.work) % 64) % 64 / 4;
     const auto take = [&p](int64_t n) { return p += n, p - n; };
     const int dim = whole_strips(t.head_dim);
     q = take(int64_t(dim) * kQueryRows);
-    keys = take(int64_t(dim) * kMostKeys);
-    scores = take((kKeyBlock + kMostKeys) * kQueryRows);
+    keys = take(int64_t(dim) * kMaxKeys);
+    scores = take((kKeyBlock + kMaxKeys) * kQueryRows);
     strip = take(kKeyBlock * kStrip);
     acc = take(kQueryRows * kStrip);
     max = take(kQueryRows);
@@ -167,9 +168,9 @@ struct Work {
     last = reinterpret_cast<int32_t*>(take(kQueryRows));
   }
 };
-static_assert(kQueryRows % 32 == 0);  // rows padded to two vectors of the widest set
+static_assert(kQueryRows % 32 == 0);  // rows are padded to two vectors of the widest set
 
-// Every lane gets the largest of the lanes that lie a multiple of `period` away.
+// Sets every lane to the largest of the lanes at a multiple of `period` from it.
 inline vf max_over_period(vf v, int period) {
   for (int h = kLanes / 2; h >= period; h /= 2) {
     float twice[2 * kLanes];
@@ -180,8 +181,9 @@ inline vf max_over_period(vf v, int period) {
   return v;
 }
 
-// One block's softmax for one vector of rows, `steps` vectors of scores `pitch` apart: scores
-// become weights e^(score - max). key: position of each lane's first key, counted from pos0.
+// The softmax of one block for one vector of rows. The scores are `steps` vectors, `pitch` apart,
+// and become weights e^(score - max). key: the position of each lane's first key, counted from
+// pos0.
 inline void soften(float* scores, int64_t pitch, int steps, int across, int period, bool masked,
                    vi key, const Work& w, int at) {
   const vf none = splat(-INFINITY), before = load(w.max + at);
@@ -198,11 +200,11 @@ inline void soften(float* scores, int64_t pitch, int steps, int across, int peri
     for (int i = 0; i < steps; i++) top = vmax(load(scores + i * pitch), top);
   }
   top = max_over_period(top, period);
-  const vf base = top == none ? vf{} : top;  // nothing seen yet: all weights are 0
+  const vf base = top == none ? vf{} : top;  // no key seen yet: all weights are 0
   vf total = vf{};
   for (int i = 0; i < steps; i++) {
     const vf raw = load(scores + i * pitch), e = vexp(raw - base);
-    const vf x = raw == none ? vf{} : e;  // a NaN stays one
+    const vf x = raw == none ? vf{} : e;  // NaN stays NaN
     store(scores + i * pitch, x);
     total += x;
   }
@@ -212,7 +214,8 @@ inline void soften(float* scores, int64_t pitch, int steps, int across, int peri
   store(w.sum + at, load(w.sum + at) * keep + total);
 }
 
-// Online softmax: result so far = acc / sum, with weights e^(score - max).
+// Online softmax (https://arxiv.org/abs/1805.02867): the result so far is acc / sum, with weights
+// e^(score - max).
 template <int D> void attention_rows(const AttentionTile& t, int rows) {
   constexpr int unit = 2 * kLanes / D;            // rows of a group
   constexpr int across = D > 2 ? D / 2 : 1;       // keys in a vector of scores

@@ -3,31 +3,31 @@
 // With decay d_i = e^g_i, the rule for token i of a block is
 //   S_i = d_i S_(i-1) + k_i delta_i^T,  delta_i = beta_i (v_i - d_i S_(i-1)^T k_i),
 //   o_i = S_i^T q_i.
-// Let D(j, i) = d_(j+1) .. d_i, a product of factors <= 1 that can only underflow. Unrolled from
-// the state S before the block,
+// Let D(j, i) = d_(j+1) .. d_i. Its factors are <= 1, so it can only underflow. Unrolled from the
+// state S before the block,
 //   S_i = D(0, i) S + sum_(j <= i) D(j, i) k_j delta_j^T,
 // and with p_i = S^T k_i, r_i = S^T q_i
 //   delta_i = beta_i (v_i - D(0, i) p_i - sum_(j <  i) D(j, i) (k_i . k_j) delta_j)
 //   o_i     =               D(0, i) r_i + sum_(j <= i) D(j, i) (q_i . k_j) delta_j.
-// So the state is read for all p and r of a block and once more to become S_C: 3 C + 1 operations
-// on an element instead of 4 C, all in registers but for one load and store a block. Value columns
-// are independent of each other.
+// So the state is read twice per block: for all p and r, and to become S_C. That is 3 C + 1
+// operations per element instead of 4 C, with one load and store per block. Value columns are
+// independent of each other.
 #include "reduce.h"
 #include "sequence_entry.h"
 
 namespace deskside {
 namespace {
 
-// Sums that fit into registers beside their operands. 6 tokens x 2 vectors of columns are 12,
-// enough to hide the latency of additions.
+// The sums must fit into registers beside their operands. 6 tokens x 2 vectors of columns are 12
+// sums, enough to hide the latency of additions.
 constexpr int kSums = kLanes == 16 ? 24 : 12;
 constexpr int kBlock = 6;       // tokens
-constexpr int kColumns = 64;    // columns in work at a time: half a head, 32 KiB
+constexpr int kColumns = 64;    // columns computed together: half a head, 32 KiB
 constexpr int kBatch = 8;       // blocks whose coefficients are computed together
 constexpr int kRowsAhead = 16;  // rows of the state between a prefetch and its use
 
-// V is a vector of floats, or a float for columns that fill no vector. As a template's argument a
-// vector type loses its attributes, hence no plain loads.
+// V is a vector of floats, or a float for columns that fill no vector. As a template argument, a
+// vector type loses its attributes. So these functions copy instead of dereferencing.
 template <class V> inline V load_as(const float* p) {
   V v;
   memcpy(&v, p, sizeof v);
@@ -35,7 +35,7 @@ template <class V> inline V load_as(const float* p) {
 }
 template <class V> inline void store_as(float* p, V v) { memcpy(p, &v, sizeof v); }
 
-// ---- coefficients: what a block needs beside its vectors, the same for every column -------------
+// ---- coefficients of a block, the same for every column ----------------------------------------
 
 struct Coefficients {
   float beta[kBlock];
@@ -45,7 +45,7 @@ struct Coefficients {
   float qk[kBlock][kBlock];  // D(j, i) (q_i . k_j), j <= i
 };
 
-// The C^2 dot products of a block in an order: (k_i, k_j) for j < i, then (q_i, k_j) for j <= i.
+// The order of a block's C^2 dot products: (k_i, k_j) for j < i, then (q_i, k_j) for j <= i.
 struct Pair {
   bool of_q;
   int i, j;
@@ -122,8 +122,8 @@ template <int C> inline Coefficients coefficients(const DeltaSlice& s, int t) {
 
 // ---- columns ------------------------------------------------------------------------------------
 
-// sums[x][i] = S^T (row i of matrix x), for X matrices of C rows `stride` apart and N vectors of
-// the state's columns from `at` on.
+// sums[x][i] = S^T (row i of matrix x), for X matrices of C rows and N vectors of the state's
+// columns from `at` on. Rows are `stride` floats apart.
 template <class V, int N, int C, int X>
 inline void project(const float* at, int dim, const float* (&&x)[X], int64_t stride,
                     float* (&&sums)[X]) {
@@ -133,7 +133,7 @@ inline void project(const float* at, int dim, const float* (&&x)[X], int64_t str
     for (int i = 0; i < C; i++)
       for (int j = 0; j < N; j++) a[m][i][j] = V{};
   for (int row = 0; row < dim; row++, at += dim) {
-    if constexpr (C == 1)  // a state is read once a token, then: from memory
+    if constexpr (C == 1)  // the state is then read once per token, from memory: prefetch it
       for (int j = 0; j < N * lanes; j += 16)
         __builtin_prefetch(at + kRowsAhead * int64_t(dim) + j);
     V v[N];
@@ -147,7 +147,7 @@ inline void project(const float* at, int dim, const float* (&&x)[X], int64_t str
       for (int j = 0; j < N; j++) store_as(sums[m] + i * kColumns + j * lanes, a[m][i][j]);
 }
 
-// In: p and r of one vector of columns. Out: o, and in p what is added to the state for each key.
+// In: p and r of one vector of columns. Out: o, and in p each token's delta times D(i, C).
 template <class V, int C>
 inline void solve(const Coefficients& x, const float* v, int64_t stride, float* p, const float* r,
                   float* out, int64_t out_stride) {
@@ -165,7 +165,7 @@ inline void solve(const Coefficients& x, const float* v, int64_t stride, float* 
   }
 }
 
-// S <- decay S + sum of k_i delta_i^T.
+// S <- decay S + the sum of k_i delta_i^T.
 template <class V, int N, int C>
 inline void update(float* at, int dim, const float* k, int64_t stride, float decay,
                    const float* delta) {
@@ -215,7 +215,7 @@ template <int C> inline void delta_block(const DeltaSlice& s, int t, const Coeff
   }
 }
 
-// Rows of different tokens are pages apart: the hardware does not see them coming.
+// Rows of different tokens are pages apart, so the hardware does not prefetch them.
 inline void prefetch_row(const float* p, int n) {
   for (int c = 0; c < n; c += 16) __builtin_prefetch(p + c, 0, 2);
 }
@@ -244,7 +244,7 @@ void gated_delta(const DeltaSlice& s) {
   int t = 0;
   if (s.n > 1) prefetch_keys(s, 0, kBatch * kBlock);
   while (s.n - t >= kBlock) {
-    // Coefficients end in chains of scalars; those of several blocks overlap.
+    // Coefficients end in chains of scalar operations. The chains of several blocks overlap.
     Coefficients x[kBatch];
     const int blocks = (s.n - t) / kBlock < kBatch ? (s.n - t) / kBlock : kBatch;
     for (int b = 0; b < blocks; b++) x[b] = coefficients<kBlock>(s, t + b * kBlock);

@@ -1,6 +1,7 @@
-// The AVX-512 intrinsics that the kernels use, on 256-bit registers: SIMDe's, and ours below for
-// those that SIMDe 0.7.4 lacks. For tests of the AVX-512 kernels on machines without it, never for
-// the wheel (CMakeLists.txt, DESKSIDE_EMULATE_AVX512). Everything here has internal linkage.
+// Emulates the AVX-512 intrinsics that the kernels use, on 256-bit registers. Most are SIMDe's;
+// those below are missing in SIMDe 0.7.4. They test the AVX-512 kernels on machines without
+// AVX-512, and are never in the wheel (CMakeLists.txt, DESKSIDE_EMULATE_AVX512). Everything here
+// has internal linkage.
 //
 // <immintrin.h> must come first: it declares the types and the functions that the macros replace.
 #pragma once
@@ -9,15 +10,18 @@
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512/add.h>
+#include <simde/x86/avx512/blend.h>
 #include <simde/x86/avx512/broadcast.h>
 #include <simde/x86/avx512/dpbusd.h>
 #include <simde/x86/avx512/loadu.h>
+#include <simde/x86/avx512/mov_mask.h>
 #include <simde/x86/avx512/set1.h>
 #include <simde/x86/avx512/shuffle.h>
 #include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/srl.h>
 #include <simde/x86/avx512/srli.h>
 #include <simde/x86/avx512/storeu.h>
+#include <simde/x86/avx512/ternarylogic.h>
 
 namespace deskside {
 namespace {
@@ -69,7 +73,7 @@ inline __m128i emulated_cvtepi32_epi8(__m512i a) {
 }  // namespace
 }  // namespace deskside
 
-// A later SIMDe may have some of these.
+// A newer SIMDe may define some of these.
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32

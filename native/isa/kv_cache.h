@@ -8,8 +8,8 @@
 namespace deskside {
 namespace {
 
-// d = max|x| / 127 and x / d in 8 bits. Beside a NaN or an infinity d is NaN, so that it travels
-// on.
+// Stores d = max|x| / 127, and x / d in 8 bits. If x has a NaN or an infinity, d is NaN, so that
+// the error is not hidden.
 inline void store_q8_0(uint8_t* p, const float* x) {
   constexpr int parts = 32 / kLanes;
   vf v[parts], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
@@ -41,7 +41,7 @@ template <Type T> inline void decode32(const uint8_t* row, int c, float* y) {
   }
 }
 
-// The same at the end of a row of floats that is no multiple of 32; what is behind its end is 0.
+// The same for the last n < 32 values of a row of floats. Values past the end are 0.
 template <Type T> inline void decode_last(const uint8_t* row, int c, int n, float* y) {
   for (int i = 0; i < 32; i++) {
     float x = 0;
@@ -55,15 +55,15 @@ template <Type T> inline void decode_last(const uint8_t* row, int c, int n, floa
   }
 }
 
-// Rows of the cache, one a position, `row_bytes` apart, with `dim` values each.
+// Rows of the cache, one per position: `dim` values each, `row_bytes` apart.
 struct Source {
   const uint8_t* rows;
   int64_t row_bytes;
   int dim;
 };
 
-// Columns [c0, c0 + columns) of n rows from `first` on as floats, `pitch` apart. c0 and columns are
-// multiples of 32.
+// Decodes columns [c0, c0 + columns) of n rows, from row `first` on, to floats. The rows of `to`
+// are `pitch` floats apart. c0 and columns are multiples of 32.
 template <Type T>
 inline void decode_rows(const Source& s, int64_t first, int n, int c0, int columns, float* to,
                         int64_t pitch) {

@@ -1,196 +1,29 @@
 // Matrix products on packed weights. Compiled once per instruction set (DESKSIDE_ISA).
 //
-// Quantised weights meet activations rounded to 8 bits per block of 32; products are summed exactly
-// in integers within a block and in float32 over blocks, in the order of the row. Float weights
-// meet float activations.
+// Quantised weights multiply activations rounded to 8 bits per block of 32. Products are summed
+// exactly, in integers, within a block; blocks are summed in float32, in the order of the row.
+// Float weights multiply float activations.
 //
-// Few rows of x (n <= kMaxDirect): blocks are unpacked in registers, so the weights stream. More: a
-// panel is unpacked once to the tile and used by all rows of x.
+// For few rows of x (n <= kMaxDirect), blocks are unpacked in registers, so the weights stream. For
+// more, a panel is unpacked once to the tile and used by all rows of x.
 #include "matmul_entry.h"
-#include "unpack.h"
+#include "dot.h"
 
 namespace deskside {
 namespace {
 
-// Rows of x, and of panels, that are multiplied together from the tile: a sum of integers and one
-// of floats for each of their pairs must stay in registers. More panels mean fewer loads of x.
+// How many panels (kTogether) and rows of x (kRowsOfX) are multiplied together from the tile. Each
+// pair has an integer sum and a float sum, which must stay in registers. More panels mean fewer
+// loads of x.
 #if defined(DESKSIDE_AVX512)
 constexpr int kTogether = 2, kRowsOfX = 6, kMaxDirect = 8;
 #else
 constexpr int kTogether = 1, kRowsOfX = 4, kMaxDirect = 4;
 #endif
-// Bytes ahead of the block at hand that are fetched to L2, for the hardware's prefetcher stops at
-// the end of a 4 KiB page, and to L1. L1 from 3 KiB ahead costs a sixth of the speed (docs/LOG.md).
-constexpr int64_t kFar = 3072, kNear = 1024;
-
-template <int Locality> inline void fetch(const uint8_t* p, int bytes) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, Locality);
-}
-
-// A record of activations (kernels.h). All rows of x share the offsets of its parts, so that a row
-// costs one register.
-struct Parts {
-  int64_t d, s, c32, c16;
-  explicit Parts(int64_t cols)
-      : d(cols), s(d + cols / 32 * 4), c32(s + cols / 32 * 4), c16(c32 + cols / 32 * 4) {}
-};
-
-inline float float_at(const uint8_t* p, int64_t at) {
-  float f;
-  std::memcpy(&f, p + at, 4);
-  return f;
-}
-
 inline int64_t place(const Rows& x, int i) { return x.index ? x.index[i] : i; }
 
 inline const uint8_t* record(const Rows& x, int i) {
   return x.q + place(x, i) * record_bytes(x.cols);
-}
-
-// One block of 32 weights of kLanes rows of R panels against M rows of x. w.group(j, g) are the
-// weights of panel j's group g, w.scale(j, h) its scale or those of its halves, w.min(j) its
-// minimum.
-template <bool HasMin, bool Halves, int R, int M, class Weights32>
-DESKSIDE_INLINE void dot_block(const Weights32& w, const uint8_t* const* x, const Parts& parts,
-                               int64_t b, vf (&acc)[R][M]) {
-  constexpr int halves = Halves ? 2 : 1, groups = 8 / halves;
-  vf sums[halves][R][M];
-  for (int h = 0; h < halves; h++) {
-    Bytes sum[R][M];
-    const int64_t c = Halves ? parts.c16 + 8 * b + 4 * h : parts.c32 + 4 * b;
-    for (int i = 0; i < M; i++)
-      for (int j = 0; j < R; j++) sum[j][i] = kBias == 0 ? Bytes{} : splat_lane(x[i] + c);
-    // Unrolled whatever M is: otherwise the weights go through memory once more.
-#pragma GCC unroll 8
-    for (int g = groups * h; g < groups * (h + 1); g++) {
-      Bytes v[R], abs[R];
-      for (int j = 0; j < R; j++) v[j] = w.group(j, g), abs[j] = magnitude(v[j]);
-      for (int i = 0; i < M; i++) {
-        const Bytes xi = splat_lane(x[i] + 32 * b + 4 * g);
-        for (int j = 0; j < R; j++) sum[j][i] = dot4(sum[j][i], v[j], abs[j], xi);
-      }
-    }
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) sums[h][j][i] = to_float(sum[j][i]);
-  }
-  for (int j = 0; j < R; j++) {
-    for (int i = 0; i < M; i++) {
-      vf product = sums[0][j][i] * w.scale(j, 0);
-      if constexpr (Halves) product += sums[1][j][i] * w.scale(j, 1);
-      acc[j][i] += product * float_at(x[i], parts.d + 4 * b);
-      if constexpr (HasMin) acc[j][i] -= w.min(j) * float_at(x[i], parts.s + 4 * b);
-    }
-  }
-}
-
-// A block of one panel in registers, as unpack leaves it.
-struct Unpacked {
-  Bytes w[8];
-  vf scales[2], minimum = vf{};
-
-  Bytes group(int, int g) const { return w[g]; }
-  vf scale(int, int h) const { return scales[h]; }
-  vf min(int) const { return minimum; }
-};
-
-// Block b of the tile's panels, registers of `part`; `per` scales a block.
-template <int per> struct InTile {
-  const Tile& t;
-  int64_t b;
-  int part;
-
-  Bytes group(int j, int g) const {
-    const auto* from = reinterpret_cast<const uint8_t*>(t.panel[j].w);
-    return vector_at(from + (b * 8 + g) * kVector, part);
-  }
-  vf scale(int j, int h) const {
-    return load(t.panel[j].scale + (b * per + h) * kPanelRows + part * kLanes);
-  }
-  vf min(int j) const { return load(t.panel[j].min + b * kPanelRows + part * kLanes); }
-};
-
-// The rows of a panel that exist: the last panel may have fewer than 16.
-inline void store_rows(float* y, int part, int valid, vf v) {
-  const int first = part * kLanes;
-  if (first + kLanes <= valid) {
-    store(y + first, v);
-    return;
-  }
-  for (int i = 0; first + i < valid; i++) y[first + i] = v[i];
-}
-
-template <Type T, int M>
-void dot_direct(const uint8_t* panel, int64_t cols, const uint8_t* const* x, float* y, int64_t ldy,
-                int valid, const uint8_t* next) {
-  using P = Panel<T>;
-  const Parts parts(cols);
-  vf acc[kParts][1][M];
-  for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) acc[part][0][i] = vf{};
-  const uint8_t* s = panel + P::header * kPanelRows;
-  constexpr int bytes = P::bytes / P::blocks;  // of a block
-  const uint8_t* const end = s + cols / 32 * bytes;
-  // A stream that ends and goes on at `next`.
-  const auto ahead = [&](const uint8_t* p) { return p >= end ? p + (next - end) : p; };
-  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
-    for (int j = 0; j < P::blocks; j++, b++) {
-      fetch<2>(ahead(s + j * bytes + kFar), bytes);
-      fetch<3>(ahead(s + j * bytes + kNear), bytes);
-      for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
-        dot_block<P::has_min, P::halves>(u, x, parts, b, acc[part]);
-      }
-    }
-  }
-  for (int part = 0; part < kParts; part++)
-    for (int i = 0; i < M; i++) store_rows(y + i * ldy, part, valid, acc[part][0][i]);
-}
-
-// gcc 12.2 clones this function for a constant argument and loses its body: hence noipa
-// (tests/test_kernels.py would find it).
-#if defined(__GNUC__) && !defined(__clang__)
-#define DESKSIDE_NO_CLONE __attribute__((noipa))
-#else
-#define DESKSIDE_NO_CLONE
-#endif
-template <Type T> DESKSIDE_NO_CLONE void unpack_panel(const uint8_t* panel, int64_t cols,
-                                                      Tile::Unpacked t) {
-  using P = Panel<T>;
-  constexpr int per = P::halves ? 2 : 1;
-  const uint8_t* s = panel + P::header * kPanelRows;
-  for (int64_t b = 0; b < cols / 32; s += P::bytes) {
-    for (int j = 0; j < P::blocks; j++, b++) {
-      for (int part = 0; part < kParts; part++) {
-        Unpacked u;
-        unpack<T>(s, panel, j, part, u.w, u.scales, u.minimum);
-        for (int g = 0; g < 8; g++)
-          store_bytes(t.w + (b * 8 + g) * kVector + part * 4 * kLanes, u.w[g]);
-        for (int h = 0; h < per; h++)
-          store(t.scale + (b * per + h) * kPanelRows + part * kLanes, u.scales[h]);
-        if constexpr (P::has_min) store(t.min + b * kPanelRows + part * kLanes, u.minimum);
-      }
-    }
-  }
-}
-
-// R unpacked panels against M rows of x; y[j] is panel j's place in the results. Meanwhile fetches
-// `ahead` bytes a block of what lies at `next`: the panels to be unpacked next.
-template <bool HasMin, bool Halves, int R, int M>
-void dot_tile(const Tile& t, int64_t cols, const uint8_t* const* x, float* const* y, int64_t ldy,
-              const int* valid, const uint8_t* next, int ahead) {
-  const Parts parts(cols);
-  for (int part = 0; part < kParts; part++) {
-    vf acc[R][M];
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) acc[j][i] = vf{};
-    for (int64_t b = 0; b < cols / 32; b++, next += ahead) {
-      fetch<2>(next, ahead);
-      dot_block<HasMin, Halves>(InTile<Halves ? 2 : 1>{t, b, part}, x, parts, b, acc);
-    }
-    for (int j = 0; j < R; j++)
-      for (int i = 0; i < M; i++) store_rows(y[j] + i * ldy, part, valid[j], acc[j][i]);
-  }
 }
 
 // Calls f<M>() for a run-time m in 1..Max.
@@ -201,7 +34,7 @@ template <int Max, class F> inline void with_rows(int m, F&& f) {
   f.template operator()<Max>();
 }
 
-// Panels of one type, one after another in memory, and where their rows' results go.
+// Panels of one type that are multiplied together, and where the results of their rows start.
 struct Panels {
   int n;
   const uint8_t* data[2];
@@ -209,7 +42,7 @@ struct Panels {
   int valid[2];
 };
 
-// y: the place of the panel's results.
+// y: where the panel's results start.
 inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   const int64_t left = w.rows - panel * kPanelRows;
   p.data[p.n] = w.data + panel * w.stride;
@@ -217,7 +50,12 @@ inline void add_panel(Panels& p, const Weights& w, int64_t panel, float* y) {
   p.valid[p.n++] = int(left < kPanelRows ? left : kPanelRows);
 }
 
-// `then`: what is read next, null for what lies behind the last panel.
+// With a bias, the tile's weights of all types start at it: fewer kernels.
+template <Type T> constexpr Numbers kInTile =
+    kBias == 0 ? Panel<T>::numbers
+               : Numbers{.has_min = Panel<T>::numbers.has_min, .halves = Panel<T>::numbers.halves};
+
+// then: as in PanelRange.
 template <Type T>
 void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, const uint8_t* then) {
   using P = Panel<T>;
@@ -236,8 +74,8 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     return;
   }
   for (int j = 0; j < p.n; j++) unpack_panel<T>(p.data[j], cols, tile.panel[j]);
-  // What is read next is fetched over as many passes as there are: all of it in the first one would
-  // wait for memory, and the others would leave it idle.
+  // The next panels are prefetched evenly over all passes. If the first pass did it all, it would
+  // wait for memory, and the others would leave the memory idle.
   const uint8_t* next = then ? then : p.data[p.n - 1] + bytes;
   const uint8_t* const next_end = next + p.n * bytes;
   const int passes = (m + kRowsOfX - 1) / kRowsOfX;
@@ -250,10 +88,9 @@ void multiply(const Panels& p, const Rows& x, int64_t ldy, const Tile& tile, con
     const int now = next < next_end ? ahead : 0;
     with_rows<kRowsOfX>(n, [&]<int M>() {
       if constexpr (kTogether == 2) {
-        if (p.n == 2)
-          return dot_tile<P::has_min, P::halves, 2, M>(tile, cols, a, y, ldy, p.valid, next, now);
+        if (p.n == 2) return dot_tile<kInTile<T>, 2, M>(tile, cols, a, y, ldy, p.valid, next, now);
       }
-      dot_tile<P::has_min, P::halves, 1, M>(tile, cols, a, y, ldy, p.valid, next, now);
+      dot_tile<kInTile<T>, 1, M>(tile, cols, a, y, ldy, p.valid, next, now);
     });
     if (now) next += cols / 32 * kParts * now;
   }
@@ -299,7 +136,7 @@ void to_floats(const uint8_t* row, Type type, int64_t n, float* y) {
   }
 }
 
-// R rows of w against M rows of x.
+// Multiplies R rows of w by M rows of x.
 template <int R, int M>
 void dot_float(const float* const* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
   vf acc[R][M];
@@ -321,7 +158,7 @@ void dot_float(const float* const* w, int64_t cols, const float* const* x, float
 
 void matmul_float(const Weights& w, const PanelRange& range, const Rows& x, const Results& y,
                   const Tile& tile) {
-  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands are in registers
+  constexpr int kFloatX = kLanes == 16 ? 4 : 2;  // R * M sums and R or M operands fit in registers
   const int64_t row_bytes = w.cols * (w.type == Type::F32 ? 4 : 2);
   const int64_t begin = range.begin * kPanelRows;
   const int64_t end = range.end * kPanelRows < w.rows ? range.end * kPanelRows : w.rows;
@@ -365,9 +202,12 @@ constexpr TypeEntry kTypes[] = {
     {Type::F32, matmul_float, nullptr}, {Type::F16, matmul_float, nullptr},
     {Type::BF16, matmul_float, nullptr},
     quantised<Type::Q4_0>(), quantised<Type::Q4_1>(), quantised<Type::Q5_0>(),
-    quantised<Type::Q5_1>(), quantised<Type::Q8_0>(), quantised<Type::Q4_K>(),
+    quantised<Type::Q5_1>(), quantised<Type::Q6_0>(), quantised<Type::Q8_0>(),
+    quantised<Type::Q2_K>(), quantised<Type::Q3_K>(), quantised<Type::Q4_K>(),
     quantised<Type::Q5_K>(), quantised<Type::Q6_K>(), quantised<Type::IQ4_NL>(),
-    quantised<Type::IQ4_XS>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
+    quantised<Type::IQ4_XS>(), quantised<Type::IQ4_K>(), quantised<Type::IQ5_K>(),
+    quantised<Type::IQ6_K>(), quantised<Type::IQ4_KS>(), quantised<Type::IQ4_KSS>(),
+    quantised<Type::IQ5_KS>(), quantised<Type::MXFP4>(),
 };
 // clang-format on
 
@@ -389,6 +229,7 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
        *s = reinterpret_cast<float*>(record + parts.s);
   auto* c32 = reinterpret_cast<int32_t*>(record + parts.c32);
   auto* c16 = reinterpret_cast<int32_t*>(record + parts.c16);
+  auto* s16 = reinterpret_cast<float*>(record + parts.s16);
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integer, ties to even
   for (int64_t b = first / 32; b < (first + n) / 32; b++, x += 32) {
     vf v[vectors], top = vf{}, poison = vf{};  // poison: NaN if any value is NaN or infinite
@@ -415,6 +256,8 @@ void quantize(const float* x, int64_t first, int64_t n, uint8_t* record, int64_t
     c32[b] = -128 * (low + high);
     c16[2 * b] = -128 * low;
     c16[2 * b + 1] = -128 * high;
+    s16[2 * b] = d[b] * float(low);
+    s16[2 * b + 1] = d[b] * float(high);
   }
 }
 
@@ -424,8 +267,8 @@ int64_t dot_peak(int64_t rounds, int32_t* result) {
   const Bytes abs = magnitude(w);
   for (int i = 0; i < kSums; i++) sum[i] = splat_lane(0);
   for (int64_t r = 0; r < rounds; r++) {
-    // Other operands each time as far as the compiler knows: nothing can be taken out of the loop.
-    // No register holds an emulated vector, and its speed is of no interest.
+    // To the compiler the operands change each time, so it cannot move work out of the loop. No
+    // register holds an emulated vector, and its speed does not matter.
 #if defined(__x86_64__) && !defined(DESKSIDE_EMULATED)
     asm volatile("" : "+v"(x));
 #endif

@@ -1,4 +1,4 @@
-// What matmul.cpp gives to the kernel table of its instruction set (assembled in sequence.cpp).
+// The kernels of matmul.cpp, for the table in sequence.cpp.
 #pragma once
 
 #include "kernels.h"

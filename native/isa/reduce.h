@@ -14,14 +14,14 @@ template <int... I> struct IntsTo<0, I...> {
 };
 using Lanes = IntsTo<kLanes>::type;
 
-// Neighbouring lanes of a, then those of b, added in pairs: (a0 + a1, a2 + a3, .., b0 + b1, ..).
+// Adds neighbouring lanes in pairs, of a and then of b: (a0 + a1, a2 + a3, .., b0 + b1, ..).
 template <int... I> inline vf add_pairs(vf a, vf b, Ints<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 inline vf add_pairs(vf a, vf b) { return add_pairs(a, b, Lanes{}); }
 
-// Sums every G neighbouring lanes (a power of two) of N vectors; the N / G results lie one after
-// another in a[0 .. N / G).
+// Sums groups of G neighbouring lanes (a power of two) of N vectors. The results fill a[0 .. N /
+// G), in order.
 template <int G, int N> inline void add_groups(vf* a) {
   if constexpr (G > 1) {
     static_assert(N % 2 == 0);

@@ -1,4 +1,4 @@
-// The small kernels: norms, gates, convolution, routing; and the table of all kernels. Compiled
+// The small kernels (norms, gates, convolution, routing) and the table of all kernels. Compiled
 // once per instruction set (DESKSIDE_ISA).
 #include "matmul_entry.h"
 #include "sequence_entry.h"
@@ -9,7 +9,7 @@
 namespace deskside {
 namespace {
 
-// Applies f to vectors of rows of floats, the last ones through zero-padded copies.
+// Applies f to rows of floats, vector by vector. The last floats go through zero-padded copies.
 template <class F> inline void each(int64_t n, const float* a, const float* b, float* y, F f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(a + i), load(b + i)));
@@ -27,7 +27,7 @@ int64_t float_peak(int64_t rounds, float* result) {
   vf sum[kSums], w = splat(1.0f), x = splat(0.5f);
   for (int i = 0; i < kSums; i++) sum[i] = splat(1.0f + i);
   for (int64_t r = 0; r < rounds; r++) {
-    // Other operands each time as far as the compiler knows, as in dot_peak.
+    // To the compiler the operands change each time, as in dot_peak.
 #if defined(__x86_64__) && !defined(DESKSIDE_EMULATED)
     asm volatile("" : "+v"(x), "+v"(w));
 #endif
@@ -85,7 +85,7 @@ void delta_gates(float* a, float* b, const float* ssm_a, const float* dt_bias, i
 
 void conv_silu(const float* x, int n, int channels, int kernel, const float* w, int64_t width,
                float* state, float* y, int64_t ldy) {
-  // Input t of the sequence: before this call's tokens it is in the state, oldest first.
+  // Input t of this call. Inputs with t < 0 are in the state, oldest first.
   const auto input = [&](int t) {
     return t < 0 ? state + int64_t(kernel - 1 + t) * width : x + int64_t(t) * channels;
   };
@@ -105,7 +105,7 @@ void conv_silu(const float* x, int n, int channels, int kernel, const float* w, 
       out[c] = s * sigmoid1(s);
     }
   }
-  // Ascending rows: a row still needed is read before it is written.
+  // Rows ascend, so each row is read before it is overwritten.
   for (int j = 0; j < kernel - 1; j++)
     memmove(state + int64_t(j) * width, input(n - kernel + 1 + j), size_t(channels) * 4);
 }
@@ -113,7 +113,8 @@ void conv_silu(const float* x, int n, int channels, int kernel, const float* w, 
 // ---- routing ------------------------------------------------------------------------------------
 
 void route(const float* logits, int n, int k, float* ids, float* weights) {
-  // Insertion into the k best so far; strict comparison keeps the lower index first among equals.
+  // Inserts into the k largest so far. The comparison is strict: of equals the lower index is
+  // first.
   int found = 0;
   for (int e = 0; e < n; e++) {
     const float x = logits[e];

@@ -1,5 +1,4 @@
-// What delta.cpp and attention.cpp give to the kernel table of their instruction set (assembled in
-// sequence.cpp).
+// The kernels of delta.cpp and attention.cpp, for the table in sequence.cpp.
 #pragma once
 
 #include "kernels.h"

@@ -14,8 +14,8 @@
 #include "emulate_avx512.h"
 #endif
 
-// For what hands over registers: called, it would pass all of them through memory. For AVX-512 gcc
-// 12 inlines by itself, and does better: forced, it keeps the sums of the tile kernel in memory.
+// For functions that take or return many registers: a call would pass them through memory. For
+// AVX-512, gcc 12 inlines well by itself. Forced, it keeps the sums of the tile kernel in memory.
 #if defined(DESKSIDE_AVX512)
 #define DESKSIDE_INLINE inline
 #else
@@ -47,7 +47,8 @@ typedef float vf4 __attribute__((vector_size(16)));
 typedef float vf8 __attribute__((vector_size(32)));
 #endif
 
-// Halves are joined until one lane is left: op takes vectors and floats.
+// Reduces a vector to one value: op joins the two halves until one lane is left. op takes vectors
+// and floats.
 template <class Op> inline float fold(vf v, Op op) {
 #if defined(DESKSIDE_AVX512)
   const vf8 h = op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
@@ -178,7 +179,8 @@ inline vf load_f16(const uint8_t* p) {
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  // The bits as a float 2^112 too small, subnormals included, scaled up; infinity and NaN apart.
+  // Place the bits as a float 2^112 too small, subnormals included, and scale it up. Infinity and
+  // NaN are handled apart.
   halves h;
   std::memcpy(&h, p, sizeof h);
   const vi wide = __builtin_convertvector(h, vi), magnitude = wide & 0x7fff;
@@ -213,7 +215,7 @@ inline vf load_int8(const int8_t* p) {
   return __builtin_convertvector(x, vf);
 }
 
-// Nearest integers, ties to even, of values in [-128, 127].
+// Stores the nearest integers of values in [-128, 127], ties to even.
 inline void store_int8(int8_t* p, vf v) {
 #if defined(DESKSIDE_AVX512)
   const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));

@@ -19,7 +19,7 @@ struct Embed {
   int64_t row_work() const { return 2 * cols; }
 };
 
-// rms_norm, or gated_norm where `gated`; groups of `group` values.
+// rms_norm, or gated_norm if `gated`, over groups of `group` values.
 struct Norm {
   Buffer in, gate, out;
   bool gated;
@@ -30,7 +30,7 @@ struct Norm {
   int64_t row_work() const { return int64_t(in.width) * (gated ? 8 : 2); }
 };
 
-// Rows to 8 bits, as records (kernels.h).
+// Rounds rows to 8 bits, as records (kernels.h).
 struct Quantize {
   Buffer in, out;
   void row(const Run& r, int64_t i) const;
@@ -53,7 +53,7 @@ struct Rope {
   int64_t row_work() const { return in.width + 100 * int64_t(n_rot); }
 };
 
-// A token's keys and values into the cache.
+// Writes a token's keys and values to the cache.
 struct StoreKV {
   Buffer k, v;
   int kv_heads, head_dim, state;
@@ -61,7 +61,8 @@ struct StoreKV {
   int64_t row_work() const { return 4 * int64_t(k.width); }
 };
 
-// Per token, in place: unit q (divided by sqrt(head_dim)) and k, decay in a, beta in b.
+// Per token, in place: scales q and k to length 1, then q by 1 / sqrt(head_dim). a becomes the
+// decay, b becomes beta.
 struct DeltaGates {
   Buffer qkv, a, b;
   const float *ssm_a, *dt_bias;
@@ -94,7 +95,7 @@ struct TakeRows {
 
 // ---- tasks --------------------------------------------------------------------------------------
 
-// Rows of activations as matrices read them: floats, and records where a weight is quantised.
+// The rows of activations that matrices read: floats, and records for quantised weights.
 struct Input {
   Buffer f, q;
   // The first n rows, or the n rows that `index` names.
@@ -103,20 +104,20 @@ struct Input {
   }
 };
 
-// silu(gate x) * (up x), some panels of it at a time; gate and up have the same shape.
+// silu(gate x) * (up x), some panels at a time. gate and up have the same shape.
 struct GatedPair {
   Weights gate, up;
 
-  // Calls done(i, values) with the values of row i of x, 16 a panel. The thread's work memory has
-  // room for kTokens rows of both matrices.
+  // Calls done(i, values) for each row i of x, with 16 values per panel. The thread's work memory
+  // holds kTokens rows of both products.
   template <class F>
   void run(const Run& r, const PanelRange& panels, const Rows& x, F&& done) const;
   static constexpr int kTokens = 256;
-  static constexpr int kPanels = 8;  // most of a call
+  static constexpr int kPanels = 8;  // limit on the panels of a call
   static constexpr int64_t kWork = int64_t(2) * kTokens * kPanels * kPanelRows;
 };
 
-// Matrices that are applied to the same rows.
+// Matrices that multiply the same rows.
 struct Linear {
   struct Part {
     Weights w;
@@ -139,8 +140,8 @@ struct Linear {
   int64_t max_cols() const { return in.f.width; }
 
  private:
-  static constexpr int kFew = 16;    // rows for which a task takes many panels
-  static constexpr int kPanels = 2;  // panels of a task for more rows
+  static constexpr int kFew = 16;    // up to so many rows, a task takes many panels
+  static constexpr int kPanels = 2;  // panels of a task with more rows
   int rows_of(const Run& r) const;
   int64_t chunk(const Part& p, const Run& r) const;
   void run_part(const Part& p, const Run& r, int64_t p0, int64_t p1) const;
@@ -157,7 +158,7 @@ struct Attention {
   int64_t shared_bytes(int64_t max_tokens) const;
 };
 
-// Merges what Attention computed in parts; it has no tasks where there was one part.
+// Merges the splits of Attention. It has no tasks if there was one split.
 struct MergeAttention {
   Buffer out;
   int heads, head_dim;
@@ -175,12 +176,12 @@ struct GatedDelta {
   int slices(const Run& r) const;
 };
 
-// Which tokens an expert works for. A pair is one (token, chosen expert) and has the number
-// token * top_k + choice; pairs are sorted by expert. Those with the id -1 are left out.
+// The tokens of each expert. A pair is one (token, selected expert); its number is token * top_k +
+// i for the token's i-th expert. Pairs are sorted by expert. Those with the id -1 are left out.
 struct Routing {
   int32_t* n_active;
   int32_t* active;  // experts with at least one token
-  int32_t* first;   // per active expert: its first sorted pair; one more entry ends the last
+  int32_t* first;   // per active expert: its first sorted pair; one more entry: the end
   int32_t* pair;    // sorted pair -> its number
   int32_t* token;   // sorted pair -> its token
   int32_t* count;   // work space
@@ -207,18 +208,18 @@ struct SortExperts {
   int64_t shared_bytes(int64_t n) const { return shape.shared_bytes(n); }
 };
 
-// Per sorted pair: silu(gate x) * (up x) of its expert.
+// For each sorted pair: silu(gate x) * (up x) with its expert's matrices.
 struct ExpertsUp {
   ExpertShape shape;
-  Input in, out;      // out holds top_k rows a token, as floats or as records
-  GatedPair weights;  // of all experts: panels of expert e start at e * panels of one
+  Input in, out;      // out has top_k rows per token, as floats or as records
+  GatedPair weights;  // of all experts, one after another; each starts on a panel
   int64_t tasks(const Run& r) const;
   void task(const Run& r, int64_t i) const;
   int64_t work_floats(int64_t) const { return GatedPair::kWork; }
   int64_t max_cols() const { return in.f.width; }
 };
 
-// Sum over a token's experts of weight * down h.
+// The sum over a token's experts of weight * (down h).
 struct ExpertsDown {
   ExpertShape shape;
   Input in;
@@ -230,9 +231,9 @@ struct ExpertsDown {
   int64_t max_cols() const { return shape.width; }
 
  private:
-  static constexpr int kTokens = 256;         // of an expert in one product
-  static constexpr int kMost = 32;            // panels of a task
-  static constexpr int64_t kSums = 32 << 10;  // floats
+  static constexpr int kTokens = 256;         // limit on an expert's tokens in one product
+  static constexpr int kMaxPanels = 32;       // limit on the panels of a task
+  static constexpr int64_t kSums = 32 << 10;  // floats of a task's sums
   int64_t chunk(const Run& r) const;
 };
 

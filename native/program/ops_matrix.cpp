@@ -1,7 +1,7 @@
 // Matrices and routed experts.
 //
-// Experts: pairs of (token, chosen expert) are sorted by expert, each expert's matrices are read
-// once for all its tokens, and a token's results are added in the order of its experts' numbers:
+// Experts: the pairs of (token, selected expert) are sorted by expert. Each expert's matrices are
+// read once for all its tokens. A token's results are added by ascending id of its experts. So
 // neither the number of threads nor the rest of the batch changes a sum.
 #include <algorithm>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace deskside {
 
 namespace {
-constexpr int64_t kStream = int64_t(128) << 10;  // bytes of weights that a task reads in one go
+constexpr int64_t kStream = int64_t(128) << 10;  // bytes of weights that a task reads as one stream
 
 int64_t chunks(int64_t panels, int64_t chunk) { return (panels + chunk - 1) / chunk; }
 }  // namespace
@@ -44,7 +44,7 @@ int Linear::rows_of(const Run& r) const {
 
 int64_t Linear::chunk(const Part& p, const Run& r) const {
   if (rows_of(r) > kFew) return kPanels;
-  // Long streams, but enough tasks that every thread is busy to the end.
+  // Long streams, but enough tasks to keep every thread busy to the end.
   const int64_t stream = kStream / p.w.stride, share = p.w.panels() / (int64_t(r.n_threads) * 4);
   return std::clamp<int64_t>(std::min(stream, share), 1, GatedPair::kPanels);
 }
@@ -113,7 +113,7 @@ Routing::Routing(uint8_t* base, int n_expert, int64_t pairs) {
 
 void SortExperts::row(const Run& r, int64_t) const {
   const Routing t = shape.routing(r);
-  // -1 stands for an expert that another device computes; no other number may reach memory either.
+  // -1 stands for an expert that another device computes. Other invalid ids must not index memory.
   const auto chosen = [&](int i) {
     const float id = r.row(ids, i / shape.top_k)[i % shape.top_k];
     return id >= 0 && id < float(shape.n_expert) ? int(id) : -1;
@@ -143,7 +143,7 @@ void SortExperts::row(const Run& r, int64_t) const {
 }
 
 namespace {
-// A block of 32 results must come from one task.
+// Panels of a task: 32 results, since a block of 8-bit rounding must come from one task.
 constexpr int64_t kUpPanels = 2;
 
 Weights of_expert(const Weights& all, int n_expert, int64_t e) {
@@ -179,16 +179,16 @@ void ExpertsUp::task(const Run& r, int64_t i) const {
 }
 
 int64_t ExpertsDown::chunk(const Run& r) const {
-  // Long pieces of every expert, but sums that stay in L2.
+  // Long streams of every expert, but sums that fit in L2.
   const int64_t stream = kStream / down.stride, panels = out.width / kPanelRows;
   const int64_t sums = kSums / (kPanelRows * r.n_tokens());
   return std::clamp<int64_t>(std::min({stream, sums, panels / (int64_t(r.n_threads) * 8)}), 2,
-                             kMost);
+                             kMaxPanels);
 }
 
 int64_t ExpertsDown::work_floats(int64_t max_tokens) const {
   const int64_t sums = std::max<int64_t>(kSums, max_tokens * 2 * kPanelRows);
-  return 2 * std::max<int64_t>(sums, kMost * kPanelRows);
+  return 2 * std::max<int64_t>(sums, kMaxPanels * kPanelRows);
 }
 
 int64_t ExpertsDown::tasks(const Run& r) const { return chunks(panels_of(out.width), chunk(r)); }

@@ -7,7 +7,8 @@
 namespace deskside {
 
 namespace {
-// Splits a task number into a segment and the rest, when every segment has `tasks(segment)` tasks.
+// Finds the segment of a task, if every segment has `tasks(segment)` tasks. `task` becomes its
+// number within the segment.
 template <class F> const Segment& find_segment(const Batch& batch, int64_t& task, F&& tasks) {
   const Segment* seg = batch.segments.data();
   for (int64_t own; task >= (own = tasks(*seg)); seg++) task -= own;
@@ -15,7 +16,7 @@ template <class F> const Segment& find_segment(const Batch& batch, int64_t& task
 }
 }  // namespace
 
-// Value columns of a head can be computed apart: where there are few heads for the threads, in
+// Value columns of a head are independent. If there are few heads per thread, they are split in
 // halves.
 int GatedDelta::slices(const Run& r) const {
   const int64_t heads = int64_t(v_heads) * int64_t(r.batch.segments.size());
@@ -26,7 +27,7 @@ int64_t GatedDelta::tasks(const Run& r) const {
   return int64_t(v_heads) * slices(r) * int64_t(r.batch.segments.size());
 }
 
-// Each (sequence, head, slice of value columns) runs through its tokens.
+// A task is one (sequence, head, slice of value columns), over all tokens of the sequence.
 void GatedDelta::task(const Run& r, int64_t task) const {
   const State& s = r.state(state);
   const int slices = this->slices(r), columns = head_dim / slices;
@@ -55,10 +56,10 @@ void GatedDelta::task(const Run& r, int64_t task) const {
 
 // ---- attention ----------------------------------------------------------------------------------
 //
-// A tile is up to kQueryRows rows (token, query head) of one KV head. With at most kSplitTokens
-// tokens in the batch the positions are split as well, so that one long sequence keeps every thread
-// busy; the parts are merged by their maxima and sums. How the work is cut depends on the batch
-// alone, never on the number of threads: results do not change with it.
+// A tile is up to kQueryRows rows (token, query head) of one KV head. In batches of up to
+// kSplitTokens tokens, the positions are split too, so that one long sequence keeps every thread
+// busy. The splits are merged by their maxima and sums. The cut depends on the batch alone, so
+// results do not change with the number of threads.
 
 namespace {
 constexpr int kSplitTokens = 8, kMaxSplits = 64;
@@ -82,7 +83,7 @@ int64_t token_tiles(const Segment& g, int tokens_per_tile) {
   return (g.n + tokens_per_tile - 1) / tokens_per_tile;
 }
 
-// How a batch's attention is cut.
+// How the attention of a batch is cut into tasks.
 struct Cut {
   bool splitting;
   int group, tokens_per_tile, head_tiles;

@@ -9,7 +9,7 @@
 namespace deskside {
 
 namespace {
-// Floats that one thread handles in about the time that a barrier and its imbalance cost.
+// Floats that one thread computes in about the time of a barrier and its imbalance.
 constexpr int64_t kSerialWork = 32768;
 constexpr uint32_t kRounds = uint32_t(1) << 24;
 }  // namespace
@@ -25,7 +25,7 @@ float* WorkMemory::take(Carver& carver, Tile& tile) const {
   for (Tile::Unpacked& p : tile.panel) {
     p.w = carver.take<int8_t>(kPanelRows * cols);
     p.scale = carver.take<float>(cols / 16 * kPanelRows);
-    p.min = carver.take<float>(cols / 32 * kPanelRows);
+    p.min = carver.take<float>(cols / 16 * kPanelRows);
   }
   tile.f = carver.take<float>(kFloatRows * cols);
   return work;
@@ -77,8 +77,8 @@ void Program::run_rows(const Step& step, const Run& r, int64_t row) const {
   for (const auto& op : step.ops) op->row(r, row);
 }
 
-bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
-                  const std::function<bool()>& interrupted) {
+bool Program::run(const Batch& batch, int threads, size_t begin, size_t end,
+                  std::vector<double>* micros, const std::function<bool()>& interrupted) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kPatience = std::chrono::milliseconds(50);
   const size_t n = end - begin;
@@ -86,10 +86,11 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
   std::vector<char> alone(n);
   for (size_t i = 0; i < n; i++) alone[i] = serial(steps[i], batch);
   if (micros) micros->assign(n, 0);
-  // To stop: thread 0's, read inside barriers. While that thread is on leave nobody asks.
+  // Whether to stop. Thread 0 writes it, and barriers read it. While thread 0 is on leave, no
+  // thread asks.
   bool wanted = false;
-  bool stop = false;         // written inside barriers, read behind them
-  auto mark = Clock::now();  // of the last arrival at a barrier
+  bool stop = false;         // written inside barriers, read after them
+  auto mark = Clock::now();  // the time of the last arrival at a barrier
   const auto lap = [&](size_t step) {
     const auto now = Clock::now();
     if (micros) (*micros)[step] += std::chrono::duration<double, std::micro>(now - mark).count();
@@ -98,9 +99,9 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
   const uint32_t first_round = round_;
   round_ = (round_ + uint32_t(n)) % kRounds;
 
-  team_.gather();
+  team_.gather(threads);
   const auto walk = [&](int thread) {
-    const Run r{kernels_, *this, batch, thread, pool_.size()};
+    const Run r{kernels_, *this, batch, thread, threads};
     auto asked = Clock::now();
     for (size_t i = 0;; i++) {
       if (thread == 0 && Clock::now() - asked > kPatience) {
@@ -125,7 +126,7 @@ bool Program::run(const Batch& batch, size_t begin, size_t end, std::vector<doub
         team_.share(round, thread, rows(step, batch), [&](int64_t row) { run_rows(step, r, row); });
         continue;
       }
-      // The tasks of all ops, one after another.
+      // Numbers the tasks of all ops, one op after another.
       int64_t ends[kMaxTasksOps], all = 0;
       for (size_t j = 0; j < step.ops.size(); j++) ends[j] = all += step.ops[j]->tasks(r);
       team_.share(round, thread, all, [&](int64_t task) {

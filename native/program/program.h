@@ -1,10 +1,9 @@
-// A tape made ready for this machine: a list of steps with their weights and buffer places, walked
-// by all threads together.
+// A native program: a list of steps, with their weights and buffers, that all threads run together.
 //
-// A step is either *rows* (its ops treat every row on its own: they run one after another on a row)
-// or *tasks* (its ops do not depend on each other and share out their tasks together). A barrier
-// stands between steps; rows steps that are too small to share are run inside it by one thread, so
-// at decode only tasks steps have one.
+// In a step of *rows*, the ops treat every row on its own. They run on a row one after another. In
+// a step of *tasks*, the ops are independent, and the threads share their tasks. There is a barrier
+// between steps. One thread runs small steps of rows inside the barrier, so at decode only steps of
+// tasks have one.
 #pragma once
 
 #include <functional>
@@ -19,15 +18,15 @@
 
 namespace deskside {
 
-// A planned activation buffer: max_tokens rows of `width` floats, `stride` floats apart, from
+// A buffer of activations: max_tokens rows of `width` floats, `stride` floats apart. It starts
 // `offset` floats into the arena.
 struct Buffer {
   int64_t offset;
   int width, stride;
 };
 
-// `n` tokens of the sequence in `slot`, the first at position `pos`; they are rows `row`.. of the
-// batch.
+// `n` tokens of the sequence in `slot`, the first at position `pos`. In the batch, `row` is their
+// first row.
 struct Segment {
   int slot;
   int64_t pos;
@@ -43,19 +42,18 @@ struct Batch {
   float* logits;                    // (outputs, n_vocab)
 };
 
-// A state's arrays (cache.py): k and v, or one array in `k`. Strides in bytes.
+// A state's arrays (tape/cache.py): k and v, or one array in `k`. Strides are in bytes.
 struct State {
   uint8_t *k, *v;
-  int64_t k_slot, v_slot;  // from a sequence to the next
-  int64_t k_head, v_head;  // from a KV head to the next
-  int64_t k_row, v_row;    // from a position to the next
+  int64_t k_slot, v_slot;  // between sequences
+  int64_t k_head, v_head;  // between KV heads
+  int64_t k_row, v_row;    // between positions
   Type k_type, v_type;
 };
 
 class Program;
 
-// What an op sees while it runs: everything is shared but the thread's own id, tile and work
-// memory.
+// What an op sees while it runs. All of it is shared, except the thread's id, tile and work memory.
 struct Run {
   const Kernels& kernels;
   Program& program;
@@ -68,21 +66,20 @@ struct Run {
   }
   float* at(Buffer b) const;
   float* row(Buffer b, int64_t i) const { return at(b) + i * b.stride; }
-  // Record i (kernels.h) of rows of `cols` values: records follow each other.
+  // Record i (kernels.h) of rows of `cols` values. Records follow each other.
   uint8_t* record(Buffer b, int64_t i, int64_t cols) const {
     return reinterpret_cast<uint8_t*>(at(b)) + i * record_bytes(cols);
   }
-  float* work() const;      // this thread's, as much as its op asked for
-  uint8_t* shared() const;  // one for all threads, as much as its op asked for
+  float* work() const;      // this thread's work memory, of the op's work_floats
+  uint8_t* shared() const;  // the memory that all threads share, of the op's shared_bytes
   const Tile& tile() const;
   const State& state(int index) const;
 };
 
-// An op of a program. One that treats each row on its own overrides row(), the others tasks() and
-// task().
+// An op of a program. Rows ops override row(), tasks ops override tasks() and task().
 struct Op {
   virtual ~Op() = default;
-  // Rows ops: one row; about how many floats it touches.
+  // Rows ops: computes one row; about how many floats a row reads and writes.
   virtual void row(const Run&, int64_t) const {}
   virtual int64_t row_work() const { return 0; }
   // Tasks ops.
@@ -91,12 +88,12 @@ struct Op {
 
   virtual int64_t work_floats(int64_t /*max_tokens*/) const { return 0; }
   virtual int64_t shared_bytes(int64_t /*max_tokens*/) const { return 0; }
-  // Longest weight row that the op multiplies.
+  // The longest row of weights that the op multiplies.
   virtual int64_t max_cols() const { return 0; }
 };
 
-// Holds an op of ops.h. Those are plain structs without a base, so that whoever makes one can name
-// its fields; what they do not define is as `Op` has it.
+// Wraps an op of ops.h. Those are structs without a base, so that their fields can be initialised
+// by name. Functions that they do not define are `Op`'s.
 template <class T> struct OpOf final : Op {
   T op;
   static constexpr bool kHasRow = requires(const T& t, const Run& r) { t.row(r, 0); };
@@ -132,11 +129,11 @@ template <class T> struct OpOf final : Op {
   }
 };
 
-// The work memory of a program. One op at a time has it, so it fits the largest need of each sort.
+// The work memory of a program. Ops use it in turn, so each size is the largest that an op needs.
 struct WorkMemory {
   int64_t shared = 0;  // bytes that all threads share
   int64_t floats = 0;  // of each thread
-  int64_t cols = 32;   // of the longest row of weights: a thread's tile holds unpacked panels of it
+  int64_t cols = 32;   // of the longest row of weights: a thread's tile has unpacked panels of it
 
   void add(const Op& op, int64_t max_tokens);
   // Takes one thread's floats and its tile.
@@ -144,10 +141,10 @@ struct WorkMemory {
   int64_t bytes(int n_threads) const;
 };
 
-constexpr size_t kMaxTasksOps = 16;  // of a step of tasks
+constexpr size_t kMaxTasksOps = 16;  // limit on the ops of a step of tasks
 
 struct Step {
-  // Rows are tokens (kRows), wanted logits (kOutputs), or there is one for all (kOnce).
+  // A row is a token (kRows) or a wanted logit row (kOutputs); kOnce has one row in all.
   enum Kind { kRows, kOutputs, kOnce, kTasks } kind;
   std::vector<std::unique_ptr<Op>> ops;
   int64_t row_work = 0;  // of all ops
@@ -159,14 +156,14 @@ class Program {
 
   void begin(Step::Kind kind) { steps_.push_back({kind, {}, 0}); }
   void add(std::unique_ptr<Op> op) { steps_.back().ops.push_back(std::move(op)); }
-  // Call once after the last op: takes the work memory that the ops need.
+  // Allocates the work memory that the ops need. Call it once, after the last op.
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs the steps [begin, end); `micros`, if not null, receives each one's wall time.
-  // `interrupted` is asked now and then between steps; true ends the run early, with whatever the
-  // states then hold, and makes this return false.
-  bool run(const Batch& batch, size_t begin, size_t end, std::vector<double>* micros,
+  // Runs the steps [begin, end) on `threads` of the pool. `micros`, if not null, receives the wall time of each step.
+  // `interrupted` is called now and then between steps. If it returns true, the run ends early and
+  // returns false, and the states are partly updated.
+  bool run(const Batch& batch, int threads, size_t begin, size_t end, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 
   const char* isa() const { return kernels_.name; }

@@ -1,5 +1,5 @@
-// A persistent pool whose threads walk a program together: barriers with a serial part, and tasks
-// that are shared out in contiguous ranges.
+// A persistent pool of threads that run a program together. Barriers have a serial part, and tasks
+// are shared in contiguous ranges.
 #pragma once
 
 #include <atomic>
@@ -27,8 +27,8 @@ inline void cpu_relax() {
 #endif
 }
 
-// Waits until done() holds: spins while every thread has a core, yields when one was taken away,
-// and parks on `word`, whose value was `seen`, when the wait is long.
+// Waits until done() holds. It spins at first, as is best while every thread has a core. Then it
+// yields, and on a long wait it parks on `word`, whose value was `seen`.
 template <class T, class F> void wait_for(std::atomic<T>& word, T seen, F&& done) {
   for (int i = 0; !done(); i++) {
     if (i < 4000)
@@ -54,19 +54,19 @@ inline long lost_core() {
   return 0;
 }
 
-// What the threads of one run share.
+// The barrier and the tasks that the threads of a run share.
 class Team {
  public:
-  // `switches` tells how often the calling thread has lost its core.
+  // switches(): how often the calling thread has lost its core.
   explicit Team(int n, long (*switches)() = lost_core)
       : roster_(n), switches_(switches), ranges_(std::make_unique<Range[]>(size_t(n))) {}
 
-  // Before a run; then who takes part in it.
-  void gather() { roster_.gather(now_micros()); }
+  // Call it before a run of `wanted` threads. takes_part then says which threads run.
+  void gather(int wanted) { roster_.gather(now_micros(), wanted); }
   bool takes_part(int thread) const { return roster_.rank(thread) >= 0; }
 
-  // Waits for all threads that take part; the last to arrive runs serial() before it releases the
-  // others. False: the calling thread is on leave for the rest of the run (roster.h).
+  // Waits for all threads that take part. The last to arrive runs serial(), then releases the
+  // others. Returns false if the calling thread is on leave for the rest of the run (roster.h).
   template <class F> bool barrier(int thread, F&& serial) {
     const uint32_t generation = generation_.load(std::memory_order_relaxed);
     const int others = roster_.active() - 1;  // read before the arrival: the last one may change it
@@ -85,10 +85,11 @@ class Team {
     return true;
   }
 
-  // Calls f(task) for every task in [0, n) once. A thread first works through its own contiguous
-  // range, so that it reads one stream, and then takes tasks off the ends of the others' ranges, so
-  // that a core that was taken away holds nobody up. `round` must differ from that of the round
-  // before and be the same for all threads. Ends without a barrier.
+  // Calls f(task) once for every task in [0, n). A thread first runs its own contiguous range, so
+  // it reads one stream. Then it takes tasks from the ends of the others' ranges. So if the kernel
+  // preempts a thread, the others wait at most for the one task it holds.
+  // `round` must be the same for all threads, and differ from the previous one. There is no barrier
+  // at the end.
   template <class F> void share(uint32_t round, int thread, int64_t n, F&& f) {
     const int own = roster_.rank(thread), parts = roster_.active();
     for (int64_t task; (task = take(round, own, parts, n, false)) >= 0;) f(task);
@@ -99,8 +100,8 @@ class Team {
   }
 
  private:
-  // How many tasks of a range are taken, from its front and from its back, in which round: 24 bits
-  // of round, 20 bits each of counts (max_tokens is checked to fit).
+  // How many tasks of a range are taken, in 64 bits: 24 bits of the round, 20 bits of the count
+  // from the front, 20 bits of the count from the back. max_tokens is checked to fit.
   struct alignas(64) Range {
     std::atomic<uint64_t> taken{0};
   };
@@ -153,7 +154,7 @@ class Pool {
     run(f, [](int) { return true; });
   }
 
-  // The same on those threads for which takes_part(id) holds.
+  // The same, on the threads for which takes_part(id) holds.
   template <class P> void run(const std::function<void(int)>& f, P&& takes_part) {
     job_ = &f;
     int others = 0;

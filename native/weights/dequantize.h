@@ -1,4 +1,4 @@
-// A row of a file's blocks to floats, for embedding rows: the plain twin of unpack.h.
+// Dequantises a row of a file's blocks, for embedding rows. isa/unpack.h does the same for panels.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace deskside {
 
-// y[i] = weight i of a row of n weights at `row`, laid out as in the file.
+// y[i] = weight i of the n weights of `row`, in the file's layout.
 void dequantize_row(Type type, const uint8_t* row, int64_t n, float* y);
 
 }  // namespace deskside

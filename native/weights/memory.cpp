@@ -18,7 +18,7 @@ constexpr int64_t kHuge = int64_t(2) << 20;
 
 int64_t page_bytes(Pages pages) { return pages == Pages::k1G ? int64_t(1) << 30 : kHuge; }
 
-// Flags of a mapping of reserved pages: MAP_HUGETLB and log2 of their size (linux/mman.h).
+// The flags that map reserved pages: MAP_HUGETLB and log2 of the page size (linux/mman.h).
 int reserved_flags([[maybe_unused]] Pages pages) {
 #if defined(__linux__)
   return 0x40000 | (pages == Pages::k1G ? 30 : 21) << 26;
@@ -35,7 +35,7 @@ int set_nodes([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes,
   const int last = *std::max_element(kind.nodes.begin(), kind.nodes.end());
   std::vector<unsigned long> mask(size_t(last / kBits) + 1);
   for (int node : kind.nodes) mask[size_t(node / kBits)] |= 1ul << (node % kBits);
-  // The kernel reads one bit less than it is told.
+  // The kernel reads one bit less than this count.
   const unsigned long bits = mask.size() * kBits + 1;
   const int mode = kind.strict ? kBind : kInterleave;
   return syscall(SYS_mbind, at, size_t(bytes), mode, mask.data(), bits, 0) == 0 ? 0 : errno;
@@ -44,8 +44,8 @@ int set_nodes([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes,
 #endif
 }
 
-// Takes all pages now, with several threads. False where some are missing: a limit of the container
-// or of the nodes, that would end the process when a page is touched.
+// Allocates all pages now, with several threads. Returns false if some are missing. A limit of the
+// container or the nodes would otherwise end the process when it touches a page.
 bool take_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes,
                 [[maybe_unused]] int64_t page) {
 #if defined(__linux__)
@@ -66,7 +66,7 @@ bool take_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes,
   try {
     for (int64_t i = 1; i < std::min<int64_t>(useful, 16); i++) threads.emplace_back(work);
   } catch (const std::system_error&) {
-    // The threads that could be started do the work.
+    // The threads that started do the work.
   }
   work();
   for (std::thread& t : threads) t.join();
@@ -81,7 +81,7 @@ bool take_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes,
 Arena::Arena(int64_t bytes, const MemoryKind& kind) : bytes_(bytes) {
   const bool reserved = kind.pages == Pages::k2M || kind.pages == Pages::k1G;
   const int64_t page = page_bytes(kind.pages);
-  // Reserved pages are on their borders by themselves, and all there or refused at once.
+  // Reserved pages are aligned already, and mmap refuses at once if there are too few.
   mapped_bytes_ = std::max<int64_t>(1, (bytes + page - 1) / page) * page + (reserved ? 0 : page);
   const int flags = reserved ? reserved_flags(kind.pages) : MAP_NORESERVE;
   mapped_ = mmap(nullptr, size_t(mapped_bytes_), PROT_READ | PROT_WRITE,

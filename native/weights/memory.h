@@ -1,4 +1,4 @@
-// Memory from the system: in pages of a chosen size, on chosen NUMA nodes.
+// Allocates memory in pages of a given size, on given NUMA nodes.
 #pragma once
 
 #include <cstdint>
@@ -6,20 +6,20 @@
 
 namespace deskside {
 
-// k4K: no huge pages, whatever the system would do. kTransparent: huge pages where the system has
-// them. k2M, k1G: from the pages that an administrator has reserved.
+// k4K: no huge pages, whatever the system's default. kTransparent: huge pages if the system has
+// them. k2M, k1G: pages that an administrator has reserved.
 enum class Pages { k4K, kTransparent, k2M, k1G };
 
 struct MemoryKind {
   Pages pages = Pages::kTransparent;
-  // NUMA nodes to spread the pages over in turn; empty: where the thread runs that first touches a
-  // page. strict: on no other node, even if they are full.
+  // NUMA nodes over which the pages are interleaved. If empty, a page is on the node of the thread
+  // that first touches it. strict: use no other node, even if these are full.
   std::vector<int> nodes{};
   bool strict = false;
 };
 
-// Zeroed memory; pages are taken when first touched, reserved ones at once. Throws std::bad_alloc
-// where there is no room, or too few pages are reserved.
+// Zeroed memory. The system allocates a page when it is first touched, and reserved pages at once.
+// Throws std::bad_alloc if there is no room, or too few pages are reserved.
 class Arena {
  public:
   explicit Arena(int64_t bytes, const MemoryKind& kind = {});
@@ -29,8 +29,8 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
-  // Why the nodes that were asked for are not kept to (errno), 0 where they are: ENOSYS for a
-  // kernel without NUMA, EPERM in a container that forbids it.
+  // The errno of the request for nodes, 0 if it was granted: ENOSYS for a kernel without NUMA,
+  // EPERM in a container that forbids it.
   int nodes_error() const { return nodes_error_; }
 
  private:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -21,7 +22,58 @@ namespace deskside {
 
 namespace {
 
-// Moves arrays over the 16 rows, one after another: into a panel, or back (kBack).
+// 32 weights of a row in a file: byte i has `Width` bits of weight i, from bit `shift` on. The
+// panel's order of a row (panel.h), vector by vector, is 4 bytes of each.
+template <int Width> void gather(const uint8_t* x, int shift, uint8_t* to) {
+  constexpr int per = 8 / Width;  // groups a vector
+  for (int v = 0; v < Width; v++)
+    for (int i = 0; i < 4; i++) {
+      unsigned f = 0;
+      for (int g = 0; g < per; g++)
+        f |= (x[4 * (per * v + g) + i] >> shift & ((1u << Width) - 1)) << (Width * g);
+      to[4 * v + i] = uint8_t(f);
+    }
+}
+
+// Nibbles have the order of IQ4_NL: m low, m + 16 high.
+template <> void gather<4>(const uint8_t* x, int shift, uint8_t* to) {
+  for (int m = 0; m < 16; m++)
+    to[m] = uint8_t((x[m] >> shift & 15) | (x[m + 16] >> shift & 15) << 4);
+}
+
+// The inverse. Shift 0 comes first: it clears the other bits.
+void put(uint8_t& x, int shift, int bits) { x = uint8_t(shift ? x | bits << shift : bits); }
+
+template <int Width> void scatter(const uint8_t* from, int shift, uint8_t* x) {
+  constexpr int per = 8 / Width;
+  for (int v = 0; v < Width; v++)
+    for (int i = 0; i < 4; i++)
+      for (int g = 0; g < per; g++)
+        put(x[4 * (per * v + g) + i], shift, from[4 * v + i] >> (Width * g) & ((1 << Width) - 1));
+}
+
+template <> void scatter<4>(const uint8_t* from, int shift, uint8_t* x) {
+  for (int m = 0; m < 16; m++) put(x[m], shift, from[m] & 15), put(x[m + 16], shift, from[m] >> 4);
+}
+
+// Scale j of Q3_K has its low bits in nibble j / 8 of byte j % 8, and its high bits in bits 2 (j /
+// 4) of byte 8 + j % 4. In IQ4_K's order these are nibble j % 2 of byte 4 + j / 2, bits 2 (j % 4)
+// of byte j / 4.
+void reorder_q3_scales(const uint8_t* x, uint8_t* to) {
+  for (int j = 0; j < 16; j++) {
+    put(to[4 + j / 2], j % 2 * 4, x[j % 8] >> (j / 8 * 4) & 15);
+    put(to[j / 4], j % 4 * 2, x[8 + j % 4] >> (j / 4 * 2) & 3);
+  }
+}
+
+void restore_q3_scales(const uint8_t* from, uint8_t* x) {
+  for (int j = 0; j < 16; j++) {
+    put(x[j % 8], j / 8 * 4, from[4 + j / 2] >> (j % 2 * 4) & 15);
+    put(x[8 + j % 4], j / 4 * 2, from[j / 4] >> (j % 4 * 2) & 3);
+  }
+}
+
+// Copies arrays over the 16 rows, one after another: to a panel, or back (kBack).
 template <bool kBack> struct Mover {
   using Row = std::conditional_t<kBack, uint8_t*, const uint8_t*>;
   std::conditional_t<kBack, const uint8_t*, uint8_t*> panel;
@@ -29,13 +81,48 @@ template <bool kBack> struct Mover {
   template <int Bytes, class F> void rows(F&& field) {
     for (int r = 0; r < kPanelRows; r++, panel += Bytes) move<Bytes>(field(r), panel);
   }
-  // `Vectors` times four bytes of every row.
+  // Copies `Vectors` times four bytes of every row.
   template <int Vectors, class F> void vectors(F&& field) {
     for (int r = 0; r < kPanelRows; r++) {
       const Row row = field(r);
       for (int j = 0; j < Vectors; j++) move<4>(row + 4 * j, panel + j * kVector + 4 * r);
     }
     panel += Vectors * kVector;
+  }
+  // `Width` bits of 32 weights of every row, by gather or scatter.
+  template <int Width, class F> void plane(F&& field, int shift) {
+    uint8_t part[4 * Width];
+    for (int r = 0; r < kPanelRows; r++) {
+      if constexpr (!kBack) gather<Width>(field(r), shift, part);
+      for (int j = 0; j < Width; j++) {
+        uint8_t* const at = part + 4 * j;
+        if constexpr (kBack)
+          move<4>(at, panel + j * kVector + 4 * r);
+        else
+          move<4>(static_cast<const uint8_t*>(at), panel + j * kVector + 4 * r);
+      }
+      if constexpr (kBack) scatter<Width>(part, shift, field(r));
+    }
+    panel += Width * kVector;
+  }
+  // The same of bits that `split` and `join` take out of a row's field and put back.
+  template <int Width, class F, class Split, class Join>
+  void high_bits(F&& field, Split split, Join join) {
+    uint8_t v[kPanelRows][32];
+    if constexpr (!kBack)
+      for (int r = 0; r < kPanelRows; r++) split(field(r), v[r]);
+    plane<Width>([&](int r) { return v[r]; }, 0);
+    if constexpr (kBack)
+      for (int r = 0; r < kPanelRows; r++) join(v[r], field(r));
+  }
+  // Q3_K's scales in the order of IQ4_K's: scales_h, scales_l.
+  template <class F> void six_bit_scales(F&& field) {
+    uint8_t v[kPanelRows][12];
+    if constexpr (!kBack)
+      for (int r = 0; r < kPanelRows; r++) reorder_q3_scales(field(r), v[r]);
+    for (int i = 0; i < 12; i++) rows<1>([&](int r) -> Row { return v[r] + i; });
+    if constexpr (kBack)
+      for (int r = 0; r < kPanelRows; r++) restore_q3_scales(v[r], field(r));
   }
 
  private:
@@ -47,203 +134,141 @@ template <bool kBack> struct Mover {
   }
 };
 
-// Values below 16 of a block of 32 to the bytes of IQ4_NL's order: m low, m + 16 high.
-void join_nibbles(const uint8_t* v, uint8_t* to) {
-  for (int m = 0; m < 16; m++) to[m] = uint8_t((v[m] & 15) | v[m + 16] << 4);
+// High bits of 32 weights that a file has in an order of its own, one weight a byte: bit i of the
+// word of Q5_0 and Q5_1 is that of weight i.
+void split_fives(const uint8_t* qh, uint8_t* v) {
+  for (int i = 0; i < 32; i++) v[i] = qh[i / 8] >> (i % 8) & 1;
 }
 
-void split_nibbles(const uint8_t* from, uint8_t* v) {
-  for (int m = 0; m < 16; m++) v[m] = from[m] & 15, v[m + 16] = from[m] >> 4;
+void join_fives(const uint8_t* v, uint8_t* qh) {
+  for (int i = 0; i < 32; i++) put(qh[i / 8], i % 8, v[i]);
 }
 
-void pack_q4_k(const uint8_t* qs, int b, uint8_t* to) {
-  uint8_t v[32];
-  const uint8_t* x = qs + 32 * (b / 2);
-  for (int i = 0; i < 32; i++) v[i] = b % 2 ? x[i] >> 4 : x[i] & 15;
-  join_nibbles(v, to);
+// Byte l of Q6_0 has two bits of each of the weights l, 16 + l, 8 + l, 24 + l.
+constexpr int kSixOrder[4] = {0, 16, 8, 24};
+
+void split_sixes(const uint8_t* qh, uint8_t* v) {
+  for (int l = 0; l < 8; l++)
+    for (int k = 0; k < 4; k++) v[kSixOrder[k] + l] = qh[l] >> (2 * k) & 3;
 }
 
-// Blocks in ascending order: the even one writes the bytes that the odd one adds to.
-void unpack_q4_k(const uint8_t* from, int b, uint8_t* qs) {
-  uint8_t v[32];
-  split_nibbles(from, v);
-  uint8_t* x = qs + 32 * (b / 2);
-  for (int i = 0; i < 32; i++) x[i] = b % 2 ? uint8_t(x[i] | v[i] << 4) : v[i];
+void join_sixes(const uint8_t* v, uint8_t* qh) {
+  for (int l = 0; l < 8; l++)
+    for (int k = 0; k < 4; k++) put(qh[l], 2 * k, v[kSixOrder[k] + l]);
 }
 
-// Bit `b` of 32 bytes: bit g of byte i is that of weight 4g + i.
-void gather_bits(const uint8_t* qh, int b, uint8_t* to) {
-  for (int i = 0; i < 4; i++) {
-    unsigned f = 0;
-    for (int g = 0; g < 8; g++) f |= unsigned(qh[4 * g + i] >> b & 1) << g;
-    to[i] = uint8_t(f);
-  }
-}
-
-// The inverse; bit 0 comes first and clears the others.
-void scatter_bits(const uint8_t* from, int b, uint8_t* qh) {
-  for (int i = 0; i < 4; i++)
-    for (int g = 0; g < 8; g++) {
-      const unsigned bit = from[i] >> g & 1u;
-      qh[4 * g + i] = uint8_t(b ? qh[4 * g + i] | bit << b : bit);
-    }
-}
-
-void gather_bits(uint32_t qh, uint8_t* to) {
-  for (int i = 0; i < 4; i++) {
-    unsigned f = 0;
-    for (int g = 0; g < 8; g++) f |= (qh >> (4 * g + i) & 1) << g;
-    to[i] = uint8_t(f);
-  }
-}
-
-uint32_t scatter_bits(const uint8_t* from) {
-  uint32_t qh = 0;
-  for (int i = 0; i < 4; i++)
-    for (int g = 0; g < 8; g++) qh |= uint32_t(from[i] >> g & 1) << (4 * g + i);
-  return qh;
-}
-
-// The 256 weights of a block of Q6_K, as values 0..63 (docs/MODEL.md).
-void values_q6_k(const BlockQ6_K& q, uint8_t* v) {
-  for (int h = 0; h < 2; h++, v += 128) {
-    const uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
-    for (int i = 0; i < 32; i++) {
-      v[i] = uint8_t((ql[i] & 15) | (qh[i] & 3) << 4);
-      v[i + 32] = uint8_t((ql[i + 32] & 15) | (qh[i] >> 2 & 3) << 4);
-      v[i + 64] = uint8_t(ql[i] >> 4 | (qh[i] >> 4 & 3) << 4);
-      v[i + 96] = uint8_t(ql[i + 32] >> 4 | (qh[i] >> 6 & 3) << 4);
-    }
-  }
-}
-
-void block_q6_k(const uint8_t* v, BlockQ6_K& q) {
-  for (int h = 0; h < 2; h++, v += 128) {
-    uint8_t *ql = q.ql + 64 * h, *qh = q.qh + 32 * h;
-    for (int i = 0; i < 32; i++) {
-      ql[i] = uint8_t((v[i] & 15) | v[i + 64] << 4);
-      ql[i + 32] = uint8_t((v[i + 32] & 15) | v[i + 96] << 4);
-      qh[i] = uint8_t(v[i] >> 4 | v[i + 32] >> 4 << 2 | v[i + 64] >> 4 << 4 | v[i + 96] >> 4 << 6);
-    }
-  }
-}
-
-void add_top_bits(const uint8_t* from, uint8_t* v) {
-  for (int h = 0; h < 2; h++)
-    for (int i = 0; i < 4; i++)
-      for (int g = 0; g < 4; g++)
-        v[16 * h + 4 * g + i] |= uint8_t((from[4 * h + i] >> (2 * g) & 3) << 4);
-}
-
-void top_bits(const uint8_t* v, uint8_t* to) {
-  for (int h = 0; h < 2; h++)
-    for (int i = 0; i < 4; i++) {
-      unsigned f = 0;
-      for (int g = 0; g < 4; g++) f |= unsigned(v[16 * h + 4 * g + i] >> 4) << (2 * g);
-      to[4 * h + i] = uint8_t(f);
-    }
-}
-
+// Copies a superblock of 16 rows to a panel, or back.
 template <Type T, bool kBack>
-using BlockOf = std::conditional_t<kBack, typename Panel<T>::Block, const typename Panel<T>::Block>;
-
-// A superblock of 16 rows into a panel, or back.
-template <Type T, bool kBack>
-void move_superblock(BlockOf<T, kBack>* const* rows, decltype(Mover<kBack>::panel) panel) {
-  using Row = typename Mover<kBack>::Row;
+void move_superblock(const typename Mover<kBack>::Row* rows, decltype(Mover<kBack>::panel) panel) {
+  using B = typename Panel<T>::Block;
   Mover<kBack> w{panel};
-  const auto raw = [&](int r) { return reinterpret_cast<Row>(rows[r]); };
-  const auto each = [](auto&& f) {
-    for (int r = 0; r < kPanelRows; r++) f(r);
+  // Byte `offset` of every row's block.
+  const auto at = [rows](size_t offset) {
+    return [rows, offset](int r) { return rows[r] + offset; };
   };
   if constexpr (T == Type::Q4_0 || T == Type::IQ4_NL) {
-    w.template rows<2>(raw);
-    w.template vectors<4>([&](int r) { return rows[r]->qs; });
+    w.template rows<2>(at(0));
+    w.template vectors<4>(at(offsetof(B, qs)));
+  } else if constexpr (T == Type::MXFP4) {
+    w.template rows<1>(at(0));
+    w.template vectors<4>(at(offsetof(B, qs)));
   } else if constexpr (T == Type::Q8_0) {
-    w.template rows<2>(raw);
-    w.template vectors<8>([&](int r) { return reinterpret_cast<Row>(rows[r]->qs); });
+    w.template rows<2>(at(0));
+    w.template vectors<8>(at(offsetof(B, qs)));
   } else if constexpr (T == Type::Q4_1) {
-    w.template rows<2>(raw);
-    w.template rows<2>([&](int r) { return raw(r) + 2; });
-    w.template vectors<4>([&](int r) { return rows[r]->qs; });
+    w.template rows<2>(at(0));
+    w.template rows<2>(at(offsetof(B, m)));
+    w.template vectors<4>(at(offsetof(B, qs)));
   } else if constexpr (T == Type::Q5_0 || T == Type::Q5_1) {
-    w.template rows<2>(raw);
-    if constexpr (T == Type::Q5_1) w.template rows<2>([&](int r) { return raw(r) + 2; });
-    uint8_t fifth[kPanelRows][4];
-    if constexpr (!kBack) each([&](int r) { gather_bits(rows[r]->qh, fifth[r]); });
-    w.template vectors<1>([&](int r) { return fifth[r]; });
-    if constexpr (kBack) each([&](int r) { rows[r]->qh = scatter_bits(fifth[r]); });
-    w.template vectors<4>([&](int r) { return rows[r]->qs; });
-  } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
-    w.template rows<2>(raw);
-    w.template rows<2>([&](int r) { return raw(r) + 2; });
-    w.template vectors<3>([&](int r) { return rows[r]->scales; });
-    uint8_t part[kPanelRows][16];
-    const auto own = [&](int r) { return part[r]; };
+    w.template rows<2>(at(0));
+    if constexpr (T == Type::Q5_1) w.template rows<2>(at(offsetof(B, m)));
+    w.template high_bits<1>(at(offsetof(B, qh)), split_fives, join_fives);
+    w.template vectors<4>(at(offsetof(B, qs)));
+  } else if constexpr (T == Type::Q6_0) {
+    w.template rows<2>(at(0));
+    w.template vectors<4>(at(offsetof(B, qs)));
+    w.template high_bits<2>(at(offsetof(B, qh)), split_sixes, join_sixes);
+  } else if constexpr (T == Type::Q2_K) {
+    w.template rows<2>(at(offsetof(B, d)));
+    w.template rows<2>(at(offsetof(B, dmin)));
+    for (int i = 0; i < 16; i++) w.template rows<1>(at(offsetof(B, scales) + i));
+    for (int b = 0; b < 8; b++)
+      w.template plane<2>(at(offsetof(B, qs) + 32 * (b / 4)), 2 * (b % 4));
+  } else if constexpr (T == Type::Q3_K) {
+    w.template rows<2>(at(offsetof(B, d)));
+    w.six_bit_scales(at(offsetof(B, scales)));
     for (int b = 0; b < 8; b++) {
-      if constexpr (T == Type::Q5_K) {
-        if constexpr (!kBack) each([&](int r) { gather_bits(rows[r]->qh, b, part[r]); });
-        w.template vectors<1>(own);
-        if constexpr (kBack) each([&](int r) { scatter_bits(part[r], b, rows[r]->qh); });
-      }
-      if constexpr (!kBack) each([&](int r) { pack_q4_k(rows[r]->qs, b, part[r]); });
-      w.template vectors<4>(own);
-      if constexpr (kBack) each([&](int r) { unpack_q4_k(part[r], b, rows[r]->qs); });
+      w.template plane<1>(at(offsetof(B, hmask)), b);
+      w.template plane<2>(at(offsetof(B, qs) + 32 * (b / 4)), 2 * (b % 4));
+    }
+  } else if constexpr (T == Type::Q4_K || T == Type::Q5_K) {
+    w.template rows<2>(at(0));
+    w.template rows<2>(at(offsetof(B, dmin)));
+    w.template vectors<3>(at(offsetof(B, scales)));
+    for (int b = 0; b < 8; b++) {
+      if constexpr (T == Type::Q5_K) w.template plane<1>(at(offsetof(B, qh)), b);
+      w.template plane<4>(at(offsetof(B, qs) + 32 * (b / 2)), 4 * (b % 2));
     }
   } else if constexpr (T == Type::Q6_K) {
-    w.template rows<2>([&](int r) { return reinterpret_cast<Row>(&rows[r]->d); });
-    for (int i = 0; i < 16; i++)
-      w.template rows<1>([&](int r) { return reinterpret_cast<Row>(rows[r]->scales + i); });
-    uint8_t v[kPanelRows][256], part[kPanelRows][16];
-    const auto own = [&](int r) { return part[r]; };
-    if constexpr (!kBack) each([&](int r) { values_q6_k(*rows[r], v[r]); });
+    w.template rows<2>(at(offsetof(B, d)));
+    for (int i = 0; i < 16; i++) w.template rows<1>(at(offsetof(B, scales) + i));
     for (int b = 0; b < 8; b++) {
-      if constexpr (!kBack) each([&](int r) { join_nibbles(v[r] + 32 * b, part[r]); });
-      w.template vectors<4>(own);
-      if constexpr (kBack) each([&](int r) { split_nibbles(part[r], v[r] + 32 * b); });
-      if constexpr (!kBack) each([&](int r) { top_bits(v[r] + 32 * b, part[r]); });
-      w.template vectors<2>(own);
-      if constexpr (kBack) each([&](int r) { add_top_bits(part[r], v[r] + 32 * b); });
+      w.template plane<4>(at(offsetof(B, ql) + 64 * (b / 4) + 32 * (b % 2)), 4 * (b % 4 / 2));
+      w.template plane<2>(at(offsetof(B, qh) + 32 * (b / 4)), 2 * (b % 4));
     }
-    if constexpr (kBack) each([&](int r) { block_q6_k(v[r], *rows[r]); });
   } else if constexpr (T == Type::IQ4_XS) {
-    w.template rows<2>(raw);
-    w.template rows<2>([&](int r) { return raw(r) + 2; });
-    w.template vectors<1>([&](int r) { return rows[r]->scales_l; });
-    for (int b = 0; b < 8; b++) w.template vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
-  } else if constexpr (T == Type::IQ4_KS) {
-    for (int b = 0; b < 8; b++) w.template rows<1>([&](int r) { return rows[r]->scales + b; });
-    for (int b = 0; b < 8; b++) w.template vectors<4>([&](int r) { return rows[r]->qs + 16 * b; });
+    w.template rows<2>(at(0));
+    w.template rows<2>(at(offsetof(B, scales_h)));
+    w.template vectors<1>(at(offsetof(B, scales_l)));
+    for (int b = 0; b < 8; b++) w.template vectors<4>(at(offsetof(B, qs) + 16 * b));
+  } else if constexpr (T == Type::IQ4_K || T == Type::IQ5_K) {
+    w.template rows<2>(at(0));
+    w.template rows<2>(at(offsetof(B, extra)));
+    for (int i = 0; i < 12; i++) w.template rows<1>(at(offsetof(B, scales_h) + i));
+    for (int b = 0; b < 8; b++) {
+      if constexpr (T == Type::IQ5_K) {
+        w.template plane<1>(at(offsetof(B, qh)), b);
+        w.template plane<4>(at(offsetof(B, qs) + 32 * (b / 2)), 4 * (b % 2));
+      } else {
+        w.template vectors<4>(at(offsetof(B, qs) + 16 * b));
+      }
+    }
+  } else if constexpr (T == Type::IQ6_K) {
+    w.template rows<2>(at(0));
+    w.template rows<2>(at(offsetof(B, extra)));
+    for (int i = 0; i < 16; i++) w.template rows<1>(at(offsetof(B, scales) + i));
+    for (int b = 0; b < 8; b++) {
+      w.template plane<4>(at(offsetof(B, qs) + 32 * (b / 2)), 4 * (b % 2));
+      w.template plane<2>(at(offsetof(B, qh) + 32 * (b / 4)), 2 * (b % 4));
+    }
+  } else if constexpr (T == Type::IQ4_KS || T == Type::IQ5_KS) {
+    for (int b = 0; b < 8; b++) w.template rows<1>(at(offsetof(B, scales) + b));
+    for (int b = 0; b < 8; b++) {
+      if constexpr (T == Type::IQ5_KS) {
+        w.template plane<1>(at(offsetof(B, qh)), b);
+        w.template plane<4>(at(offsetof(B, qs) + 32 * (b / 2)), 4 * (b % 2));
+      } else {
+        w.template vectors<4>(at(offsetof(B, qs) + 16 * b));
+      }
+    }
   } else {
     static_assert(T == Type::IQ4_KSS);
-    for (int b = 0; b < 8; b++)
-      w.template vectors<4>([&](int r) { return reinterpret_cast<Row>(rows[r]->qs + 8 * b); });
+    for (int b = 0; b < 8; b++) w.template vectors<4>(at(16 * b));
   }
 }
 
-template <Type T> void pack_panel(const uint8_t* const* rows, int64_t cols, uint8_t* to) {
+// Copies the file's rows to a panel, or back: the header of each row, then its superblocks.
+template <Type T, bool kBack>
+void move_panel(const typename Mover<kBack>::Row* rows, int64_t cols,
+                decltype(Mover<kBack>::panel) panel) {
   using P = Panel<T>;
-  using Block = typename P::Block;
-  if constexpr (P::header != 0)
-    for (int r = 0; r < kPanelRows; r++, to += P::header) std::memcpy(to, rows[r], P::header);
-  const Block* block[kPanelRows];
-  for (int64_t b = 0; b < cols / (32 * P::blocks); b++, to += P::bytes) {
-    for (int r = 0; r < kPanelRows; r++)
-      block[r] = reinterpret_cast<const Block*>(rows[r] + P::header) + b;
-    move_superblock<T, false>(block, to);
-  }
-}
-
-template <Type T> void unpack_panel(const uint8_t* from, int64_t cols, uint8_t* const* rows) {
-  using P = Panel<T>;
-  using Block = typename P::Block;
-  if constexpr (P::header != 0)
-    for (int r = 0; r < kPanelRows; r++, from += P::header) std::memcpy(rows[r], from, P::header);
-  Block* block[kPanelRows];
-  for (int64_t b = 0; b < cols / (32 * P::blocks); b++, from += P::bytes) {
-    for (int r = 0; r < kPanelRows; r++)
-      block[r] = reinterpret_cast<Block*>(rows[r] + P::header) + b;
-    move_superblock<T, true>(block, from);
+  Mover<kBack> header{panel};
+  if constexpr (P::header != 0) header.template rows<P::header>([&](int r) { return rows[r]; });
+  typename Mover<kBack>::Row block[kPanelRows];
+  for (int r = 0; r < kPanelRows; r++) block[r] = rows[r] + P::header;
+  for (int64_t b = 0; b < cols / (32 * P::blocks); b++, header.panel += P::bytes) {
+    move_superblock<T, kBack>(block, header.panel);
+    for (int r = 0; r < kPanelRows; r++) block[r] += sizeof(typename P::Block);
   }
 }
 
@@ -252,13 +277,13 @@ struct Format {
   int block, bytes, header;  // weights and bytes of a file's block, bytes before a row's first
   // Null where rows are copied.
   void (*pack_panel)(const uint8_t* const* rows, int64_t cols, uint8_t* to);
-  void (*unpack_panel)(const uint8_t* from, int64_t cols, uint8_t* const* rows);
+  void (*unpack_panel)(uint8_t* const* rows, int64_t cols, const uint8_t* from);
 };
 
 template <Type T> constexpr Format packed() {
   using P = Panel<T>;
-  return {T,         32 * P::blocks, int(sizeof(typename P::Block)),
-          P::header, pack_panel<T>,  unpack_panel<T>};
+  return {T,         32 * P::blocks,       int(sizeof(typename P::Block)),
+          P::header, move_panel<T, false>, move_panel<T, true>};
 }
 
 // clang-format off
@@ -266,8 +291,10 @@ constexpr Format kFormats[] = {
     {Type::F32, 1, 4, 0, nullptr, nullptr}, {Type::F16, 1, 2, 0, nullptr, nullptr},
     {Type::BF16, 1, 2, 0, nullptr, nullptr},
     packed<Type::Q4_0>(), packed<Type::Q4_1>(), packed<Type::Q5_0>(), packed<Type::Q5_1>(),
-    packed<Type::Q8_0>(), packed<Type::Q4_K>(), packed<Type::Q5_K>(), packed<Type::Q6_K>(),
-    packed<Type::IQ4_NL>(), packed<Type::IQ4_XS>(), packed<Type::IQ4_KS>(), packed<Type::IQ4_KSS>(),
+    packed<Type::Q6_0>(), packed<Type::Q8_0>(), packed<Type::Q2_K>(), packed<Type::Q3_K>(),
+    packed<Type::Q4_K>(), packed<Type::Q5_K>(), packed<Type::Q6_K>(), packed<Type::IQ4_NL>(),
+    packed<Type::IQ4_XS>(), packed<Type::IQ4_K>(), packed<Type::IQ5_K>(), packed<Type::IQ6_K>(),
+    packed<Type::IQ4_KS>(), packed<Type::IQ4_KSS>(), packed<Type::IQ5_KS>(), packed<Type::MXFP4>(),
 };
 // clang-format on
 
@@ -283,7 +310,7 @@ void read_all(int fd, int64_t offset, int64_t bytes, uint8_t* to) {
     const ssize_t got = pread(fd, to, size_t(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw std::runtime_error(std::string("cannot be read: ") + strerror(errno));
-    if (got == 0) throw std::runtime_error("ends early: it was cut off after it was opened");
+    if (got == 0) throw std::runtime_error("ends early: the file was cut off after it was opened");
     to += got, offset += got, bytes -= got;
   }
 }
@@ -316,7 +343,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
         const int64_t group = task / tasks_per_group, p0 = task % tasks_per_group * per_task;
         const int64_t p1 = std::min(p0 + per_task, panels);
         const int64_t r0 = p0 * kPanelRows, n = std::min(p1 * kPanelRows, rows) - r0;
-        const int64_t at = (group * rows + r0) * row_bytes;
+        const int64_t at = group * from.group_bytes + r0 * row_bytes;
         const uint8_t* source = buffer.data();
         if (from.memory)
           source = from.memory + at;
@@ -347,7 +374,7 @@ void pack(const Source& from, Type type, int64_t cols, int64_t rows, int64_t gro
   try {
     for (int64_t i = 1; i < useful; i++) threads.emplace_back(work);
   } catch (const std::system_error&) {
-    // The threads that could be started do the work.
+    // The threads that started do the work.
   }
   work();
   for (std::thread& t : threads) t.join();
@@ -359,7 +386,7 @@ void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t 
   const Format* const f = format(type);
   if (!f) throw std::invalid_argument("unpack: a type without a layout");
   const int64_t row_bytes = file_row_bytes(type, cols);
-  std::vector<uint8_t> none;  // for rows that the last panel is filled up with
+  std::vector<uint8_t> none;  // receives the last panel's padding rows
   for (int64_t r0 = 0; r0 < rows; r0 += kPanelRows, from += stride, to += kPanelRows * row_bytes) {
     const int64_t n = std::min<int64_t>(kPanelRows, rows - r0);
     if (!f->unpack_panel) {
@@ -369,7 +396,7 @@ void unpack(const uint8_t* from, Type type, int64_t cols, int64_t rows, int64_t 
     if (n < kPanelRows) none.resize(size_t(row_bytes));
     uint8_t* row[kPanelRows];
     for (int r = 0; r < kPanelRows; r++) row[r] = r < n ? to + r * row_bytes : none.data();
-    f->unpack_panel(from, cols, row);
+    f->unpack_panel(row, cols, from);
   }
 }
 

@@ -33,8 +33,11 @@ int rounds(int n_threads, bool late) {
     for (auto& h : hits) h.resize(random() % 4 == 0 ? 0 : random() % 60);
     bool wanted = false, stop = false;
     long wrong = 0;
-    team.gather();
-    for (int i = 0; i < n_threads; i++) here[size_t(i)] = team.takes_part(i);
+    const int wanted = run % 3 == 0 ? 1 + int(random() % unsigned(n_threads)) : n_threads;
+    team.gather(wanted);
+    int taking = 0;
+    for (int i = 0; i < n_threads; i++) taking += here[size_t(i)] = team.takes_part(i);
+    CHECK(taking >= 1 && taking <= wanted);
     const auto walk = [&](int thread) {
       for (size_t i = 0;; i++) {
         if (thread == 0 && run % 37 == 36 && i == 1) wanted = true;
@@ -60,7 +63,7 @@ int rounds(int n_threads, bool late) {
   if (n_threads < 4) CHECK(leaves == 0);  // with more it is a matter of the machine
   if (leaves > 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2100));  // the longest leave
-    team.gather();
+    team.gather(n_threads);
     for (int i = 0; i < n_threads; i++) CHECK(team.takes_part(i));
   }
   return 0;
@@ -72,7 +75,7 @@ double on_leave(Roster& roster, double from, double late, bool stolen) {
   double away = 0;
   static long count = 0;  // over all rosters, as a thread's past
   for (double t = from; t < from + 2e6; t += 6e3) {
-    roster.gather(t);
+    roster.gather(t, roster.size());
     if (roster.rank(1) < 0)
       away += 6;
     else if (late > 0)
@@ -99,6 +102,15 @@ int roster() {
   CHECK(all.active() == 2);  // never less than half
   for (int thread = 0, next = 0; thread < 4; thread++)
     if (all.rank(thread) >= 0) CHECK(all.rank(thread) == next++);
+  // Threads on leave are replaced by idle ones, and stay counted whatever the next run wants.
+  all.gather(500e3, 2);
+  CHECK(all.active() == 2 && !all.late(0, 501e3, 4e3, 200));
+  all.gather(502e3, 1);
+  CHECK(all.active() == 1);
+  all.gather(1e9, 3);
+  CHECK(all.active() == 3 && all.rank(2) == 2 && all.rank(3) == -1);
+  all.gather(1e9, 4);
+  CHECK(all.active() == 4);
   Roster alone(1);
   for (int i = 1; i < 100; i++) CHECK(!alone.late(0, i * 5e3, 4e3, i));
   return 0;

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from . import hf
 
 # Every checkpoint of `hf.configs`, spelled out so that collecting tests does not import torch.
-NAMES = ("qwen35moe", "qwen35moe-odd", "qwen35", "qwen3moe", "llama", "llama-tied")
+NAMES = (
+    "qwen35moe", "qwen35moe-odd", "qwen35", "qwen3moe", "qwen3", "qwen2", "llama", "llama-tied",
+)  # fmt: skip
 
 # In units of a router's spread. An f16 KV cache moves hidden states by up to 3e-4 of theirs,
 # float32 sums by 2e-6; nearer ties would let a right engine choose other experts.

@@ -126,11 +126,33 @@ def configs() -> dict[str, transformers.PreTrainedConfig]:
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=64,  # type: ignore[call-arg]
+            head_dim=64,
             moe_intermediate_size=96,
             num_experts=16,
             num_experts_per_tok=4,
             norm_topk_prob=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            **common,
+        ),
+        "qwen3": transformers.Qwen3Config(
+            vocab_size=N_TOKENS,
+            hidden_size=128,
+            intermediate_size=224,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            **common,
+        ),
+        "qwen2": transformers.Qwen2Config(
+            vocab_size=N_TOKENS,
+            hidden_size=192,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             **common,
         ),
@@ -163,6 +185,8 @@ _CLASSES = {
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
 
@@ -180,7 +204,7 @@ def _fill(model: torch.nn.Module, seed: int, tied: bool) -> None:
         noise = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith("A_log"):
             value = np.log(np.exp(rng.uniform(np.log(0.02), np.log(4.0), shape)))
-        elif name.endswith("dt_bias"):
+        elif name.endswith((".bias", "dt_bias")):
             value = noise
         elif name.endswith("conv1d.weight"):
             value = 0.5 * noise

@@ -1,5 +1,6 @@
 """llama.cpp's own argument parser (`common_params_parse` in the wheel xllamacpp), in a process of
-its own: it exits where it finds a fault. Prints what it understood as JSON."""
+its own: it exits where it finds a fault. Prints what it understood as JSON. With --program=N in
+front it is the parser of another of llama.cpp's programs."""
 
 from __future__ import annotations
 
@@ -16,6 +17,10 @@ HEAD = 16  # bytes of a Python object before the struct that CommonParams holds
 
 
 def main(words: list[str]) -> None:
+    program = SERVER
+    if words and words[0].startswith("--program="):
+        program = int(words.pop(0).partition("=")[2])
+        words = ["program", *words]
     (library,) = Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
     parse = getattr(ctypes.CDLL(str(library)), SYMBOL)
     parse.restype = ctypes.c_bool
@@ -25,7 +30,7 @@ def main(words: list[str]) -> None:
     ]  # fmt: skip
     params = xllamacpp.CommonParams()
     argv = (ctypes.c_char_p * (len(words) + 1))(*(w.encode() for w in words), None)
-    ok = parse(len(words), argv, id(params) + HEAD, SERVER, None)
+    ok = parse(len(words), argv, id(params) + HEAD, program, None)
     understood = {
         "ok": bool(ok),
         "model": params.model.path,

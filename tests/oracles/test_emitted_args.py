@@ -20,7 +20,7 @@ from deskside.machine.descriptions import load_machine
 from deskside.plan import Options, make_plan
 from deskside.plan.emit import emit
 from deskside.plan.rules import Rules, parse_overrides
-from tests.test_plan import tape_of
+from tests.plans import tape_of
 
 from . import need
 

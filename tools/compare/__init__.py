@@ -1,1 +1,1 @@
-"""deskside beside llama.cpp and ik_llama.cpp: `python -m tools.compare.peers`."""
+"""Compares deskside with llama.cpp and ik_llama.cpp: `python -m tools.compare.peers`."""

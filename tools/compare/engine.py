@@ -1,6 +1,6 @@
-"""deskside behind the interface of `tests/oracles/capi.py`; made in a worker process.
+"""deskside with the interface of `tests/oracles/capi.py`, for a worker process.
 
-The only file of the comparison that reaches into the engine.
+This is the only file of the comparison that uses the engine's internals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deskside.tape.cache import Batch, Cache, Segment
 
 
 class _Clocked:
-    """The native program, every run of it timed."""
+    """Wraps the native program and times every run."""
 
     def __init__(self, program: Any) -> None:
         self._program = program
@@ -36,7 +36,7 @@ class _Clocked:
 
 
 class _Given:
-    """A sampler that works as ever and then answers with tokens given beforehand."""
+    """Wraps a sampler: it samples as usual, but returns tokens given beforehand."""
 
     def __init__(self, sampler: Any, tokens: Iterator[int]) -> None:
         self._sampler = sampler
@@ -52,7 +52,7 @@ class _Given:
 
 @dataclass
 class _Context:
-    """`ids`: the tokens in the first slot and one more; `lengths`: tokens of each sequence."""
+    """A context. ids: tokens in the first slot, plus one. lengths: tokens of each sequence."""
 
     cache: Cache
     slots: list[Slot]
@@ -62,7 +62,7 @@ class _Context:
 
 
 class Deskside:
-    """The model with room for any of the contexts that `open` will be asked for."""
+    """A model with room for any context that `open` will make."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Deskside:
     def open(
         self, name: str, n_ctx: int, kv: str = "f16", ubatch: int = 512, n_seq: int = 1
     ) -> None:
-        """Makes a context of n_ctx tokens, those of all sequences together, and uses it."""
+        """Make and use a context of n_ctx tokens, counted over all sequences."""
         kind = quant_type(kv)
         states = self.llm.tape.states
         cache = Cache(states, n_slots=n_seq, n_ctx=n_ctx // n_seq, k_type=kind, v_type=kind)
@@ -92,7 +92,7 @@ class Deskside:
         self.use(name)
 
     def use(self, name: str) -> None:
-        """The following calls work on this context, as it was left."""
+        """Continue with this context as it was left."""
         self._now = now = self._contexts[name]
         self.llm.loaded = replace(
             self.llm.loaded,
@@ -104,15 +104,15 @@ class Deskside:
         self.llm.ubatch = now.ubatch
 
     def drop(self) -> None:
-        """Frees all contexts."""
+        """Free all contexts."""
         self._contexts.clear()
 
     def loaded(self) -> float:
-        """Seconds that loading the model took."""
+        """Seconds that the model took to load."""
         return self.load_seconds
 
     def _generate(self, ids: list[int], given: Sequence[int]) -> tuple[float, float]:
-        """Seconds of the prompt, and of the steps behind its first token; the tokens are given."""
+        """Seconds of the prompt, and of the steps after its first token. `given` are the tokens."""
         params = SamplingParams(max_tokens=len(given), temperature=0, ignore_eos=True)
         stream = self.llm.stream(ids, params)
         sequence = stream._sequence
@@ -127,22 +127,22 @@ class Deskside:
         return t.prompt_seconds, t.decode_seconds
 
     def prefill(self, ids: Sequence[int]) -> float:
-        """Seconds to take in a fresh sequence, logits of its last token included."""
+        """Seconds to compute a new sequence, and the logits of its last token."""
         self.llm.reset()
         seconds, _ = self._generate(list(ids), ids[:1])
         return seconds
 
     def decode(self, ids: Sequence[int]) -> float:
-        """Seconds for one step a token, sampler and text included; ids[i] is taken each time."""
+        """Seconds for one step per token, with sampler and text. Step i chooses ids[i]."""
         self._clock.seconds.clear()
         _, seconds = self._generate(self._now.ids, [*ids, ids[-1]])
         if self._fresh != 1:
-            raise RuntimeError(f"{self._fresh} tokens were computed anew")
+            raise RuntimeError(f"{self._fresh} tokens were computed again")
         self._share = 1 - sum(self._clock.seconds[1:]) / seconds
         return seconds
 
     def python_share(self) -> float:
-        """The part of the last `decode` that was not spent in native code."""
+        """The share of the last `decode` that was not spent in native code."""
         return self._share
 
     def _advance(self, tokens: Sequence[int], segments: Sequence[Segment]) -> None:
@@ -153,14 +153,14 @@ class Deskside:
             self._now.lengths[s.slot] += s.n
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Fresh sequences, one a prompt."""
+        """Begin a new sequence for each prompt."""
         for slot, ids in enumerate(prompts):
             self._now.cache.clear(slot)
             self._now.lengths[slot] = 0
             self._advance(ids, [Segment(slot, 0, len(ids))])
 
     def step_all(self, steps: Sequence[Sequence[int]]) -> float:
-        """Seconds for steps that append one given token to every sequence."""
+        """Seconds for steps that each append one given token to every sequence."""
         start = time.perf_counter()
         for ids in steps:
             lengths = self._now.lengths

@@ -1,9 +1,9 @@
-"""llama.cpp's server from the wheel xllamacpp, for `deskside bench --vs`.
+"""Starts llama.cpp's server from the wheel xllamacpp, for `deskside bench --vs`.
 
     python -m tools.compare.llama_server model.gguf --port 8080 -c 8192 &
     deskside bench -m model.gguf --vs http://127.0.0.1:8080
 
-Serves until it is stopped. pip install xllamacpp, or `make test`, which installs it.
+It serves until it is stopped. Install it with `pip install xllamacpp`, or with `make test`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What memory allows, the speed of copying a file, and the machine and commit of a record."""
+"""Memory needed, the speed of copying a file, and the machine and commit of a record."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from deskside.machine import watch
 CHUNK = 16 << 20
 # Activations, logits and states of one engine: 0.2 to 0.4 GB with a vocabulary of 248,320.
 WORK_BYTES = 400_000_000
-# What must stay free for the system and for measuring bandwidth.
+# Bytes to leave free for the system and for measuring bandwidth.
 RESERVE = 2_000_000_000
 
 
 def memory_needed(file_bytes: int, copies: Iterable[float]) -> int:
-    """Bytes for engines that are loaded at once: the file's pages, shared, and their copies."""
+    """Bytes for engines that are loaded at once: shared pages of the file, and their copies."""
     each = [round(file_bytes * c) + WORK_BYTES for c in copies]
     return file_bytes + sum(each)
 
@@ -47,10 +47,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Copier:
-    """Reads a file into fresh memory, as an engine that keeps a copy must; for a worker process."""
+    """Reads a file into new memory, as an engine that keeps a copy does. For a worker process."""
 
     def __init__(self, paths: Sequence[str], limit: int) -> None:
-        """limit: copy no more than so many bytes."""
+        """limit: most bytes to copy."""
         self.pieces: list[tuple[str, int, int, int]] = []  # file, offset, bytes, place in the copy
         at = 0
         for path in paths:
@@ -82,7 +82,7 @@ class Copier:
             return time.perf_counter() - start
 
     def _copy(self, target: memoryview, part: int, parts: int) -> None:
-        """The contiguous run of pieces that is this thread's."""
+        """Copy this thread's contiguous range of pieces."""
         first, last = (len(self.pieces) * i // parts for i in (part, part + 1))
         files: dict[str, int] = {}
         for path, offset, size, at in self.pieces[first:last]:
@@ -99,7 +99,7 @@ class Copier:
 def describe() -> dict[str, Any]:
     """The machine and the commit, for the record."""
     return {
-        **msgspec.structs.asdict(watch.describe()),
+        **msgspec.to_builtins(watch.describe()),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -1,8 +1,8 @@
-"""Runs the tests of one file: paired rounds, every engine in a process of its own.
+"""Runs the tests of one file in paired rounds. Every engine has its own process.
 
-Where memory holds all engines they stay loaded and sleep while another one is timed; the order
-turns by one each round. Where it does not, an engine is loaded, measured and ended in its turn. A
-shared machine drifts, so what counts is the ratio within a round.
+If memory holds all engines, they stay loaded, and sleep while another one is timed. The order
+rotates by one each round. Otherwise engines are loaded, measured and ended one by one. A shared
+machine drifts, so only the ratio within a round counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Run:
-    """One file's measurements. `python` is the peers' interpreter, `libraries` their own builds."""
+    """The measurements of one file. python: the peers' interpreter. libraries: their own builds."""
 
     file: GGUF
     entry: dict[str, Any]
@@ -58,10 +58,10 @@ class Run:
     # engines
 
     def start(self, engine: Engine, r: int) -> Remote | None:
-        """A worker that has the model loaded; None, and the reason in the record, if it cannot."""
+        """A worker with the loaded model; None, and a reason in the record, if it cannot load."""
         options: dict[str, Any] = {"threads": self.threads, **engine.options}
         if engine.peer == OURS:
-            # room for any context; no model is asked for more than its own
+            # room for any test's context, but no more than the model's own
             options["isa"] = self.isa or None
             options["n_ctx"] = max(c.n_ctx // c.n_seq for s in self.stages for c in s.contexts)
             options["ubatch"] = max(u for s in self.stages for c in s.contexts for u in c.ubatches)
@@ -89,7 +89,7 @@ class Run:
         return worker
 
     def open(self, engine: Engine, worker: Remote, stage: Stage) -> bool:
-        """Opens and warms up the stage's contexts; False if the engine cannot."""
+        """Open and warm up the contexts of a stage. Returns False if the engine cannot."""
         try:
             worker.drop()
             for context in stage.contexts:
@@ -102,7 +102,7 @@ class Run:
         return True
 
     def _ubatch(self, engine: Engine, worker: Remote, context: Context) -> int:
-        """The size of physical batch that this engine is faster with, found once and recorded."""
+        """The fastest physical batch size for this engine. It is measured once and recorded."""
         if len(context.ubatches) == 1:
             return context.ubatches[0]
         known = self.entry["ubatch"].setdefault(engine.name, {})
@@ -134,7 +134,7 @@ class Run:
     # figures
 
     def time(self, engine: Engine, worker: Remote, stage: Stage, test: Test, r: int) -> None:
-        """One sample of one test."""
+        """Take one sample of one test."""
         context = stage.context(test)
         worker.use(context.name)
         if test.kind == "prefill":
@@ -152,19 +152,19 @@ class Run:
         self.say(f"round {r + 1}, {test.name}, {engine.name}: {rate:.1f} tok/s")
 
     def limits(self) -> None:
-        """Samples what the machine can do now."""
+        """Sample the machine's limits."""
         self.entry["bandwidth"].append(rates.bandwidth(self.threads))
         self.entry["compute"].append(rates.compute(self.threads, self.isa))
 
     def copy(self) -> None:
-        """Seconds to copy the file into memory; a part of it where memory is short."""
+        """Time copying the file into memory, or a part of it if memory is short."""
         if self.entry["copy"]:
             return
         paths = [str(p) for p in self.file.paths]
         limit = int(available_memory() * 0.4)
         source = Path(machine.__file__)
         with Remote(source, "Copier", paths, limit) as copier:
-            copier.seconds(self.threads)  # the page cache is warm behind this
+            copier.seconds(self.threads)  # warms up the page cache
             seconds = {
                 str(n): [copier.seconds(n) for _ in range(2)] for n in sorted({1, self.threads})
             }
@@ -174,7 +174,7 @@ class Run:
     # order
 
     def all_loaded(self) -> None:
-        """All engines at once, stage by stage."""
+        """Run all engines at once, stage by stage."""
         if not any(self._pending(s, e) for s in self.stages for e in self.engines):
             return
         with ExitStack() as stack:
@@ -220,7 +220,7 @@ class Run:
     def _watched(
         self, engine: Engine, workers: dict[str, Remote], stage: Stage, test: Test, r: int
     ) -> None:
-        """A sample, and the share of a core that the sleeping engines used meanwhile."""
+        """Take a sample, and record the share of a core that the sleeping engines used."""
         waiting = {
             name: machine.cpu_seconds(w.pid)
             for name, w in workers.items()
@@ -236,12 +236,12 @@ class Run:
         idle = self.entry["idle"]
         for name, before in waiting.items():
             used = (machine.cpu_seconds(workers[name].pid) - before) / elapsed
-            # the clock ticks in steps of 10 ms: short tests tell nothing
+            # CPU time has steps of 10 ms, so short tests show nothing.
             if elapsed > 1:
                 idle[name] = max(idle.get(name, 0.0), used)
 
     def one_at_a_time(self) -> None:
-        """Engines in turn, each loaded for all stages of a round."""
+        """Run engines one by one. Each is loaded for all stages of a round."""
         for r in range(self.rounds):
             for engine in turned(self.engines, r):
                 pending = [s for s in self.stages if self._pending(s, engine, r)]
@@ -270,13 +270,13 @@ class Run:
 
 
 def turned(engines: Sequence[Engine], r: int) -> list[Engine]:
-    """The order of round r."""
+    """The order of engines in round r."""
     n = r % len(engines) if engines else 0
     return [*engines[n:], *engines[:n]]
 
 
 def _reason(error: RemoteError) -> str:
-    """One line of it: a failed assertion if there is one, else the first."""
+    """One line of an error: a failed assertion if there is one, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     failed = [line for line in lines if "GGML_ASSERT" in line]
     return "; ".join([lines[0], *failed[:1]])

@@ -1,11 +1,11 @@
-"""deskside, llama.cpp and ik_llama.cpp on this machine, paired in one run.
+"""Compares deskside, llama.cpp and ik_llama.cpp on this machine, paired in one run.
 
     make bench-peers                       both slices, with the peers' wheels
     make bench-peers QUICK=1               a small slice, under five minutes
     make bench-peers FILES="a.gguf" NATIVE=1 THREADS=8
     python -m tools.compare.peers --help
 
-The record is written as JSON after every round; --resume takes it up after an interruption.
+The record is written as JSON after every round. --resume continues it after an interruption.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="?",
         type=Path,
         const=Path(),
-        help="take up this record, or the newest one in reports/",
+        help="continue this record, or the newest one in reports/",
     )
     parser.add_argument("--show", type=Path, help="only show this record")
     args = parser.parse_args(argv)
@@ -90,7 +90,7 @@ def say(text: str) -> None:
 
 
 def models(args: argparse.Namespace) -> list[Path]:
-    """The files to run; what cannot be made is named and left out."""
+    """The files to run. Files that cannot be made are named and left out."""
     if args.files:
         return list(args.files)
     found = []
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         "libraries": {name: str(path) for name, path in libraries.items()},
     }
     described = machine.describe()
-    # the record first: what it refuses should not cost the writing of models
+    # Check the record before models are written, because it may refuse the settings.
     if args.resume is not None:
         out = record.latest(REPORTS) if args.resume == Path() else args.resume
         kept = record.resume(out, settings, described["commit"])
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
         if not measured:
             raise DesksideError("memory holds none of the models")
     except KeyboardInterrupt:
-        say("interrupted; --resume goes on")
+        say("interrupted; --resume continues")
     finally:
         if kept["files"]:
             record.save(kept, out)
@@ -175,7 +175,7 @@ def measure_file(
     libraries: dict[str, Path],
     out: Path,
 ) -> bool:
-    """Runs one file's tests into the record; False if memory does not hold it."""
+    """Run the tests of one file into the record. Returns False if memory does not hold it."""
     nbytes = sum(path.stat().st_size for path in file.paths)
     name = file.path.name
     loading = machine.loading(nbytes, [e.copies for e in engines], available_memory())
@@ -218,7 +218,7 @@ def measure_file(
 
 
 def versions(peers: Sequence[str], libraries: dict[str, Path]) -> dict[str, str]:
-    """What is compared, with where it comes from."""
+    """The versions that are compared, and where they come from."""
     pinned = dict(zip(peers, (prepare.requirements([p])[0] for p in peers), strict=True))
     found = {OURS: importlib.metadata.version("deskside")}
     for peer in peers:

@@ -1,4 +1,4 @@
-"""The tests of a run, the targets they are held to, and which engines take part."""
+"""The tests of a run, their targets, and the engines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CAPI = ROOT / "tests" / "oracles" / "capi.py"
 OURS, LLAMA, IK = "deskside", "llama.cpp", "ik_llama.cpp"
 PEERS = (LLAMA, IK)
 
+IK_OPTIONS = "flash attention (off for several sequences, where it fails), fused MoE, graph reuse"
 PROMPT = 16  # tokens before decode at depth 0 and in every sequence of a batch
 WARM_STEPS = 8
 UBATCH, LONG_UBATCH = 512, 2048
@@ -24,8 +25,8 @@ UBATCH, LONG_UBATCH = 512, 2048
 class Test:
     """One figure: tokens per second of `kind` (prefill, decode or batch).
 
-    tokens: of the prompt, or steps. targets: least ratio by peer, and least share of the limit
-    under "limit".
+    tokens: length of the prompt, or number of steps.
+    targets: by peer, the least ratio; under "limit", the least share of the machine's limit.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Test:
 
 @dataclass(frozen=True)
 class Context:
-    """State that tests run on. The first of `ubatches` that wins a trial is taken.
+    """A context for tests. A trial chooses the fastest of `ubatches`.
 
-    depth: tokens that are there before the first round; decode goes on from where it was left.
+    depth: tokens in the context before the first round. Every round of decode continues the last.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """Contexts that are open at the same time, and the tests that are interleaved on them."""
+    """Contexts that are open at the same time, and the tests that run interleaved on them."""
 
     contexts: tuple[Context, ...]
     tests: tuple[Test, ...]
@@ -68,10 +69,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Engine:
-    """A program under test. `peer` is the name that its ratio goes by: of several engines of one
-    peer the faster counts.
+    """A program under test.
 
-    copies: how much of the file it holds in memory of its own; the rest is the mapped file.
+    peer: the name of its ratio. If a peer has several engines, the fastest counts.
+    copies: share of the file that it copies to its own memory; the rest is the mapped file.
     """
 
     name: str
@@ -91,17 +92,17 @@ ENGINES = (
     ),
     Engine(
         IK, IK, CAPI, "IkLlama", {}, 0,
-        "flash attention (off for several sequences, where it fails), fused MoE, graph reuse",
+        IK_OPTIONS,
     ),
     Engine(
         f"{IK} -rtr", IK, CAPI, "IkLlama", {"repack": True}, 1,
-        "the same, run-time repacking",
+        f"{IK_OPTIONS}, run-time repacking",
     ),
 )  # fmt: skip
 
 
 def stages(*, quick: bool, rounds: int) -> tuple[Stage, ...]:
-    """All tests; quick leaves out the long ones and takes depth 1024 for 4096."""
+    """All tests. quick: leave out the long ones, and use depth 1024 instead of 4096."""
     depth = 1024 if quick else 4096
     few = {IK: 1.5, LLAMA: 2.0}
     many = {IK: 1.3, LLAMA: 2.0, "limit": 0.7}
@@ -122,7 +123,7 @@ def stages(*, quick: bool, rounds: int) -> tuple[Stage, ...]:
         (Test("prefill 2048", "prefill", "long", 2048, many),),
     )
     steps = 16 if quick else 32
-    # deskside computes one more token a round: the one that the last round ended with
+    # deskside computes one more token per round: the last token of the round before.
     room = depth + WARM_STEPS + 2 + rounds * (steps + 1)
     deep_stage = Stage(
         tuple(Context(f"deep {kv}", room, kv, depth=depth) for kv in ("f16", "q8_0")),
@@ -141,13 +142,13 @@ def stages(*, quick: bool, rounds: int) -> tuple[Stage, ...]:
 
 
 def within(all_stages: Iterable[Stage], n_ctx: int) -> tuple[list[Stage], list[str]]:
-    """The stages that a model's context holds, and the names of the tests of the others."""
+    """The stages that fit a context of n_ctx tokens, and the names of all other tests."""
     fitting = [s for s in all_stages if s.n_ctx <= n_ctx]
     return fitting, [t.name for s in all_stages if s.n_ctx > n_ctx for t in s.tests]
 
 
 def amounts(work: Work, stage: Stage, test: Test, rounds: int) -> dict[str, float]:
-    """Bytes and MACs that a token of the test takes, at the middle of all rounds."""
+    """Bytes and multiply-adds per token of a test, at the middle of all rounds."""
     context = stage.context(test)
     if test.kind == "prefill":
         return work.prefill(test.tokens)

@@ -1,4 +1,4 @@
-"""What must be there before a run: the peers, built or installed, and the model files."""
+"""Prepares a run: builds or installs the peers, and writes the model files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OPTIONS = (
     "-DLLAMA_CURL=OFF",
     *(f"-DLLAMA_BUILD_{part}=OFF" for part in OFF),
 )
-# GCC before 12.4 and 13.3 takes _tile_loadconfig to read 8 of 64 bytes, drops the stores of the
-# rest, and llama.cpp's AMX code dies (GCC bug 114098).
+# GCC before 12.4 and 13.3 assumes that _tile_loadconfig reads 8 of its 64 bytes, and drops the
+# other stores. Then llama.cpp's AMX code crashes (GCC bug 114098).
 AMX_HEADER = """\
 #if defined(__AMX_TILE__) && !defined(__clang__)
 #include <immintrin.h>
@@ -40,12 +40,12 @@ AMX_HEADER = """\
 __all__ = ["cache_folder", "model_file", "native_library", "peers_python", "requirements"]
 
 SLICES = (Slice("qwen3.5-35b-a3b", 8), Slice("qwen3.5-397b-a17b", 4, 320))
-# Far beyond caches, and small enough for a run of a few minutes.
+# Much larger than the caches, but small enough for a run of a few minutes.
 QUICK_SLICE = Slice("qwen3.5-35b-a3b", 4, 128)
 
 
 def model_file(slice_: Slice, folder: Path, say: Say) -> Path | str:
-    """The slice's file, written if it is not there; or a sentence on why it cannot be."""
+    """The slice's file, written if missing; or a sentence that says why it cannot be."""
     path = slice_.file(folder)
     if not path.exists():
         say(f"writing {path} ({slice_.nbytes / 1e9:.1f} GB)")
@@ -56,14 +56,14 @@ def model_file(slice_: Slice, folder: Path, say: Say) -> Path | str:
 
 
 def requirements(peers: Sequence[str]) -> list[str]:
-    """The peers' pinned requirements, as the tests have them."""
+    """The pinned requirements of the peers, the same as for the tests."""
     with open(ROOT / "pyproject.toml", "rb") as stream:
         pinned = tomllib.load(stream)["project"]["optional-dependencies"]["oracles"]
     return [r for r in pinned for peer in peers if r.startswith(PACKAGES[peer] + "==")]
 
 
 def peers_python(venv: Path, peers: Sequence[str], say: Say) -> Path:
-    """The interpreter of an environment that has the peers' wheels and NumPy."""
+    """The interpreter of a virtual environment with the peers' wheels and NumPy."""
     python, done = venv / "bin" / "python", venv / "installed.txt"
     wanted = [*requirements(peers), "numpy"]
     have = done.read_text(encoding="utf-8").splitlines() if done.exists() else []
@@ -113,7 +113,7 @@ def _library(folder: Path) -> Path | None:
 def _unpack(requirement: str, home: Path, python: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     name = requirement.split("==")[0]
-    # by name, not :all:, so that what pip needs to read the sdist's metadata may be wheels
+    # By name, not :all:, because pip may use wheels to read the metadata of the sdist.
     pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--no-deps"]
     _run(
         [*pip, "--no-binary", name, "--dest", home, requirement],
@@ -130,7 +130,7 @@ def _unpack(requirement: str, home: Path, python: Path) -> None:
 
 
 def _run(command: Sequence[Any], what: str) -> None:
-    """Runs it; a failure is `what`, with the last line that the command wrote."""
+    """Run a command. DesksideError says `what`, and the last line that the command wrote."""
     try:
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     except OSError as error:

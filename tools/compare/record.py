@@ -1,4 +1,4 @@
-"""The record of a run: a dict that is written as JSON after every round, and can be taken up again.
+"""The record of a run: a dict that is written as JSON after every round, and can be resumed.
 
 {"version", "date", "machine", "settings", "versions",
  "files": {name: {"path", "bytes", "loading", "rounds",
@@ -54,7 +54,7 @@ def new_file(path: Path, nbytes: int, loading: str, rounds: int) -> dict[str, An
 
 
 def save(record: Any, path: Path) -> None:
-    """Writes all of it beside `path`, then puts it in place at once."""
+    """Write the record to a file beside `path`, then rename that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1))
 
@@ -72,7 +72,7 @@ def load(path: Path) -> Any:
 
 
 def resume(path: Path, settings: dict[str, Any], commit: str) -> Any:
-    """The record at `path`; DesksideError if it was made with other settings or another commit."""
+    """Read a record to continue it. DesksideError if its settings or its commit differ."""
     record = load(path)
     for entry in record["files"].values():
         drop_parts(entry, settings["engines"])
@@ -87,7 +87,7 @@ def resume(path: Path, settings: dict[str, Any], commit: str) -> Any:
 
 
 def drop_parts(file: dict[str, Any], engines: Iterable[str]) -> None:
-    """Forgets rounds that not all engines have: figures from two runs are no pair."""
+    """Drop rounds that some engines lack, because figures from two runs are not a pair."""
     engines = list(engines)
     for test, samples in file["samples"].items():
         able = [e for e in engines if test not in file["left_out"].get(e, {})]
@@ -100,7 +100,7 @@ def drop_parts(file: dict[str, Any], engines: Iterable[str]) -> None:
 def missing(
     file: dict[str, Any], engines: Iterable[str], tests: Iterable[str], r: int
 ) -> list[str]:
-    """The engines that lack round r of one of the tests, without those that cannot run it."""
+    """The engines that lack round r of one of the tests and can run it."""
     tests = list(tests)
     return [
         engine

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deskside.bench.predict import slices
+from deskside.bench.record import Part
 from deskside.bench.report.stats import Ratio, median_ratio
-from deskside.tape.cost import limit
-from tools.compare.plan import ENGINES, OURS, PEERS, Test
+from deskside.tape.cost import Limit, limit
+from tools.compare.plan import ENGINES, OURS, PEERS, Engine, Test, amounts, stages
 
 IDLE_LIMIT = 0.02  # share of a core that a waiting engine may use
 PYTHON_LIMIT = 0.01
 COPY_LIMIT = 1.5
+BINDS = {"bandwidth": "bandwidth", "compute": "arithmetic"}  # of `Limit.of`
+AMX = (
+    "GCC before 12.4 and 13.3 breaks llama.cpp's AMX code, and `make bench-peers NATIVE=1` builds "
+    "it with a header of ours that mends that (tools/compare/prepare.py)"
+)
 
 
 def show(record: dict[str, Any], tests: Iterable[Test], console: Console | None = None) -> None:
-    """Everything that was measured, a table a file."""
-    # a pipe has no width of its own, and a narrow table cuts figures
+    """Print a record, with one table per file."""
+    # A pipe has no width, and a narrow table would cut figures.
     out = console or Console(highlight=False)
     if console is None and not out.is_terminal:
-        out = Console(highlight=False, width=170)
+        out = Console(highlight=False, width=200)
     tests = list(tests)
     machine = record["machine"]
     out.print(
@@ -33,39 +41,54 @@ def show(record: dict[str, Any], tests: Iterable[Test], console: Console | None 
     )
     for engine, version in record["versions"].items():
         out.print(f"{engine}: {escape(version)}")
-    for engine in ENGINES:
+    for engine in engines(record):
         out.print(f"{engine.name}: {engine.said}")
+    quick = record["settings"]["quick"]
     for name, entry in record["files"].items():
         out.print()
-        out.print(speeds(name, entry, tests))
-        for line in notes(entry, tests):
+        out.print(speeds(name, entry, tests, quick))
+        for line in (*slice_notes(name), *notes(entry, tests)):
             out.print(escape(line))
     out.print(
         "\ntok/s: medians over rounds. A ratio is deskside's rate over the peer's within a round: "
         "its median, its 95 % bootstrap interval and the target. Of ik_llama.cpp without and with "
         "-rtr (marked r) the faster counts. limit: measured bandwidth over the bytes of a token, "
-        "or measured int8 compute over its multiply-adds. Beside it is deskside's share."
+        "or measured int8 arithmetic over its multiply-adds. Beside it is deskside's share, and "
+        "which of the two it is."
     )
 
 
-def speeds(name: str, entry: dict[str, Any], tests: Iterable[Test]) -> Table:
+def engines(record: dict[str, Any]) -> list[Engine]:
+    """Those that took part; all where a record names none."""
+    named = record["settings"]["engines"]
+    return [e for e in ENGINES if not named or e.name in named]
+
+
+def speeds(name: str, entry: dict[str, Any], tests: Iterable[Test], quick: bool) -> Table:
     loaded = {"all": "engines loaded together", "one": "one engine loaded at a time"}
     table = Table(
         title=f"{name} ({entry['bytes'] / 1e9:.1f} GB), {entry['rounds']} rounds, "
         f"{loaded[entry['loading']]}"
     )
     table.add_column("test")
-    headings = ("deskside", *(h for p in PEERS for h in (p, "ratio")), "limit", "share")
+    headings = ["deskside", *(h for p in PEERS for h in (p, "ratio")), "limit", "share"]
+    part = slices.named(Path(name).stem)
+    if part is not None:
+        headings.append(f"{slices.full(part.preset).layers} layers, computed")
     for heading in headings:
         table.add_column(heading, justify="right")
     for test in tests:
         if any(entry["samples"].get(test.name, {}).values()) or test.name in entry["work"]:
-            table.add_row(test.name, *cells(entry, test))
+            row = cells(entry, test)
+            if part is not None:
+                whole = whole_rate(part, entry, test, quick)
+                row.append("-" if whole is None else rate(whole))
+            table.add_row(test.name, *row)
     return table
 
 
 def cells(entry: dict[str, Any], test: Test) -> list[str]:
-    """A row behind its name."""
+    """The cells of a row after its name."""
     ours = entry["samples"].get(test.name, {}).get(OURS, {})
     row = [rate(median(ours)) if ours else "-"]
     for peer in PEERS:
@@ -75,13 +98,13 @@ def cells(entry: dict[str, Any], test: Test) -> list[str]:
         ratio = median_ratio(ours, theirs)
         row.append(judged(ratio, test.targets.get(peer)))
     bound = bound_of(entry, test)
-    row.append("-" if bound is None else rate(bound))
+    row.append("-" if bound is None else rate(bound.rate))
     if bound is None or not ours:
         return [*row, "-"]
-    share = median(ours) / bound
+    share = median(ours) / bound.rate
     target = test.targets.get("limit")
     verdict = "" if target is None else f" / {target:.0%} {passed(share >= target)}"
-    return [*row, f"{share:.0%}{verdict}"]
+    return [*row, f"{share:.0%} of {BINDS[bound.of]}{verdict}"]
 
 
 def median(samples: Mapping[str, float]) -> float:
@@ -98,14 +121,51 @@ def fastest(entry: dict[str, Any], test: str, peer: str) -> tuple[str, dict[str,
     return best, samples[best]
 
 
-def bound_of(entry: dict[str, Any], test: Test) -> float | None:
-    """The machine's limit of a test in tokens per second, from what was measured in the run."""
-    if test.name not in entry["work"]:
+def bound_of(
+    entry: dict[str, Any], test: Test, work: dict[str, float] | None = None
+) -> Limit | None:
+    """The machine's limit for a test, from figures of this run.
+
+    work: of a token, if not of the file that was run.
+    """
+    work = work or entry["work"].get(test.name)
+    if work is None:
         return None
     bandwidth, compute = (
         statistics.median(entry[key]) if entry[key] else None for key in ("bandwidth", "compute")
     )
-    return limit(entry["work"][test.name], bandwidth, compute, prefill=test.kind == "prefill")
+    return limit(work, bandwidth, compute, prefill=test.kind == "prefill")
+
+
+def whole_rate(part: Part, entry: dict[str, Any], test: Test, quick: bool) -> float | None:
+    """deskside's tokens per second with all layers and experts, computed: the slice's share of its
+    limit, of the whole model's limit on the same machine."""
+    ours = entry["samples"].get(test.name, {}).get(OURS, {})
+    own = bound_of(entry, test)
+    model = slices.full(part.preset).work
+    for stage in stages(quick=quick, rounds=entry["rounds"]):
+        if ours and own and test.name in (t.name for t in stage.tests):
+            whole = bound_of(entry, test, amounts(model, stage, test, entry["rounds"]))
+            return whole and median(ours) / own.rate * whole.rate
+    return None
+
+
+def slice_notes(name: str) -> Iterable[str]:
+    """What a file is of a model, if it is a slice."""
+    part = slices.named(Path(name).stem)
+    if part is not None:
+        share = slices.Slice(part.preset, part.layers, part.experts).head_share
+        yield (
+            f"{slices.label(part)} of {part.preset}, random weights: {share:.0%} of the bytes of a "
+            "decoded token are the head, which the whole model has once, so rates do not scale "
+            "with layers; for all layers deskside's share of its limit is taken as the slice's"
+        )
+
+
+def amx(entry: dict[str, Any]) -> str:
+    """Whether the peers' builds have AMX; "" where no peer tells."""
+    told = {e: "AMX" in on(s) for e, s in entry["systems"].items() if e != OURS}
+    return ", ".join(f"{e} {'with' if has else 'without'} AMX" for e, has in told.items())
 
 
 def judged(ratio: Ratio | None, target: float | None) -> str:
@@ -125,7 +185,7 @@ def rate(x: float) -> str:
 
 
 def notes(entry: dict[str, Any], tests: Iterable[Test]) -> Iterable[str]:
-    """What does not fit in the table: other targets, limits, memory, what was left out."""
+    """Lines for what does not fit the table: other targets, limits, memory, skipped tests."""
     yield from _kv(entry, list(tests))
     shares = {t: median(s) for t, s in entry["python"].items() if s}
     if shares:
@@ -145,6 +205,8 @@ def notes(entry: dict[str, Any], tests: Iterable[Test]) -> Iterable[str]:
             yield f"{what}: {middle:.1f} {unit} ({min(x):.1f}..{max(x):.1f}, {len(x)} samples)"
     for engine, system in entry["systems"].items():
         yield f"{engine} has {on(system)}"
+    if "with AMX" in amx(entry):
+        yield AMX
     for engine, found in entry["ubatch"].items():
         for context, choice in found.items():
             tried = ", ".join(f"{u}: {rate(x)} tok/s" for u, x in choice["tok/s"].items())
@@ -159,7 +221,7 @@ def notes(entry: dict[str, Any], tests: Iterable[Test]) -> Iterable[str]:
 
 
 def on(system: str) -> str:
-    """What a library says it was compiled for, without what it was not."""
+    """The instruction sets that a library says it was compiled for."""
     parts = [part.strip() for part in system.split("|")]
     if len(parts) < 2:
         return system
@@ -181,7 +243,7 @@ def _kv(entry: dict[str, Any], tests: list[Test]) -> Iterable[str]:
 
 def _loads(entry: dict[str, Any]) -> Iterable[str]:
     copy = entry["copy"]
-    # of a file that memory does not hold twice only a part was copied
+    # If memory does not hold the file twice, only a part was copied.
     copied = {
         threads: min(seconds) * entry["bytes"] / copy["bytes"]
         for threads, seconds in copy.get("seconds", {}).items()

@@ -1,1 +1,1 @@
-"""What the matrix kernels take: time, instructions, registers."""
+"""Measures the kernels: time, instructions, registers."""

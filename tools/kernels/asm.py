@@ -1,12 +1,14 @@
-"""Instructions of the AVX-512 kernels' inner loops, counted in their machine code.
+"""Counts the instructions of the AVX-512 kernels' inner loops in their machine code.
 
     python -m tools.kernels.asm
 
-Compiles native/isa/matmul.cpp with the flags in CMakeLists.txt and finds in its disassembly each
-kernel's loop over blocks of 32 weights, by the number of vpdpbusd. Counts are for 512 products: a
-block of 16 rows by one row of activations. "moves in" only bring memory to a register; "operands"
-are in memory, of vpdpbusd and of other vector instructions; "spills" access the stack with a zmm
-register. Loops inside that multiply nothing are left out. Needs g++ and binutils.
+Compiles native/isa/matmul.cpp with the flags of CMakeLists.txt. In the disassembly, the number of
+vpdpbusd identifies each kernel's loop over blocks of 32 weights. Counts are for 512 products: a
+block of 16 rows by one row of activations.
+
+"moves in" only load memory into a register. "operands" are memory operands of vpdpbusd and of other
+vector instructions. "spills" access the stack with a zmm register. Inner loops without
+multiplications are left out. Needs g++ and binutils.
 """
 
 from __future__ import annotations
@@ -24,15 +26,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deskside.errors import DesksideError
+from deskside.gguf.quants import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
+# Types whose product with one row of activations is counted.
+ONE_ROW = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q6_0", "Q8_0", "IQ4_NL", "MXFP4"),
+    *("IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ5_KS", "IQ4_KSS"),
+)
+# has_min and halves of the tile's Numbers, as the disassembly shows them. Q2_K alone has both.
+TILES = {"": "{}", " min": "{true}", " halves": "{false, true}"}
 # What is printed, the functions that may hold it (a function called once is part of its caller) and
 # the number of vpdpbusd in the loop over blocks.
 HOT = (
-    ("dot_tile<false, false, 2, 6>", r"::dot_tile<false, false, 2, 6>", 8 * 2 * 6),
-    ("dot_tile<true, false, 2, 6>", r"::dot_tile<true, false, 2, 6>", 8 * 2 * 6),
-    ("dot_direct<IQ4_NL, 1>", r"::(dot_direct<\(deskside::Type\)20, 1>|multiply<.*Type\)20>)", 8),
-    ("dot_direct<Q8_0, 1>", r"::(dot_direct<\(deskside::Type\)8, 1>|multiply<.*Type\)8>)", 8),
+    *(
+        (f"dot_tile<2, 6>{name}", rf"::dot_tile<.*Numbers{re.escape(shown)}, 2, 6>", 8 * 2 * 6)
+        for name, shown in TILES.items()
+    ),
+    *(
+        (
+            f"dot_direct<{name}, 1>",
+            r"::(dot_direct<\(deskside::Type\){0}, 1>|multiply<.*Type\){0}>)".format(
+                BY_NAME[name].id
+            ),
+            8,
+        )
+        for name in ONE_ROW
+    ),
 )
 COLUMNS = ("vpdpbusd", "moves in", "vector", "spills", "prefetch", "scalar", "total", "operands")
 
@@ -44,7 +64,7 @@ class Instruction(NamedTuple):
 
 
 def flags(cmake: str) -> list[str]:
-    """The compiler's flags for avx512 by CMakeLists.txt."""
+    """The compiler flags for avx512 in CMakeLists.txt."""
     patterns = (
         r'set\(CMAKE_CXX_FLAGS_RELEASE "([^"]*)"\)',
         r"target_compile_options\(kernels_\$\{isa\} PRIVATE \$\{WARNINGS\} ([^$]*)\$\{ARGN\}\)",
@@ -82,7 +102,7 @@ def functions(lines: Iterable[str]) -> dict[str, list[Instruction]]:
 
 
 def loops(body: list[Instruction]) -> list[list[Instruction]]:
-    """Innermost loops with a vpdpbusd, without the loops in them that have none."""
+    """Innermost loops with a vpdpbusd, without the loops inside them that have none."""
     ends: dict[int, int] = {}
     for at, name, operands in body:
         match = re.match(r"([0-9a-f]+) <", operands)

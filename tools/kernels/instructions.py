@@ -1,10 +1,11 @@
-"""Instructions of one decode step of the bundled model, counted by valgrind's callgrind.
+"""Counts the instructions of one decode step of the bundled model with valgrind's callgrind.
 
     python -m tools.kernels.instructions
 
-Counts do not drift as times do: of one build they agree within a thousandth, the kernels' within a
-few instructions. Two runs that differ by some steps of decode are subtracted, so that loading and
-the prompt do not count. One thread, AVX2: valgrind knows no AVX-512. Needs valgrind.
+Counts do not drift as times do. For one build they agree within a thousandth, and those of the
+kernels within a few instructions. The result is the difference of two runs with different numbers
+of steps, so loading and the prompt do not count. It uses one thread and AVX2, because valgrind
+lacks AVX-512. Needs valgrind.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROMPT = "What does os.path.join do?"
 
 
 def decode(model: str, steps: int, isa: str) -> None:
-    """What is counted: a prompt, then so many steps."""
+    """The work to count: a prompt, then `steps` steps."""
     from deskside import LLM, SamplingParams
 
     llm = LLM(model, ctx=256, threads=1, isa=isa)
@@ -39,7 +40,7 @@ def decode(model: str, steps: int, isa: str) -> None:
 
 
 def objects(lines: Iterable[str]) -> Counter[str]:
-    """Instructions by object file, from a callgrind profile; calls count where they lead."""
+    """Instructions by object file, from a callgrind profile. A call counts for the callee."""
     names: dict[str, str] = {}
     found: Counter[str] = Counter()
     current, skip = "", False
@@ -51,7 +52,7 @@ def objects(lines: Iterable[str]) -> Counter[str]:
             name = names.setdefault(number, name or "?")
             current = current if callee else name
         elif line.startswith("calls="):
-            skip = True  # the next line repeats what the callee has
+            skip = True  # the next line repeats the callee's cost
         elif line[:1].isdigit() or line[:1] in "+-*":
             if not skip:
                 found[current] += int(line.split()[1])
@@ -60,7 +61,7 @@ def objects(lines: Iterable[str]) -> Counter[str]:
 
 
 def count(model: Path, steps: int, isa: str) -> Counter[str]:
-    """Instructions by object file of a whole process that decodes so many steps."""
+    """Instructions by object file of a whole process that decodes `steps` steps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "callgrind"
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]

@@ -1,10 +1,10 @@
-"""Speed of the matrix kernels: every quant type, one to 512 rows of activations.
+"""Times the matrix kernels: every quant type, 1 to 512 rows of activations.
 
     python -m tools.kernels.matmul --threads 2 --types IQ4_NL Q8_0 --json kernels.json
 
-One linear op is timed by the program's own clock, without Python. For up to 8 rows the matrix is
-larger than the caches: the figure to look at is GB/s, beside the machine's read bandwidth. For more
-rows it lies in them, and GMAC/s counts. Bytes are those of the weights as the kernels hold them.
+The native program times one linear op, without Python. For up to 8 rows, the matrix is larger than
+the caches: compare GB/s with the machine's read bandwidth. For more rows, the matrix fits the
+caches, and GMAC/s counts. Bytes are those of the weights as the kernels hold them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from rich.table import Table
 
 from deskside import _native
 from deskside.backends.native.program import KERNEL_TYPES
-from deskside.gguf.quants import BY_NAME, QuantType
-from deskside.lowering.steps import FLOAT_TYPES
+from deskside.gguf.quants import BY_NAME, FLOAT_TYPES, QuantType
 from deskside.machine import rates, watch
 from deskside.machine.system import usable_cores
 from tools.compare import machine
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-STREAMED = 8  # most rows of activations for which the matrix is beyond the caches
+STREAMED = 8  # most rows of activations for which the matrix is larger than the caches
 WIDTH = 2048
 SMALL = 8 << 20  # weights of the matrix for many rows
 
 
 def random_rows(t: QuantType, rows: int, n: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random blocks with finite scales. A sample is repeated: kernels do not mind, and it is quick.
+    """Random blocks with finite scales. They repeat one sample, which is quick to make.
 
-    rows is rounded up to whole samples.
+    rows: rounded up to whole samples.
     """
     count = min(rows, 512)
     if t.block == 1:
@@ -58,7 +57,7 @@ def random_rows(t: QuantType, rows: int, n: int, rng: np.random.Generator) -> ND
 
 
 class Linear:
-    """A matrix as the kernels hold it. The only place here that knows how a program is made."""
+    """A matrix as the kernels hold it. Only this class knows how to make a program."""
 
     def __init__(self, w: NDArray[np.uint8], t: QuantType, n: int, threads: int) -> None:
         panel = _native.panel_bytes(t.id, n)
@@ -68,7 +67,7 @@ class Linear:
         self._type, self._n, self._threads, self.rows = t, n, threads, len(w)
 
     def seconds(self, m: int, isa: str, repeats: int, rng: np.random.Generator) -> float:
-        """The least time of one product with m rows of activations."""
+        """The least seconds of one product with m rows of activations."""
         n, f32 = self._n, BY_NAME["F32"]
         record = _native.record_bytes(n) // 4
         # offset, width, distance of rows
@@ -91,7 +90,7 @@ class Linear:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for every type and number of rows."""
+    """Yield a row for every type and number of rows."""
     rng = np.random.default_rng(0)
     for name in args.types:
         t = BY_NAME[name]
@@ -100,7 +99,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             big = m <= STREAMED
             if linear is None or (not big and linear.rows * WIDTH > SMALL):
                 rows = args.megabytes * 10**6 // t.row_bytes(WIDTH) if big else SMALL // WIDTH
-                linear = None  # its memory before that of the next
+                linear = None  # free its memory before the next
                 linear = Linear(random_rows(t, rows, WIDTH, rng), t, WIDTH, args.threads)
             seconds = linear.seconds(m, args.isa, args.repeats, rng)
             yield {
@@ -114,7 +113,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def cycles_per_second() -> float | None:
-    """The clock as Linux tells it: nominal on many machines, so figures per cycle are rough."""
+    """The clock that Linux reports. It is often nominal, so figures per cycle are rough."""
     clocks = watch.megahertz()
     return clocks[0] * 1e6 if clocks else None
 

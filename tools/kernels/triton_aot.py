@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads what became of them.
+"""Compiles the Triton kernels for GPUs that need not be present, and inspects the machine code.
 
-Every kernel is compiled by Triton and its own ptxas for each target, at the shapes of Qwen3.5-397B.
-From the machine code: registers, bytes of stack (spilled registers and arrays that a thread keeps
-in memory; nothing else of ours uses a stack), shared memory, and the length of the main loop.
-Results are kept on disk by Triton, keyed by source, shape and target.
+Triton and its own ptxas compile every kernel for each target, at the shapes of Qwen3.5-397B. The
+machine code gives registers, bytes of stack, shared memory, and the length of the main loop. The
+stack holds only spilled registers and a thread's arrays. Triton caches results on disk, keyed by
+source, shape and target.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MERGE = {"part_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*fp32", "splits"
 
 @dataclass(frozen=True)
 class Target:
-    """What a streaming multiprocessor has, from NVIDIA's table of compute capabilities."""
+    """The resources of a streaming multiprocessor, from NVIDIA's table of compute capabilities."""
 
     name: str
     arch: int
@@ -75,7 +75,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one variant became on one target; sizes in bytes."""
+    """The resources that one variant needs on one target. Sizes are bytes."""
 
     name: str
     target: str
@@ -84,13 +84,13 @@ class Compiled:
     shared: int
     warps: int
     occupancy: float  # of the multiprocessor's threads
-    limit: str  # what keeps more CTAs away
+    limit: str  # the resource that allows no more CTAs
     traffic: int  # of weights, state or cache that a CTA reads and writes
     per_weight: float | None  # instructions of the main loop, in threads, a weight of the tile
 
 
 def variants() -> list[Variant]:
-    """Every kernel at the tiles and shapes that Qwen3.5-397B gives it."""
+    """Every kernel, at the tiles and shapes of Qwen3.5-397B."""
     from deskside.backends.triton import launch as tk
 
     def make(name: str, kernel: str, pointers: dict[str, str], config: tk.Config) -> Variant:
@@ -137,7 +137,7 @@ def variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant, target: Target) -> Compiled:
-    """Needs a process in which TRITON_INTERPRET is not set."""
+    """Compile a variant. TRITON_INTERPRET must not be set in this process."""
     from importlib import import_module
 
     import triton
@@ -182,7 +182,7 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
 
 
 def traffic(c: dict[str, Any]) -> int:
-    """Bytes of memory that a CTA is there to move; activations, in L2 or L1, are left out."""
+    """Bytes of weights, state or cache that a CTA moves. Activations are in L2 or L1."""
     if "ROW_BYTES" in c:
         return int(c["BLOCK_N"] * c["ROW_BYTES"] * (2 if c["FUSED"] else 1))
     if "COLUMNS" in c:
@@ -195,7 +195,7 @@ def traffic(c: dict[str, Any]) -> int:
 
 
 def per_weight(variant: Variant, loop: int) -> float | None:
-    """None where there is no loop over weights, or the compiler unrolled it."""
+    """Instructions per weight; None if there is no loop over weights, or it was unrolled."""
     c = variant.constants
     if "GROUPS" not in c or loop == 0:
         return None
@@ -204,7 +204,7 @@ def per_weight(variant: Variant, loop: int) -> float | None:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK and LOCAL as cuobjdump prints them; LOOP, the main loop's instructions."""
+    """REG, STACK and LOCAL as cuobjdump prints them, and LOOP: instructions of the main loop."""
     from triton import knobs
 
     def tool(path: str, option: str) -> str:
@@ -224,7 +224,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def loop_instructions(sass: str) -> int:
     """Instructions of the longest loop in nvdisasm's listing, 0 without a loop.
 
-    Kernels end in a branch to itself for the instruction fetch, followed by NOPs: no loop of ours.
+    Kernels end in a branch to itself for the instruction fetch, and NOPs. That is not counted.
     """
     longest, at, labels = 0, 0, dict[str, int]()
     for line in sass.splitlines():
@@ -242,7 +242,7 @@ def loop_instructions(sass: str) -> int:
 def occupancy_of(target: Target, registers: int, shared: int, warps: int) -> tuple[float, str]:
     """Share of a multiprocessor's threads, and what limits it.
 
-    Registers are given to warps in units of 256, shared memory to CTAs in units of 128 bytes.
+    Warps get registers in units of 256, CTAs get shared memory in units of 128 bytes.
     """
     by_warp = -(-registers * 32 // 256) * 256
     limits = {
@@ -256,7 +256,7 @@ def occupancy_of(target: Target, registers: int, shared: int, warps: int) -> tup
 
 
 def pairs(*, few: bool = False) -> list[tuple[Variant, Target]]:
-    """All variants with all targets; few: with the first target only one type's products."""
+    """All variants with all targets. few: for the first target, products of IQ4_NL only."""
     return [
         (v, t)
         for v in variants()
@@ -266,7 +266,7 @@ def pairs(*, few: bool = False) -> list[tuple[Variant, Target]]:
 
 
 def compile_all(work: list[tuple[Variant, Target]], jobs: int = 2) -> Iterator[Compiled]:
-    """What became of each, in order."""
+    """Yield the results of each, in order."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_variant, *zip(*work, strict=True))
 

@@ -1,4 +1,4 @@
-"""What the GPU kernels need of a GPU: every kernel, compiled for every target.
+"""Tabulates the resources of the GPU kernels: every kernel, compiled for every target.
 
     python -m tools.kernels.triton_report [--few] [--json FILE] [--write]
 
@@ -24,7 +24,7 @@ BEGIN, END = "<!-- made by python -m tools.kernels.triton_report --write -->", "
 
 
 def table(compiled: Sequence[Compiled]) -> str:
-    """Markdown: a kernel a row, a target a group of columns."""
+    """A Markdown table: one row per kernel, one group of columns per target."""
     targets = list(dict.fromkeys(c.target for c in compiled))
     columns = ["registers", "stack", "shared", "occupancy", "/ weight"]
     lines = [
@@ -47,7 +47,7 @@ def table(compiled: Sequence[Compiled]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces what is between the marks."""
+    """Replace the text between the marks."""
     before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
@@ -62,7 +62,9 @@ def main() -> None:
     if args.few and args.write:
         parser.error("the table has all kernels: --write without --few")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("triton_report: error: unset TRITON_INTERPRET: it turns the compiler off")
+        raise SystemExit(
+            "triton_report: error: unset TRITON_INTERPRET, which disables the compiler"
+        )
     work = pairs(few=args.few)
     done = compile_all(work)
     compiled = list(track(done, "compiling", len(work), console=Console(stderr=True)))

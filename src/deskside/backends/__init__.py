@@ -1,4 +1,4 @@
-"""Executors of a tape: `reference` says what the ops mean, `cpu` runs them fast."""
+"""Backends run a tape. `reference` defines what the ops compute; the others are fast."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Backend(Protocol):
     def run(
         self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """Logits (len(batch.outputs), n_vocab) of the rows asked for: in `out` where it is given.
+        """Logits of the rows `batch.outputs`: float32 (len(batch.outputs), n_vocab).
 
-        At decode a new array for the logits of a large vocabulary would cost hundreds of page
-        faults a token.
+        They are written to `out` if it is given. At decode, a new array for a large vocabulary
+        would cost hundreds of page faults per token.
         """
         ...

@@ -1,8 +1,9 @@
-"""Runs a tape whose tensors are spread over the native CPU backend and devices of torch.
+"""Runs a tape whose tensors are placed on the CPU and on torch devices.
 
-Values go from device to device at the borders of sections only, through the host. The native
-sections run in a thread of their own, so that a device computes what does not wait for them
-meanwhile. Results do not depend on that: every op reads the same values in any case.
+A section is a run of ops on one device (`lowering/sections.py`). Values are copied between devices
+only at the borders of sections, through the host. Native sections run in their own thread, so a
+device computes meanwhile what does not need their results. Timing never changes a result: every op
+reads the same values.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from deskside.tape.cache import Batch, Cache
 
 @dataclass(frozen=True)
 class Traffic:
-    """Transfers from device to device of one step, and their bytes."""
+    """The transfers between devices in one step, and their bytes."""
 
     hops: int
     nbytes: int
@@ -61,7 +62,7 @@ class Traffic:
 class Route:
     """One way to run the tape, for steps of at most `max_tokens` tokens.
 
-    offloads: whether a device computes experts of the host in it; streams: whether they stream.
+    offloads: whether a device computes experts of the host. streams: whether these are streamed.
     """
 
     def __init__(
@@ -71,25 +72,28 @@ class Route:
         self.max_tokens = max_tokens
         self.offloads = offloads
         self.streams = streams
-        # The number of a native section among its program's stretches.
+        # By index of a native section: the index of its stretch in the native program.
         native = [i for i, s in enumerate(sections) if s.device == HOST]
         self.native = {i: n for n, i in enumerate(native)}
         self.cpu: CpuBackend | None = None
 
     def stretches(self) -> list[Stretch]:
+        """The native sections, as stretches of one program."""
         own = (self.sections[i] for i in self.native)
         return [Stretch(s.ops, s.imports, s.exports) for s in own]
 
 
 class PlacedBackend:
-    """A tape over several devices, at most `max_tokens` tokens a step.
+    """A backend over several devices, for at most `max_tokens` tokens per step.
 
-    placement: the device's name for every tensor: "cpu" or one of `devices`. max_outputs: most
-    tokens of a step whose logits are wanted, None for all. reserve: bytes of the system's memory
-    that must stay free, for a cache. native: False has torch run the CPU's part too, with which
-    every placement gives the same bits. stream: large batches have the CPU's experts computed by a
-    device through which they pass. expert_cache: a device's memory for some of them, in all other
-    batches. DesksideError where something does not fit.
+    placement     tensor -> "cpu" or the name of one of `devices`
+    max_outputs   limit on the wanted logits of a step; None for `max_tokens`
+    reserve       bytes of the system's memory that must stay free, for a cache
+    native        False: torch runs the CPU's part too; every placement then gives the same bits
+    stream        large batches stream the CPU's experts through a device, which computes them
+    expert_cache  in smaller batches, a device computes the experts that it caches
+
+    DesksideError for a device that is not in `devices`, or what does not fit.
     """
 
     def __init__(
@@ -144,7 +148,10 @@ class PlacedBackend:
         self._worker = ThreadPoolExecutor(1, "deskside-cpu")
 
     def _load(self, file: GGUF, host: HostOptions, reserve: int, progress: Progress) -> None:
-        """Weights to the devices, and the routes' native programs, which share theirs."""
+        """Copy the weights to the devices, then build the routes' native programs.
+
+        The programs share their packed weights.
+        """
         for device in self.devices.values():
             weights, work = self._weights(device.name), self._work(device)
             self.offload.expect(device, sum(w.nbytes for w in weights), work)
@@ -164,10 +171,13 @@ class PlacedBackend:
                 progress=progress,
             )
             packed = route.cpu.weights
-        self.offload.load(packed, host.n_threads)
+        self.offload.load(packed, host.most_threads)
 
     def _expect_host_memory(self, reserve: int) -> None:
-        """Emulated devices live in the system's memory too."""
+        """DesksideError unless `reserve` and the weights of emulated devices fit in memory.
+
+        Emulated devices use the system's memory too.
+        """
         for device in self.devices.values():
             if device.budget is not None:
                 reserve += sum(w.nbytes for w in self._weights(device.name))
@@ -182,12 +192,13 @@ class PlacedBackend:
         return [s for route in self.routes for s in route.sections]
 
     def _weights(self, device: str) -> list[TensorInfo]:
-        """What a device holds; the experts offloaded to it are not among it."""
+        """The weights that a device holds, without the experts offloaded to it."""
         ops = [op for s in self._all_sections() if s.device == device for op in s.ops]
         held = (w for op in ops if op.kind not in OFFLOADED for w in op.weights)
         return list({w.name: w for w in held}.values())
 
     def _work(self, device: TorchDevice) -> int:
+        """Bytes of the device's work memory, over all routes."""
         return max(
             work_bytes(r.sections, device.name, r.max_tokens, min(self.max_outputs, r.max_tokens))
             for r in self.routes
@@ -199,15 +210,18 @@ class PlacedBackend:
         return {name: sum(w.nbytes for w in self._weights(name)) for name in names}
 
     def state_homes(self) -> dict[int, str]:
-        """The device of every state, by its index."""
+        """The device of every state, by the state's index."""
         return self._homes
 
     def route(self, tokens: int) -> Route:
-        """How a step of so many tokens runs."""
+        """The route of a step of `tokens` tokens."""
         return next(r for r in self.routes if tokens <= r.max_tokens)
 
     def traffic(self, tokens: int = 1, outputs: int = 1) -> Traffic:
-        """What a step of so many tokens and wanted logits moves between devices; no experts."""
+        """The values that a step copies between devices, without experts.
+
+        tokens, outputs: of the step; outputs are wanted logits.
+        """
         sections = self.route(tokens).sections
         return Traffic(
             *hops(sections, lambda v: 4 * v.width * (outputs if v.per_output else tokens))
@@ -215,16 +229,22 @@ class PlacedBackend:
 
     @property
     def expert_metrics(self) -> ExpertMetrics:
-        """What came of `stream` and `expert_cache` so far."""
+        """Counts of what `stream` and `expert_cache` did so far."""
         return self.offload.metrics
 
     def expert_usage(self) -> dict[int, list[float]]:
-        """By layer, how often a token chose each expert of late: a profile for `ExpertCache`."""
+        """By layer, how often a token recently selected each expert: a profile for `ExpertCache`.
+
+        The shares are 0 to 1. Without an expert cache there are none.
+        """
         return self.offload.residents.usage() if self.offload.residents else {}
 
     def new_cache(self, *, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType) -> Cache:
-        """A cache whose states lie beside their ops; `run` takes no other."""
-        held = {
+        """A cache whose states are on the devices of their ops. `run` accepts no other.
+
+        n_slots: sequences. n_ctx: tokens of each. DesksideError if a device has no room.
+        """
+        on_devices = {
             i: self.devices[home].hold(self.tape.states[i], n_slots, n_ctx, k_type, v_type)
             for i, home in self.state_homes().items()
             if home not in (HOST, HOST_TORCH)
@@ -237,17 +257,20 @@ class PlacedBackend:
             n_ctx=n_ctx,
             k_type=k_type,
             v_type=v_type,
-            held=held,
+            device_states=on_devices,
         )
 
     def run(
         self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """See `Backend.run`. After an error the batch's sequences are empty."""
+        """See `Backend.run`. An error clears the batch's sequences.
+
+        ValueError if the cache is not of `new_cache`, or the batch is too large.
+        """
         return self._run(batch, cache, out, None)
 
     def profile(self, batch: Batch, cache: Cache) -> tuple[NDArray[np.float32], list[float]]:
-        """As `run`, with the microseconds of each section of its route, run one after another."""
+        """As `run`, and the microseconds of each section of its route. Sections do not overlap."""
         micros: list[float] = []
         return self._run(batch, cache, None, micros), micros
 
@@ -261,7 +284,7 @@ class PlacedBackend:
         elsewhere = {i for i, d in self._homes.items() if d not in (HOST, HOST_TORCH)}
         too_large = len(batch.outputs) > self.max_outputs
         too_large |= not 1 <= len(batch.tokens) <= self.max_tokens
-        if set(cache.held) != elsewhere or too_large:
+        if set(cache.device_states) != elsewhere or too_large:
             raise ValueError("the cache is not of `new_cache`, or the batch is too large")
         cache.check(batch)
         shape = (len(batch.outputs), self.tape.n_vocab)
@@ -286,7 +309,7 @@ class PlacedBackend:
 
 
 class _Run:
-    """One step on its way through the sections."""
+    """One step through the sections of its route."""
 
     def __init__(
         self,
@@ -302,7 +325,7 @@ class _Run:
         self.cache = cache
         self.logits = logits
         self.values: dict[str, dict[int, Tensor]] = {name: {} for name in backend.devices}
-        self.arrived: dict[int, Callable[[], Arrays]] = {}  # exports on the host, by value
+        self.arrived: dict[int, Callable[[], Arrays]] = {}  # by value id: waits for its export
         self.jobs: list[Future[Arrays]] = []
         self.steps = {name: self._step(device) for name, device in backend.devices.items()}
 
@@ -310,8 +333,8 @@ class _Run:
         homes = self.backend.state_homes()
         states: dict[int, tuple[Tensor, ...]] = {}
         for i, home in homes.items():
-            if home == device.name and i in self.cache.held:
-                states[i] = self.cache.held[i].arrays  # type: ignore[attr-defined]
+            if home == device.name and i in self.cache.device_states:
+                states[i] = self.cache.device_states[i].arrays  # type: ignore[attr-defined]
             elif home == device.name:
                 states[i] = tuple(map(torch.from_numpy, self.cache.arrays[i]))
         return TorchStep(
@@ -345,7 +368,7 @@ class _Run:
             self.logits[:] = self.arrived[logits]()[logits]
 
     def settle(self) -> None:
-        """Nothing may still write to the states when they are cleared."""
+        """Wait for all work under way. The caller clears the states next: none may be written."""
         wait_for(self.jobs)
         self.backend.offload.drain()
 
@@ -394,8 +417,10 @@ def _check(tape: Tape, placement: Mapping[str, str], devices: Sequence[TorchDevi
 
 
 def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
-    """Devices of a plan, to run on: an emulated one on the CPU within its memory, a CUDA device
-    with that much of its own. DesksideError for one that torch does not see."""
+    """Open the devices of a plan, each limited to the plan's bytes of memory.
+
+    An emulated device computes on the CPU. DesksideError for a CUDA device that torch does not see.
+    """
     found: list[TorchDevice] = []
     for d in devices:
         if d.name.startswith("emu"):
@@ -403,7 +428,7 @@ def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
             continue
         index, count = int(d.name.removeprefix("cuda")), torch.cuda.device_count()
         if index >= count:
-            raise DesksideError(f"--device {d.name}: torch sees {count} CUDA devices")
+            raise DesksideError(f"--device {d.name}: torch sees {count} CUDA devices; leave it out")
         total = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, d.memory / total), index)
         found.append(TorchDevice(d.name, torch.device("cuda", index), kernels=kernels()))
@@ -411,7 +436,7 @@ def open_devices(devices: Sequence[Device]) -> list[TorchDevice]:
 
 
 def kernels() -> Kernels:
-    """Triton's, where it is installed."""
+    """Triton's kernels if Triton is installed, else none."""
     try:
         from deskside.backends.triton.table import triton_kernels
     except ImportError:

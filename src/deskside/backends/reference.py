@@ -1,8 +1,10 @@
-"""The meaning of every op, in NumPy float32: one function an op, slow and plain.
+"""Defines every op in NumPy float32: one function per op, slow and plain.
 
-Weights are dequantised one tensor at a time (one expert at a time in `experts`), so the memory
-needed is that of the largest matrix, not of the model. Each function takes the op, its input
-matrices and the step, and returns its output matrices; `w` below stands for dequantised weights.
+Weights are dequantised one tensor at a time, in `experts` one expert at a time. So the memory
+needed is that of the largest matrix, not of the model.
+
+Each function takes the op, its inputs (rows, width) and the step, and returns the outputs. In the
+formulas, `w` stands for dequantised weights. The sources are in docs/MODEL.md.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ Matrix = NDArray[np.float32]
 
 @dataclass
 class BatchStep:
-    """One batch on its way through the tape."""
+    """One batch, its cache, and access to the weights: dequantised, or as the file's bytes."""
 
     batch: Batch
     cache: Cache
     weight: Callable[[TensorInfo], Matrix]
-    raw: Callable[[TensorInfo], NDArray[np.uint8]]
+    matrices: Callable[[TensorInfo], NDArray[np.uint8]]
 
     def positions(self) -> NDArray[np.int64]:
-        """Position of each token in its sequence."""
+        """The position of each token in its sequence: (tokens,)."""
         spans = [np.arange(s.pos, s.pos + s.n) for s in self.batch.segments]
         return np.concatenate(spans)
 
 
 class ReferenceBackend:
-    """Runs a tape with the functions below."""
+    """Runs a tape with the functions of this module."""
 
     def __init__(self, file: GGUF, tape: Tape) -> None:
         self.file = file
@@ -48,8 +50,8 @@ class ReferenceBackend:
         step = BatchStep(
             batch,
             cache,
-            weight=lambda info: self.file.dequantized(info.name),
-            raw=lambda info: self.file.raw(info.name),
+            weight=self.file.dequantized,
+            matrices=self.file.matrices,
         )
         values: dict[int, Matrix] = {}
         for op in self.tape.ops:
@@ -78,9 +80,9 @@ def softplus(x: Matrix) -> Matrix:
 
 
 def embed(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """Row `token` of the embedding matrix."""
+    """y = row `token` of the embedding matrix."""
     (info,) = op.weights
-    rows = step.raw(info)[step.batch.tokens]
+    rows = step.matrices(info)[0][step.batch.tokens]
     return [dequantize(rows, info.type, info.row_len)]
 
 
@@ -100,8 +102,13 @@ def linear(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     return [x @ w.T]
 
 
+def bias(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
+    """y = x + b in every row."""
+    return [inputs[0] + step.weight(op.weights[0])]
+
+
 def split_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """Per head [q | gate] -> all q, all gates."""
+    """Split [q | gate] of each head: all heads' q, then all heads' gates."""
     (x,) = inputs
     pairs = x.reshape(len(x), op.size("heads"), 2, op.size("head_dim"))
     return [pairs[:, :, i].reshape(len(x), -1) for i in (0, 1)]
@@ -131,7 +138,10 @@ def rope(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 
 
 def attention(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """Append k and v to the cache, then softmax(scale q K^T) V over positions up to the token's."""
+    """Append k and v to the cache, then y = softmax(scale q K^T) V.
+
+    A token attends to positions up to its own. Query head h reads KV head h // (heads / kv_heads).
+    """
     q, k, v = inputs
     heads, kv_heads, head_dim = map(op.size, ("heads", "kv_heads", "head_dim"))
     assert op.state is not None
@@ -160,7 +170,7 @@ def attention(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 def _append(
     x: Matrix, cache: NDArray[np.uint8], t: QuantType, pos: int, kv_heads: int, head_dim: int
 ) -> Matrix:
-    """Store x (n, kv_heads * head_dim) at `pos`; returns all of (kv_heads, end, head_dim)."""
+    """Store x (n, kv_heads * head_dim) at `pos`; return all positions (kv_heads, end, head_dim)."""
     n = len(x)
     per_head = np.ascontiguousarray(x.reshape(n, kv_heads, head_dim).swapaxes(0, 1))
     encoded = quantize(per_head.reshape(-1, head_dim), t)
@@ -191,11 +201,10 @@ def conv_silu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 def gated_delta(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
     """The gated delta rule, token by token (docs/MODEL.md).
 
-    Value head j reads key head j % k_heads.
+        S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
 
-    S <- e^g S;  delta = beta (v - S^T k);  S <- S + k delta^T;  o = S^T q
-    with beta = sigmoid(b), g = ssm_a softplus(a + dt_bias), q and k of length 1, q divided by
-    sqrt(head_dim).
+    beta = sigmoid(b) and g = ssm_a softplus(a + dt_bias). q and k are scaled to length 1, then q is
+    divided by sqrt(head_dim). Value head j reads key head j % k_heads.
     """
     qkv, a, b = inputs
     k_heads, v_heads, dim = map(op.size, ("k_heads", "v_heads", "head_dim"))
@@ -231,32 +240,34 @@ def gated_delta(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 
 
 def gated_norm(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """rms_norm(x) * silu(z)."""
+    """y = rms_norm(x) * silu(z)."""
     x, z = inputs
     return [rms_norm(op, [x], step)[0] * silu(z)]
 
 
 def sigmoid_gate(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """x * sigmoid(gate); a gate of width 1 scales the whole row."""
+    """y = x * sigmoid(gate). A gate of width 1 scales the whole row."""
     x, gate = inputs
     return [x * sigmoid(gate)]
 
 
 def swiglu(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
+    """y = silu(gate) * up."""
     gate, up = inputs
     return [silu(gate) * up]
 
 
 def add(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
+    """x + y."""
     x, y = inputs
     return [x + y]
 
 
 def route(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """The top_k experts of each token, best first, and the softmax over their logits.
+    """Select the top_k experts of each token, best first, and the softmax over their logits.
 
-    Equal to softmax over all experts, top-k, divided by the chosen sum. Of equal logits the lower
-    index wins. Ids travel as float32, exact up to 2^24.
+    This equals a softmax over all experts, divided by the sum of the selected. Of equal logits the
+    lower index wins. Ids are float32, which is exact up to 2^24.
     """
     (logits,) = inputs
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, : op.size("top_k")]
@@ -278,12 +289,11 @@ def experts(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
 
 
 def _expert(info: TensorInfo, e: int, step: BatchStep) -> Matrix:
-    rows = info.shape[1]
-    return dequantize(step.raw(info)[e * rows : (e + 1) * rows], info.type, info.row_len)
+    return dequantize(step.matrices(info)[e], info.type, info.row_len)
 
 
 def take_rows(op: Op, inputs: list[Matrix], step: BatchStep) -> list[Matrix]:
-    """Keep the rows whose logits are wanted."""
+    """Select the rows whose logits are wanted."""
     (x,) = inputs
     return [x[step.batch.outputs]]
 
@@ -294,6 +304,7 @@ OPS: dict[str, Callable[[Op, list[Matrix], BatchStep], list[Matrix]]] = {
         embed,
         rms_norm,
         linear,
+        bias,
         split_gate,
         rope,
         attention,

@@ -1,4 +1,4 @@
-"""Characterising an engine: workloads, measuring, statistics, verdict, reports.
+"""Measures engines: workloads, runs, statistics, verdict, reports.
 
-`measure` and what it uses write a `Record`; all that is said about speed is computed from one.
+`measure` writes a `Record`. Every statement about speed is computed from a record.
 """

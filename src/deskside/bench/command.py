@@ -1,10 +1,10 @@
-"""`deskside bench`: opens the targets, has them measured, writes record and report."""
+"""`deskside bench`: opens the targets, measures them, writes record and report."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +16,9 @@ from deskside.bench.measure import loop as measure
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.profile import profile
 from deskside.bench.record import Record
-from deskside.bench.request import Request, Task, task_of
+from deskside.bench.request import Request
 from deskside.bench.shown import show, show_workloads
+from deskside.bench.task import Task, task_of
 from deskside.console import err, note, printable, progress_bar
 from deskside.engine.config import EngineConfig, demo_model
 from deskside.errors import DesksideError
@@ -29,18 +30,22 @@ DRAWN_PER_SECOND = 1.0
 FAILED, INTERRUPTED = 1, 130  # exit codes
 
 
-def main(request: Request) -> int:
-    """Returns the exit code."""
+def main(request: Request, fetch: Callable[[], object] = lambda: None) -> int:
+    """Run `deskside bench`. Returns the exit code. DesksideError for bad input.
+
+    fetch: brings the model's file, once the flags make sense.
+    """
     if request.list:
         show_workloads()
         return 0
     if request.resume is not None and request.replay is not None:
-        raise DesksideError("--resume goes on with a record, --replay repeats one: use one of them")
+        raise DesksideError("--resume continues a record, --replay repeats one: use one of them")
     record = None if request.resume is None else Record.load(request.resume)
     task = task_of(request, record)
+    out = _out(request, request.out)
+    fetch()
     files = {name: GGUF.open(side.where) for name, side in task.sides.items() if not side.is_server}
     task = _fitted(task, request, files)
-    out = _out(request, request.out)
     with ExitStack() as stack:
         with progress_bar() as progress:
             opened = _open(task, request, files, progress, stack)
@@ -77,8 +82,11 @@ def main(request: Request) -> int:
 
 
 def _fitted(task: Task, request: Request, files: Mapping[str, GGUF]) -> Task:
-    """Where neither a model nor a size was asked for, the workload shrunk to what the bundled model
-    holds; of a named model whatever is too long for it is refused or left out."""
+    """Shrink the workload to the context of the bundled model.
+
+    Does nothing if the user named a model or a size: then `fit_context` refuses or skips items that
+    are too long.
+    """
     side = task.sides["A"]
     asked = request.given(("model", "endpoint", "replay", "scale", "max_prompt"))
     if asked or side.where != str(demo_model()) or task.workload.too_long == "skip":
@@ -100,8 +108,10 @@ def _open(
     progress: Progress,
     stack: ExitStack,
 ) -> dict[str, targets.TargetRunner]:
-    """The targets, ready to run. files: those of the sides that run here. A replay's are compared
-    before any is loaded."""
+    """Open the targets. For a replay, compare the model files first.
+
+    files: by side, the model files of targets in this process.
+    """
     if request.replay is not None:
         _expect_files(task, request, files, progress)
     opened: dict[str, targets.TargetRunner] = {}
@@ -117,9 +127,9 @@ def _open(
                 progress=progress,
             )
         else:
-            # The second one is loaded when the first one already has its share of the memory.
+            # While the first one loads, leave room for the second.
             others = [file for other, file in files.items() if other != name]
-            target = targets.load(
+            target = loaded = targets.load(
                 files[name],
                 task.workload,
                 beside=others[0] if others and not opened else None,
@@ -127,6 +137,8 @@ def _open(
                 progress=progress,
                 **side.options,
             )
+            for line in loaded.llm.notes:
+                note(line)
         stack.callback(target.close)
         opened[name] = target
     return opened
@@ -147,17 +159,17 @@ def _expect_files(
 
 
 def _out(request: Request, out: Path | None) -> Path | None:
-    """Where the record goes, if that is known: the record that is resumed, or a new file."""
+    """The path of the record: the resumed file or `out`; None if neither was given."""
     if request.resume is not None:
         if request.out is not None and request.out != request.resume:
-            raise DesksideError("--resume goes on in its own file; leave out --out")
+            raise DesksideError("--resume continues in its own file; leave out --out")
         return request.resume
     if out is None:
         return None
     if out.suffix != ".json" or out.is_dir() or not out.parent.is_dir():
         raise DesksideError(f"--out {out}: expected NAME.json in a folder that exists")
     if out.exists() and not request.force:
-        raise DesksideError(f"{out}: exists; --force overwrites it, --resume {out} goes on with it")
+        raise DesksideError(f"{out}: exists; --force overwrites it, --resume {out} continues it")
     return out
 
 
@@ -171,7 +183,7 @@ def _name(task: Task, opened: Mapping[str, targets.TargetRunner]) -> Path:
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
-    """The command line without what must not be recorded."""
+    """The command line without the API key."""
     kept: list[str] = []
     for argument in arguments:
         flag, equals, _ = argument.partition("=")
@@ -186,7 +198,7 @@ def _command(arguments: Sequence[str]) -> list[str]:
 def _profile(
     record: Record, opened: Mapping[str, targets.TargetRunner], out: Path, progress: Progress
 ) -> None:
-    """At the middle of the depths that were run, of the first side that is in process."""
+    """Profile the first target in this process, at the median depth of the runs."""
     target = next(t for t in opened.values() if isinstance(t, targets.InProcess))
     depths = sorted(run.depth for run in record.runs if run.ok) or [1]
     depth = min(depths[len(depths) // 2], target.llm.ctx - 1)

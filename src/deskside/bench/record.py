@@ -1,8 +1,8 @@
-"""The record of a characterisation: what was run, on what, and every raw sample. JSON on disk.
+"""The record of a measurement: what ran, on what, and every raw sample. It is a JSON file.
 
-All times are seconds, all sizes bytes, all rates tokens per second, unless a name says otherwise.
-`None` stands for what could not be measured. A record is written after every run, so that nothing
-that was measured is lost; a file that has fewer runs than its workload can be resumed.
+Times are seconds, sizes bytes, rates tokens per second, unless a name says otherwise. `None` means
+not measured. The file is written after every run, so that no run is lost. A file with fewer runs
+than its workload can be resumed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from deskside.files import write_whole
 from deskside.machine.watch import Host, Load
 
 SCHEMA = 1
+LOOP = 200  # characters that must repeat at an answer's end before it is called a loop
 
-# No count or size is beyond 64 bits.
+# Counts and sizes fit 64 bits.
 Whole = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Ceiling(Struct, forbid_unknown_fields=True):
-    """What the machine allows a run, from the tape's bytes and products (cost.py).
+    """The highest rates that the machine allows a run (tape/cost.py).
 
-    `decode_bytes` are read for one token at the run's mean depth; `prefill_macs` are multiply-adds
-    of a prompt token. `*_rate` are tokens per second, `*_limit` is "bandwidth" or "compute".
+    decode_bytes   bytes read per token at the run's mean depth
+    prefill_macs   multiply-adds per prompt token
+    *_rate         tokens per second
+    *_limit        "bandwidth" or "compute"
     """
 
     bandwidth: float | None = None  # bytes per second, sampled beside this run
@@ -42,6 +45,24 @@ class Ceiling(Struct, forbid_unknown_fields=True):
     prefill_limit: str | None = None
 
 
+class Answer(Struct, forbid_unknown_fields=True):
+    """What was seen of an answer's text (measure/answer.py); the text itself is not kept.
+
+    asked        tokens that were to be generated
+    characters   of the text; `printed` without white space at its ends
+    garbage      replacement and control characters
+    loop         characters at the end that repeat one piece
+    repeated     share of stretches of 40 characters that came before
+    """
+
+    asked: Whole
+    characters: Whole
+    printed: Whole
+    garbage: Whole
+    loop: Whole
+    repeated: float
+
+
 class Run(Struct, forbid_unknown_fields=True):
     """One inference.
 
@@ -49,14 +70,15 @@ class Run(Struct, forbid_unknown_fields=True):
     cold              the first run after loading
     warmup            a run that was made only to warm up
     prompt_tokens     computed in prefill; `cached_tokens` more came from a cache
-    prefill_seconds   computing the prompt; None where an endpoint does not tell
+    prefill_seconds   to compute the prompt; None if an endpoint does not report it
     first_seconds     from the request to the first token
     decode_seconds    from the first to the last token: generated_tokens - 1 steps
     total_seconds     from the request to the end
-    gaps              between consecutive tokens, generated_tokens - 1 of them, to a microsecond
+    gaps              between consecutive tokens: generated_tokens - 1 values, to a microsecond
     clock             "engine", "server" (llama-server's timings) or "stream" (arrival here)
     output            SHA-256 of the generated text
-    error             one line; the clocks of a failed run are not to be used
+    answer            figures of the text; None in older records and for failed runs
+    error             one line; do not use the times of a failed run
     """
 
     index: Whole
@@ -76,6 +98,7 @@ class Run(Struct, forbid_unknown_fields=True):
     clock: str = "engine"
     stop_reason: str = ""
     output: str = ""
+    answer: Answer | None = None
     load: Load = field(default_factory=Load)
     ceiling: Ceiling = field(default_factory=Ceiling)
     error: str | None = None
@@ -91,7 +114,7 @@ class Run(Struct, forbid_unknown_fields=True):
 
     @property
     def prefill_rate(self) -> float | None:
-        """Prompt tokens per second; None where nothing was computed or the time is unknown."""
+        """Prompt tokens per second; None if nothing was computed or the time is unknown."""
         if not self.ok or not self.prompt_tokens or not self.prefill_seconds:
             return None
         return self.prompt_tokens / self.prefill_seconds
@@ -113,8 +136,19 @@ class ModelFile(Struct, forbid_unknown_fields=True):
     sha256: str | None = None
 
 
+class Part(Struct, forbid_unknown_fields=True):
+    """A slice: `layers` of the layers of a preset, and `experts` of each layer's, None for all."""
+
+    preset: str
+    layers: Whole
+    experts: Whole | None = None
+
+
 class Target(Struct, forbid_unknown_fields=True):
-    """What was measured: `kind` is "deskside" (in process) or "endpoint"."""
+    """What was measured: `kind` is "deskside" (in process) or "endpoint".
+
+    random: the weights are random (`deskside synth`). part: what the file is of a whole model.
+    """
 
     kind: str
     name: str  # the model, as people call it
@@ -129,11 +163,12 @@ class Target(Struct, forbid_unknown_fields=True):
     load_seconds: float | None = None
     n_ctx: Whole | None = None
     resident_bytes: Whole | None = None  # anonymous memory of the process after loading
+    random: bool = False
+    part: Part | None = None
 
 
 class OpProfile(Struct, forbid_unknown_fields=True):
-    """Wall time of one sort of step in a decode or prefill step, beside what it must read and
-    multiply."""
+    """Wall time of one kind of step in decode or prefill, and what it must read and multiply."""
 
     name: str
     phase: str  # "decode" or "prefill"
@@ -143,7 +178,10 @@ class OpProfile(Struct, forbid_unknown_fields=True):
 
 
 class Record(Struct, forbid_unknown_fields=True):
-    """`workload` is the whole workload as it was run (workload.py), so that it can be replayed."""
+    """A measurement. `workload` is the complete workload (workload.py), so it can be replayed.
+
+    commit, compiler: of the deskside that measured; "" if unknown.
+    """
 
     workload: dict[str, Any]
     targets: dict[str, Target]  # by side
@@ -154,15 +192,17 @@ class Record(Struct, forbid_unknown_fields=True):
     seed: int = 0
     created: str = ""
     deskside: str = ""
+    commit: str = ""
+    compiler: str = ""
     schema: Whole = SCHEMA
 
     def save(self, path: Path) -> None:
-        """Write the record; an older file is replaced at once or not at all."""
+        """Write the record. An older file is replaced completely or not at all."""
         write_whole(path, json.dumps(msgspec.to_builtins(self), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record; DesksideError names the file and what is wrong with it."""
+        """Read a record. DesksideError names the file and what is wrong with it."""
         data = schema.parse(path, ".json", "a record of deskside bench")
         if not isinstance(data, dict) or "schema" not in data:
             raise DesksideError(f"{path}: not a record of deskside bench")

@@ -25,7 +25,7 @@ def show_workloads() -> None:
 
 
 def show(record: Record) -> None:
-    """The runs, and the profile where there is one."""
+    """Print the runs, and the profile if there is one."""
     console = wide()
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")

@@ -1,8 +1,8 @@
-"""What a characterisation runs: items of so many prompt and generated tokens, read from a file.
+"""Workloads: lists of items, each with a number of prompt tokens and of tokens to generate.
 
-A file is TOML, or YAML with the extra `bench`. Its fields are those of `Workload` and `Item`, its
-`[sampling]` some of `SamplingParams`; every other key is an error. The same fields, as a dict, are
-what a `Record` keeps, so that a record can be resumed and replayed.
+A workload file is TOML, or YAML with the extra `bench`. It has the fields of `Workload` and `Item`;
+`[sampling]` has fields of `SamplingParams`. Any other key is an error. A `Record` keeps the same
+fields as a dict, so that it can be resumed and replayed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SAMPLING = (
     "frequency_penalty",
 )
 STDLIB = "stdlib"
-# A prompt that is scaled down still has a nonce and some text, an answer still has a gap.
+# Tokens. A scaled-down prompt still has a nonce and some text; an answer still has one gap.
 MIN_PROMPT, MIN_GENERATE = 16, 2
 
 Count = Annotated[int, Meta(ge=1)]
 
 
 class Item(Struct, frozen=True, forbid_unknown_fields=True):
-    """One inference.
+    """One run.
 
     prompt     tokens of new text
     generate   tokens to generate
-    continues  the prompt is put behind the item before and its answer, which a cache may hold
-    thinking   so many first tokens of the answer are thinking, which chat templates leave out of
-               the prompts that continue it
-    tree       the item stands for as many as it takes to read all of the text in order, each of
-               `prompt` tokens
+    continues  append the prompt to the previous item and its answer, which a cache may hold
+    thinking   leading tokens of the answer that are thinking; prompts that continue it leave them
+               out, as chat templates do
+    tree       repeat the item, `prompt` tokens each, until all of the text was read in order
+    representative   the report shows it among the few runs that stand for all
     """
 
     name: schema.Name
@@ -56,20 +56,21 @@ class Item(Struct, frozen=True, forbid_unknown_fields=True):
     continues: bool = False
     thinking: Annotated[int, Meta(ge=0)] = 0
     tree: bool = False
+    representative: bool = False
 
 
 class Workload(Struct, frozen=True, forbid_unknown_fields=True):
-    """Checked where it is read (`from_dict`).
+    """A list of items and how to run it. `from_dict` checks it.
 
-    text        where prompts come from: "stdlib" (sources of the running Python) or a directory
-    too_long    an item beyond the target's context is refused ("refuse") before anything runs, or
-                left out and listed ("skip")
-    repeats     times that the whole list is run
-    warmup      runs of the first item that only warm up, marked as such; 0: none, what is warm-up
-                is found from the data
-    ignore_eos  generate exactly as many tokens as asked
+    text        source of the prompts: "stdlib" (sources of the running Python) or a directory
+    too_long    for items longer than the target's context: "refuse" before any run, or "skip" and
+                list them
+    repeats     times to run the whole list
+    warmup      extra runs of the first item that only warm up; with 0, the report finds the warm-up
+                from the data
+    ignore_eos  generate exactly `generate` tokens
     scale, max_prompt, max_tokens
-                how the items were shrunk from the file's; nothing is shrunk twice
+                how the items were shrunk from those of the file; they are never shrunk twice
     """
 
     name: schema.Name
@@ -88,9 +89,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for i, item in enumerate(self.items):
             if item.continues and (i == 0 or item.tree or self.items[i - 1].tree):
-                raise DesksideError(
-                    f"items[{i}].continues: there is no item that it could continue"
-                )
+                raise DesksideError(f"items[{i}].continues: there is no item before it")
             if item.thinking > item.generate:
                 raise DesksideError(
                     f"items[{i}].thinking is {item.thinking}; expected at most the "
@@ -98,7 +97,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     def depths(self) -> Iterator[tuple[Item, int]]:
-        """Items, each with the tokens that its context holds at the end."""
+        """Yield each item, and the tokens that its context holds at the end."""
         said = 0
         for item in self.items:
             depth = (said if item.continues else 0) + item.prompt + item.generate
@@ -111,10 +110,11 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
         max_prompt: int | None = None,
         max_tokens: int | None = None,
     ) -> Workload:
-        """For a small machine: all tokens times `scale`, then new text and answers capped.
+        """A smaller workload: all token counts times `scale`, then limited to the maxima.
 
-        Where items that are too long are left out, those beyond `max_prompt` are, too
-        (`fit_context`); otherwise they are cut to it. A changed item's name tells its new size.
+        If `too_long` is "skip", `fit_context` skips items beyond `max_prompt`; otherwise prompts
+        are cut to it. The name of a changed item contains its new size. DesksideError for a bad
+        scale or maximum.
         """
         scale = 1.0 if scale is None else scale
         if not 0 < scale <= 1:
@@ -147,8 +147,10 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def within(self, n_ctx: int) -> Workload:
-        """At the largest scale, in hundredths, with which no item needs more than `n_ctx` tokens of
-        context; as it is where none does."""
+        """Scaled so that no item needs more than `n_ctx` tokens; unchanged if none does.
+
+        Takes the largest such scale, in hundredths.
+        """
         for hundredths in range(100, 0, -1):
             shrunk = self.shrunk(hundredths / 100)
             if max(depth for _, depth in shrunk.depths()) <= n_ctx:
@@ -156,13 +158,13 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
         return self
 
     def params(self, max_tokens: int, seed: int) -> SamplingParams:
-        """How a run of this workload samples."""
+        """The sampling parameters of a run."""
         return dataclasses.replace(
             self.sampling, max_tokens=max_tokens, seed=seed, ignore_eos=self.ignore_eos
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for a record; `from_dict` reads it."""
+        """The workload as JSON values, for a record. `from_dict` reads them."""
         data: dict[str, Any] = msgspec.to_builtins(self)
         data["items"] = list(data["items"])
         data["sampling"] = {name: getattr(self.sampling, name) for name in SAMPLING}
@@ -170,7 +172,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str) -> Workload:
-        """DesksideError names `source` and the field that is unknown, missing or wrong."""
+        """Check and build a workload. DesksideError names `source` and the bad field."""
         sampling = data.get("sampling")
         for name in sampling if isinstance(sampling, Mapping) else ():
             if name not in SAMPLING:
@@ -182,7 +184,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def read(cls, name: str) -> Workload:
-        """A workload that comes with the package, by name, or a file of one."""
+        """Read a workload of the package, by its name, or a workload file."""
         path = Path(name)
         if name in shipped():
             path = Path(str(_FOLDER / f"{name}.toml"))
@@ -195,7 +197,7 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True):
         if not isinstance(data, dict):
             raise DesksideError(f"{path}: expected the fields of a workload: name, items, …")
         workload = cls.from_dict(data, str(path))
-        if workload.text != STDLIB:  # a directory is named from where the file is
+        if workload.text != STDLIB:  # a directory is relative to the file
             folder = str(path.parent / Path(workload.text).expanduser())
             workload = replace(workload, text=folder)
         return workload
@@ -205,7 +207,7 @@ _FOLDER = resources.files("deskside.bench") / "workloads"
 
 
 def shipped() -> list[str]:
-    """Names of the workloads that come with the package."""
+    """Names of the workloads of the package."""
     names = (entry.name for entry in _FOLDER.iterdir())
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
@@ -213,10 +215,11 @@ def shipped() -> list[str]:
 def fit_context(
     workload: Workload, n_ctx: int | None, reason: str
 ) -> tuple[Workload, list[dict[str, str]]]:
-    """The workload without what cannot run, and that, as {"name", "reason"}.
+    """Remove items that are too long. Returns the workload, and {"name", "reason"} of each.
 
-    n_ctx: tokens that a context may hold; None: unknown, then nothing is too long. reason: why no
-    more, for people. DesksideError names the item that is too long where the workload says so.
+    n_ctx: most tokens of a context; None = unknown, and no item is too long.
+    reason: why the context is no longer, to show to the user.
+    DesksideError if an item is too long and `too_long` is "refuse", or if no item is left.
     """
     kept, skipped, gone = [], [], False
     for item, depth in workload.depths():

@@ -1,8 +1,8 @@
-"""The command line: a file a command."""
+"""The command line. Each command has its own file."""
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script `deskside`."""
     from deskside.cli.app import main as run
 
     run()

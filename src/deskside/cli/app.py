@@ -1,17 +1,20 @@
-"""The command line: its commands, and what becomes of their failures."""
+"""The list of commands, and how their failures are shown."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
 
 from deskside import console
-from deskside.cli import bench, doctor, files, plan, predict, quality, report, run
-from deskside.cli.flags import strip_ignored
+from deskside.cli import arguments, bench, doctor, files, plan, predict, quality, report, run
+from deskside.cli.list import list_
 from deskside.errors import DesksideError
 
 app = typer.Typer(
@@ -24,6 +27,7 @@ COMMANDS: list[Callable[..., int | None]] = [
     run.run,
     bench.bench,
     plan.plan,
+    list_,
     files.synth,
     files.convert,
     files.quantize,
@@ -34,10 +38,10 @@ COMMANDS: list[Callable[..., int | None]] = [
     doctor.doctor,
 ]
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
-# The class of all wrong command lines; typer exports only this child of it, and bundles its own
-# click in some versions.
+# The base class of click's usage errors. Typer exports only this subclass, and some versions of
+# typer bundle their own click.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
@@ -75,29 +79,52 @@ def _note_warning(
         _show_warning(message, category, filename, lineno, file, line)
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came: what is half written goes, as after Ctrl-C. number: which of them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the cleaning short
+    raise Terminated(number)
+
+
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2, an interruption exit code 130."""
+    """Run the command line. Bad input is one line and exit code 2; Ctrl-C is exit code 130.
+
+    SIGTERM and SIGHUP still end the process, but only after it has cleaned up.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
+    try:
+        _main()
+    except Terminated as terminated:
+        signal.signal(terminated.number, signal.SIG_DFL)
+        os.kill(os.getpid(), terminated.number)
+
+
+def _main() -> None:
     if sys.stdout is None or sys.stderr is None:
-        sys.exit(2)  # closed: nobody could read a result or a reason
-    arguments = sys.argv[1:]
-    notes: list[str] = []
-    if arguments[:1] in (["run"], ["bench"]):
-        arguments, notes = strip_ignored(arguments)
-    for line in notes:
-        console.note(line)
+        sys.exit(2)  # closed, so nobody could read a result or an error
     code = 0
     try:
         with warnings.catch_warnings():
-            # those of the library, such as of options that a system does not offer
+            # The library warns with UserWarning, for example of options that this system lacks.
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note_warning
-            result = app(args=arguments, prog_name="deskside", standalone_mode=False)
+            group: Any = typer.main.get_command(app)
+            words = _words(group, sys.argv[1:])
+            result = group.main(args=words, prog_name="deskside", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except DesksideError as failure:
         console.error(str(failure))
         code = 2
     except USAGE_ERROR as failure:
-        # Without arguments the help has been shown and there is nothing to add.
+        # Without arguments the help was shown, and the message is empty.
         if message := failure.format_message().strip():
             console.error(message)
         console.err.print("see deskside --help, or deskside COMMAND --help", style="dim")
@@ -110,3 +137,19 @@ def main() -> None:
         console.error(f"{name}{failure.strerror or failure}")
         code = 2
     sys.exit(code)
+
+
+def _words(group: Any, given: list[str]) -> list[str]:
+    """The command line for typer; one note names the flags that change nothing."""
+    if not given:
+        return given
+    name = given[0]
+    if name not in group.commands:
+        # Typer would cut up -hx here as well.
+        if name.startswith("-") and name.partition("=")[0] not in arguments.flags_of(group):
+            raise DesksideError(f"{name}: no such flag before a command; see deskside --help")
+        return given
+    read = arguments.commands(group.commands)[name].read(given[1:])
+    if read.unused:
+        console.note(f"these change nothing here: {', '.join(read.unused)}")
+    return [name, *read.words]

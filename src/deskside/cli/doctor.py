@@ -1,4 +1,4 @@
-"""`deskside doctor`: measures, shows, keeps for `deskside plan`, recommends."""
+"""`deskside doctor`: measures this machine, stores the result for `deskside plan`, gives advice."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ from deskside.progress import Progress
 if TYPE_CHECKING:
     from deskside.machine.torch_limits import DeviceLimits
 
-# Without one of these torch finds no GPU, and importing it takes seconds.
+# Without one of these, torch finds no GPU. Then torch is not imported, which would take seconds.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-WORTH = 1.03  # times faster before pages are recommended
-FEW = 0.9  # of memory in huge pages, where they were asked for
+WORTH = 1.03  # least speed-up for which to recommend other pages
+FEW = 0.9  # least share of memory in huge pages that needs no advice
 
 
 def doctor(
     threads: Threads = 0,
     quick: Annotated[
-        bool, Option("--quick", help="one and all threads, transparent huge pages alone")
+        bool,
+        Option("--quick", help="measure only 1 and all threads, and only transparent huge pages"),
     ] = False,
     no_store: Annotated[
-        bool, Option("--no-store", help="do not keep the figures for `deskside plan`")
+        bool, Option("--no-store", help="do not store the figures for `deskside plan`")
     ] = False,
-    json_: Annotated[bool, Option("--json", help="figures for other programs")] = False,
+    json_: Annotated[bool, Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
-    """Show what this machine has and measure what limits it; keep that for `deskside plan`."""
+    """Show what this machine has, measure its limits, and store them for `deskside plan`."""
     n_threads = EngineConfig(threads=threads).n_threads
     if threads > n_threads:
         note(f"-t {threads} is more than the usable cores; measuring with {n_threads}")
@@ -60,12 +61,12 @@ def doctor(
 
 
 def main(n_threads: int, *, quick: bool, keep: bool, as_json: bool) -> None:
-    """`deskside doctor` with at most `n_threads`; keep: for the planner."""
+    """Run `deskside doctor` with at most `n_threads`. keep: store the result for the planner."""
     with progress_bar() as progress, Watch(own=True) as watch:
         try:
             limits = measure_cpu(n_threads, quick=quick, progress=progress)
         except MemoryError:
-            raise DesksideError("no memory to measure with: end other programs") from None
+            raise DesksideError("too little free memory to measure: close other programs") from None
         gpus, why = _measure_gpus(progress)
     limits = replace(limits, other_cpu=watch.load.other_cpu)
     hints = advice(limits)
@@ -81,7 +82,7 @@ def main(n_threads: int, *, quick: bool, keep: bool, as_json: bool) -> None:
 
 
 def _measure_gpus(progress: Progress) -> tuple[list[DeviceLimits], str]:
-    """All that torch sees; with none, why."""
+    """Measure all GPUs that torch finds. Returns them, and why there are none."""
     if not any(Path(driver).exists() for driver in DRIVERS):
         return [], "this system has no driver for one"
     try:
@@ -100,11 +101,11 @@ def _measure_gpus(progress: Progress) -> tuple[list[DeviceLimits], str]:
 
 
 def _store(limits: CpuLimits, gpus: Sequence[DeviceLimits]) -> str:
-    """Put the figures beside those that other tools have kept; the file."""
+    """Store the figures beside those of other tools. Returns the path of the file."""
     try:
         base = this_machine(limits.n_threads)
     except DesksideError as error:
-        note(f"{error}; it is written anew")
+        note(f"{error}; a new one is written")
         assumed = assumed_cpu(limits.n_threads, available_memory())
         base = Machine(cpu_name(), limits.n_threads, (assumed,))
     devices = []
@@ -115,11 +116,11 @@ def _store(limits: CpuLimits, gpus: Sequence[DeviceLimits]) -> str:
     return str(store(as_measured(base, limits, devices)))
 
 
-# --- what is recommended ------------------------------------------------------------------------
+# --- advice -------------------------------------------------------------------------------------
 
 
 def advice(limits: CpuLimits) -> list[str]:
-    """What would make models run faster here, a sentence each."""
+    """Sentences that say what would make models faster on this machine."""
     found = [_threads(limits)]
     if limits.disturbed:
         found = [
@@ -179,7 +180,7 @@ def _nodes() -> list[str]:
     found = ["several NUMA nodes: compare `deskside bench` with --numa interleave and without"]
     if pages.numa_balancing():
         found.append(
-            "NUMA balancing is on and takes pages away to see who reads them; as root: "
+            "NUMA balancing is on and unmaps pages to see who reads them; as root: "
             "echo 0 > /proc/sys/kernel/numa_balancing"
         )
     return found
@@ -190,16 +191,16 @@ def _memlock() -> str:
     if limit is None:
         return "locked memory: no limit"
     return (
-        f"locked memory: at most {limit / 1e6:,.1f} MB (ulimit -l); models lock none, so on a "
-        "machine with swap others may push them out"
+        f"locked memory: at most {limit / 1e6:,.1f} MB (ulimit -l); without --mlock, a machine "
+        "with swap may evict a model"
     )
 
 
-# --- how it is shown ----------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------
 
 
 def facts() -> list[tuple[str, str]]:
-    """What this machine has, by name: nothing is measured."""
+    """Names and values of what this machine has. Measures nothing."""
     flags = cpu_flags()
     sets = _native.instruction_sets()
     compiled = ", ".join(name if ok else f"{name} (not on this CPU)" for name, ok in sets)
@@ -243,7 +244,7 @@ def _show(
         out.print("GB/s of a node's threads (rows) on a node's memory (columns)")
         out.print(_node_table(limits))
     elif len(pages.nodes()) == 1:
-        out.print("  NUMA: one node, all memory is as near", style="dim")
+        out.print("  NUMA: one node, all memory is equally near", style="dim")
     out.print()
     _rows(out, _limit_rows(limits))
     for gpu in gpus:
@@ -316,7 +317,7 @@ def _gpu_rows(gpu: DeviceLimits) -> list[tuple[str, str]]:
 def to_dict(
     limits: CpuLimits, gpus: Sequence[DeviceLimits], hints: Sequence[str]
 ) -> dict[str, Any]:
-    """For --json: bytes and multiply-adds per second, seconds."""
+    """The figures for --json, in seconds, bytes and multiply-adds per second."""
     return {
         "version": 1,
         "machine": dict(facts()),

@@ -1,4 +1,4 @@
-"""What commands have in common: options by their llama.cpp names, and those that do nothing."""
+"""Flags that several commands share, under llama.cpp's names."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer import Option
 
 from deskside.engine.config import EngineConfig
 from deskside.engine.sampler import SamplingParams
 
-# By the fields of EngineConfig and SamplingParams that they set, which give type and default.
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# Flags by the field of EngineConfig or SamplingParams that they set. The field gives type and
+# default.
 OPTIONS: dict[str, Any] = {
     "ctx": Option(
         "-c",
@@ -23,38 +26,50 @@ OPTIONS: dict[str, Any] = {
         show_default="4096, or the model's own if less",
     ),
     "threads": Option("-t", "--threads", help="threads; 0 = one per usable core"),
-    "ubatch": Option("-ub", "--ubatch-size", help="most tokens computed at once in prefill"),
-    "parallel": Option("-np", "--parallel", help="sequences at the same time"),
+    "threads_batch": Option(
+        "-tb", "--threads-batch", help="threads while a prompt is computed; 0 = as -t"
+    ),
+    "ubatch": Option("-ub", "--ubatch-size", help="most tokens to compute at once in prefill"),
+    "batch": Option("-b", "--batch-size", help="a limit of -ub", show_default="none"),
+    "parallel": Option("-np", "--parallel", help="most sequences at the same time"),
     "ctk": Option("-ctk", "--cache-type-k", help="type of cached keys: f16, q8_0, f32"),
     "ctv": Option("-ctv", "--cache-type-v", help="type of cached values: f16, q8_0, f32"),
-    "isa": Option("--isa", help="force an instruction set"),
-    "numa": Option("--numa", help="memory of the weights: none, or interleave over all NUMA nodes"),
+    "isa": Option("--isa", help="use this instruction set"),
+    "numa": Option(
+        "--numa", help="memory of the weights: none, or interleave = spread over all NUMA nodes"
+    ),
     "huge_pages": Option(
-        "--huge-pages", help="for the weights: auto (transparent), off, or reserved 2MiB or 1GiB"
+        "--huge-pages",
+        help="pages of the weights: auto (transparent), off, or reserved 2MiB or 1GiB",
     ),
     "backend": Option("--backend", help="cpu, or reference (NumPy, slow)"),
     "devices": Option(
         "-dev",
         "--device",
         metavar="NAME[:SIZE],…",
-        help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none: the CPU alone",
+        help="GPUs to use, such as cuda0:96GiB,emu0:8GiB; none = the CPU alone",
     ),
     "override_tensor": Option(
-        "-ot", "--override-tensor", metavar="REGEX=DEVICE,…", help="may be repeated"
+        "-ot",
+        "--override-tensor",
+        metavar="REGEX=DEVICE,…",
+        help="device of matching tensors; may be repeated",
     ),
-    "cpu_moe": Option("-cmoe", "--cpu-moe", help="all routed experts on the CPU"),
-    "n_cpu_moe": Option("-ncmoe", "--n-cpu-moe", help="those of the first N layers"),
+    "cpu_moe": Option("-cmoe", "--cpu-moe", help="put all routed experts on the CPU"),
+    "n_cpu_moe": Option(
+        "-ncmoe", "--n-cpu-moe", help="put routed experts of the first N layers on the CPU"
+    ),
     "gpu_layers": Option(
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
         metavar="N|all|auto",
-        help="the last N layers on GPUs, the head counting as one",
+        help="put the last N layers on GPUs, the head counting as one",
     ),
     "tensor_split": Option(
-        "-ts", "--tensor-split", metavar="A,B,…", help="layers' shares of the GPUs"
+        "-ts", "--tensor-split", metavar="A,B,…", help="share of the layers of each GPU"
     ),
-    "main_gpu": Option("-mg", "--main-gpu", help="the GPU that takes the head, from 0"),
+    "main_gpu": Option("-mg", "--main-gpu", help="the GPU that gets the head, from 0"),
     "margin": Option(
         "--margin",
         help="memory to leave free on every device",
@@ -63,39 +78,42 @@ OPTIONS: dict[str, Any] = {
     "stream_experts": Option(
         "--stream-experts",
         metavar="N|auto|off",
-        help="prompts of N tokens or more have the CPU's experts pass through a GPU",
+        help="copy the CPU's experts to a GPU for prompts of N tokens or more",
         show_default="off",
     ),
     "expert_cache": Option(
-        "--expert-cache", metavar="SIZE", help="of a GPU, for often chosen CPU experts"
+        "--expert-cache", metavar="SIZE", help="GPU memory for the CPU's most often chosen experts"
     ),
-    "no_mmap": Option("--no-mmap", help="read the embedding, too, instead of mapping it"),
+    "no_mmap": Option(
+        "--no-mmap", help="read the embedding into memory, too, instead of mapping it"
+    ),
     "mlock": Option("--mlock", help="keep everything in physical memory"),
     "max_tokens": Option(
         "-n", "--predict", "--n-predict", help="most tokens to answer; -1 = no limit"
     ),
-    "temperature": Option("--temp", help="temperature; 0 = greedy"),
+    "temperature": Option("--temp", "--temperature", help="temperature; 0 = greedy"),
     "top_k": Option("--top-k", help="0 = off"),
     "top_p": Option("--top-p", help="1 = off"),
     "min_p": Option("--min-p", help="0 = off"),
     "repeat_penalty": Option("--repeat-penalty", help="1 = off"),
-    "repeat_last_n": Option("--repeat-last-n", help="tokens that penalties look back on; -1 = all"),
+    "repeat_last_n": Option(
+        "--repeat-last-n", help="tokens that the penalties look back on; -1 = all"
+    ),
     "presence_penalty": Option("--presence-penalty", help="0 = off"),
     "frequency_penalty": Option("--frequency-penalty", help="0 = off"),
     "seed": Option("-s", "--seed", help="-1 = random"),
     "logit_bias": Option(
         "-l", "--logit-bias", metavar="ID(+/-)BIAS", help="e.g. 15043+1 or 29905-inf"
     ),
-    "ignore_eos": Option("--ignore-eos", help="never end of itself"),
-    "stop": Option("-r", "--stop", "--reverse-prompt", help="end at this text"),
+    "ignore_eos": Option("--ignore-eos", help="never choose a token that ends the answer"),
+    "stop": Option(
+        "-r", "--stop", "--reverse-prompt", help="end the answer at this text; may be repeated"
+    ),
 }
 ENGINE = EngineConfig()
 SAMPLING = SamplingParams(seed=-1)
 
-# Flags that commands give themselves.
-Model = Annotated[
-    Path | None, Option("-m", "--model", help="GGUF file; without it the bundled demo model")
-]
+# Flags for the signatures of commands.
 Threads = Annotated[int, OPTIONS["threads"]]
 Ubatch = Annotated[int, OPTIONS["ubatch"]]
 Isa = Annotated[str | None, OPTIONS["isa"]]
@@ -103,19 +121,22 @@ TensorTypes = Annotated[
     list[str] | None, Option("--tensor-type", metavar="REGEX=TYPE", help="may be repeated")
 ]
 
-Given = dict[str, Any]  # the fields that a group of flags sets
+Given = dict[str, Any]  # fields that a group of flags sets, and their values
 Group = list[inspect.Parameter]
 
 
 def flags(
-    source: EngineConfig | SamplingParams,
+    source: DataclassInstance,
     *names: str,
     unset: bool = False,
+    options: Mapping[str, Any] = OPTIONS,
     **changes: Mapping[str, Any],
 ) -> Group:
-    """Flags for fields of `source`, whose values are the defaults; with `unset` none has one.
+    """Make flags for the fields `names` of `source`. Their defaults are the fields' values.
 
-    changes: what a command says differently of a field's flag, such as {"help": "…"}.
+    unset: make flags without a default.
+    options: the flag of each field.
+    changes: by field, attributes of the flag that differ for this command, such as {"help": "…"}.
     """
     hints = get_type_hints(type(source))
     group = []
@@ -123,7 +144,7 @@ def flags(
         kind, default = _kind(hints[name]), getattr(source, name)
         if unset or get_origin(kind) is list:
             default = False if kind is bool else None
-        option = copy.copy(OPTIONS[name])
+        option = copy.copy(options[name])
         vars(option).update(changes.get(name, {}))
         shown: Any = Annotated[kind if default is not None else kind | None, option]
         group.append(
@@ -134,8 +155,15 @@ def flags(
     return group
 
 
+def spelled(option: Any) -> list[str]:
+    """The names of an option, such as -c and --ctx-size, in their order."""
+    # Until typer builds the command, it stores the first name as the default.
+    names = [option.default, *(option.param_decls or ())]
+    return [name.partition("/")[0] for name in dict.fromkeys(names) if isinstance(name, str)]
+
+
 def _kind(hint: Any) -> Any:
-    """The type of a field on the command line: text that may be repeated, text, or its own."""
+    """The type of a field's flag: a list of texts, a text, or the type of the field."""
     kinds = get_args(hint | None)
     if any(get_origin(kind) for kind in kinds):
         return list[str]
@@ -143,10 +171,10 @@ def _kind(hint: Any) -> Any:
 
 
 def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: a command's parameters of these names become the flags of the groups.
+    """A decorator that replaces parameters of a command by groups of flags.
 
-    Each such parameter gets a dict: the fields whose flags have a value other than None and False.
-    The command takes keywords alone.
+    groups: flags by the name of the parameter that they replace. The parameter gets a dict with the
+    flags that differ from their default. The command may take keyword arguments only.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,8 +188,8 @@ def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         @functools.wraps(command)
         def run(**given: Any) -> Any:
             for name, group in groups.items():
-                values = {flag.name: given.pop(flag.name) for flag in group}
-                given[name] = {n: v for n, v in values.items() if v is not None and v is not False}
+                values = [(flag, given.pop(flag.name)) for flag in group]
+                given[name] = {flag.name: v for flag, v in values if v != flag.default}
             return command(**given)
 
         run.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]
@@ -169,39 +197,3 @@ def takes(**groups: Group) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return run
 
     return decorate
-
-
-# llama.cpp's flags that have no meaning here: accepted, so that a command line for llama-cli starts
-# deskside unchanged, with a note that they did nothing.
-IGNORED = {
-    "-fa/--flash-attn": "attention is always computed in tiles",
-    "--jinja": "the file's template is always used",
-    "-b/--batch-size": "-ub decides how many tokens are computed at once",
-    "-tb/--threads-batch": "prefill uses -t as well",
-}
-ON_OFF = ("on", "off", "auto", "1", "0")
-_TAKES_VALUE = {"-fa", "-b", "-tb"}
-
-
-def strip_ignored(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments without the flags of IGNORED, and a note for each of those."""
-    notes, kept = [], []
-    spelled = {s: names for names in IGNORED for s in names.split("/")}
-    takes_value = {s for s, names in spelled.items() if names.split("/")[0] in _TAKES_VALUE}
-    i = 0
-    while i < len(arguments):
-        flag, equals, _ = arguments[i].partition("=")
-        i += 1
-        if arguments[i - 1] == "--":
-            kept += arguments[i - 1 :]
-            break
-        if flag not in spelled:
-            kept.append(arguments[i - 1])
-            continue
-        notes.append(f"{flag} is accepted and does nothing: {IGNORED[spelled[flag]]}")
-        if flag in takes_value and not equals and i < len(arguments):
-            # -fa may stand alone.
-            if flag in ("-fa", "--flash-attn") and arguments[i] not in ON_OFF:
-                continue
-            i += 1
-    return kept, notes

@@ -1,25 +1,33 @@
-"""`deskside plan`: where every tensor would go and how fast it would be, before a byte is read."""
+"""`deskside plan`: shows where every tensor would go and how fast the model would be."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.cli.model import hub_model, model_flags
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
+
+if TYPE_CHECKING:
+    from deskside.convert.hub import HubModel
 
 Text = str | None
 
 
 @takes(
+    model=model_flags(
+        model="GGUF file; a header is enough, as of a file being downloaded",
+        hf_repo="a model of the hub: its headers alone are fetched",
+    ),
     engine=flags(
         ENGINE,
-        *("ctx", "parallel", "ubatch", "threads", "ctk", "ctv"),
+        *("ctx", "parallel", "ubatch", "batch", "threads", "threads_batch", "ctk", "ctv"),
         ctx={"help": "context of one sequence; 0 = the model's own"},
         threads={"help": "0 = one per core of the machine"},
     ),
@@ -27,10 +35,11 @@ Text = str | None
 )
 def plan(
     *,
-    model: Annotated[
-        Path | None,
-        Option("-m", "--model", help="GGUF file; its header is enough, as of one being fetched"),
+    source: Annotated[
+        Text,
+        Argument(metavar="MODEL.gguf|PRESET", help="as -m or as --preset", show_default=False),
     ] = None,
+    model: Given,
     preset: Annotated[
         Text, Option("--preset", help="a model by name instead, such as qwen3.5-397b-a17b")
     ] = None,
@@ -57,7 +66,7 @@ def plan(
     as_json: Annotated[bool, Option("--json", help="print the plan as JSON")] = False,
     placing: Given,
 ) -> int:
-    """Where every tensor goes and why, what it takes, how fast it will be; nothing is loaded."""
+    """Show where every tensor goes and why, its memory, and the speed. Loads nothing."""
     from deskside import console
     from deskside.engine.placing import lines, plan_for, planned
     from deskside.machine.descriptions import load_machine, this_machine
@@ -68,12 +77,16 @@ def plan(
     from deskside.plan.picture import picture
 
     if emit is not None and emit not in plan_emit.KINDS:
-        raise DesksideError(f"--emit {emit}: there is {', '.join(plan_emit.KINDS)}")
+        raise DesksideError(f"--emit {emit}: choose from {', '.join(plan_emit.KINDS)}")
     if out is not None and emit is None:
-        raise DesksideError("--out says where --emit writes: give --emit as well")
+        raise DesksideError("--out is the folder for --emit: give --emit as well")
+    if source is not None:
+        model, preset = _named(source, model, preset)
     file, name = _model(model, preset, tensor_type)
     tape = build_tape(file)
-    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel")
+    ctx, parallel = engine.pop("ctx", None), engine.pop("parallel", ENGINE.parallel)
+    if ctx and parallel > 1:
+        console.note(f"-c {ctx} is the context of one sequence; llama.cpp divides it by -np")
     config = EngineConfig(**engine, **placing)
     ours, wishes, options = planned(
         config,
@@ -94,7 +107,12 @@ def plan(
     if svg is not None:
         svg.write_text(picture(made, name), encoding="utf-8")
     if emit is not None:
-        _emit(plan_emit.emit(made, emit, str((model or Path(f"{preset}.gguf")).absolute())), out)
+        _emit(
+            plan_emit.emit(
+                made, emit, str(Path(f"{preset}.gguf" if preset else file.path).absolute())
+            ),
+            out,
+        )
     elif as_json:
         values = plan_table.to_dict(made, name, known)
         offload = dataclasses.asdict(placed.offload) if placed.offload else None
@@ -106,25 +124,53 @@ def plan(
     return 0
 
 
-def _model(model: Path | None, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
+def _named(source: str, model: Given, preset: str | None) -> tuple[Given, str | None]:
+    """Of a word without a flag: the file, or the preset if it is the name of one."""
+    from deskside.convert.synth import PRESETS
+
+    if model or preset is not None:
+        other = preset or next(iter(model.values()))
+        raise DesksideError(f"{source} and {other} are two models: give one of them")
+    if source in PRESETS:
+        return {}, source
+    if not Path(source).exists():
+        known = ", ".join(PRESETS)
+        raise DesksideError(f"{source}: no such file, and no preset; the presets are {known}")
+    return {"model": Path(source)}, None
+
+
+def _model(model: Given, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
     from deskside.convert.quantize import parse_rule
     from deskside.convert.synth import outline
     from deskside.engine.config import demo_model
     from deskside.gguf import GGUF
 
-    if model is not None and preset is not None:
-        raise DesksideError("-m and --preset are two models: give one of them")
+    if model and preset is not None:
+        raise DesksideError("-m, -hf and --preset are two models: give one of them")
     if preset is not None:
         rules = [parse_rule(entry) for entry in types or ()]
         return outline(preset, types=rules).gguf(), preset
     if types:
-        raise DesksideError("--tensor-type is for a --preset: a file has its types")
-    path = model or demo_model()
+        raise DesksideError("--tensor-type is for --preset only: a file already has its types")
+    remote = hub_model(model)
+    if remote is not None:
+        return _remote(remote), remote.path.name
+    path = model.get("model") or demo_model()
     return GGUF.open(path, complete=False), path.name
 
 
+def _remote(model: HubModel) -> Any:
+    """The headers of a model of the hub; says what is still to be fetched."""
+    from deskside.console import note
+    from deskside.convert.hub_choice import size_text
+
+    file, missing = model.header(note), sum(f.size for f in model.missing)
+    note(f"{model}; {size_text(missing)} to fetch" if missing else f"{model}; is in the cache")
+    return file
+
+
 def _preset_of(file: Any) -> str | None:
-    """The preset with a file's shapes, if any: what is published of it holds for the file too."""
+    """The preset with the shapes of this file, if any. Its published facts hold for the file."""
     from deskside.convert.synth import PRESETS
 
     arch = file.get("general.architecture")
@@ -146,7 +192,7 @@ def _preset_of(file: Any) -> str | None:
 def _refuse(
     refusal: Any, tape: Any, machine: Any, wishes: Any, options: Any, name: str, as_json: bool
 ) -> int:
-    """Says what is lacking and what would be enough; exit code 2."""
+    """Say what memory is missing and what would fit. Returns exit code 2."""
     from deskside import console
     from deskside.plan.remedies import remedies
     from deskside.plan.table import VERSION, remedy_line
@@ -171,7 +217,7 @@ def _refuse(
         console.err.print(f"enough would be: {remedy_line(remedy)}", markup=False)
     if not found:
         console.err.print(
-            "no smaller context or cache is enough: it needs more memory, or a file of fewer bits",
+            "no smaller context or cache is enough: use more memory, or a file of fewer bits",
             markup=False,
         )
     return 2

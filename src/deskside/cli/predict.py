@@ -1,4 +1,4 @@
-"""`deskside predict`."""
+"""`deskside predict`: its flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deskside.errors import DesksideError
 def predict(
     preset: Annotated[str, Argument(help="such as qwen3.5-397b-a17b")],
     layers: Annotated[
-        str, Option("--layers", help="of the slices that are measured: auto, or such as 4,8,12")
+        str, Option("--layers", help="layers of the slices: auto, or such as 4,8,12")
     ] = "auto",
     experts: Annotated[
         int | None, Option("--experts", help="fewer experts a layer", show_default="as fit")
@@ -24,12 +24,12 @@ def predict(
         Option("--check", metavar="LAYERS", help="predict and measure one more slice"),
     ] = None,
     depths: Annotated[
-        str, Option("--depths", help="context at which decoding is timed, such as 512,4096")
+        str, Option("--depths", help="context depths at which to time decoding, such as 512,4096")
     ] = "512",
-    generate: Annotated[int, Option("--generate", help="tokens decoded in a sample")] = 32,
-    repeats: Annotated[int, Option("--repeats", help="rounds")] = 5,
+    generate: Annotated[int, Option("--generate", help="tokens to decode per sample")] = 32,
+    repeats: Annotated[int, Option("--repeats", help="rounds of measurement")] = 5,
     keep: Annotated[
-        bool, Option("--keep/--no-keep", help="leave the slices in the cache folder")
+        bool, Option("--keep/--no-keep", help="keep the slices in the cache folder")
     ] = True,
     threads: Threads = ENGINE.threads,
     ubatch: Ubatch = ENGINE.ubatch,
@@ -37,7 +37,7 @@ def predict(
     isa: Isa = ENGINE.isa,
     out: Annotated[Path | None, Option("--out", help="write the result as JSON here")] = None,
 ) -> None:
-    """The speed of a large model on this machine, before its download: from slices of it."""
+    """Predict the speed of a large model on this machine from slices, before its download."""
     from deskside.bench.predict.measure import PredictOptions, predict
     from deskside.bench.predict.table import show
     from deskside.console import note, progress_bar

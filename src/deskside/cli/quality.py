@@ -1,4 +1,4 @@
-"""`deskside perplexity` and `deskside predict`."""
+"""`deskside perplexity`: its flags, and its result as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from deskside.cli.flags import ENGINE, Given, Model, flags, takes
+from deskside.cli.flags import ENGINE, Given, flags, takes
+from deskside.cli.model import model_file, model_flags
 from deskside.engine.config import PLACING
 from deskside.errors import DesksideError
 
@@ -21,20 +22,24 @@ if TYPE_CHECKING:
 
 
 @takes(
+    model=model_flags(),
     window=flags(
         ENGINE,
         "ctx",
         ctx={"help": "tokens of a window; 0 = the model's context", "show_default": "512"},
     ),
-    engine=flags(ENGINE, "threads", "ubatch", "ctk", "ctv", "isa"),
+    engine=flags(ENGINE, "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv", "isa"),
     placing=flags(ENGINE, *PLACING),
 )
 def perplexity(
     *,
-    file: Annotated[Path, Argument(help="text in UTF-8; - reads stdin")],
-    model: Model = None,
+    file: Annotated[
+        Path | None, Argument(help="text in UTF-8; - reads stdin", show_default=False)
+    ] = None,
+    text_file: Annotated[Path | None, Option("-f", "--file", help="the same by a flag")] = None,
+    model: Given,
     window: Given,
-    chunks: Annotated[int | None, Option("--chunks", help="score only so many windows")] = None,
+    chunks: Annotated[int | None, Option("--chunks", help="score only this many windows")] = None,
     save: Annotated[
         Path | None,
         Option("--save-logits", metavar="REF", help="write the log-probabilities as a reference"),
@@ -47,7 +52,7 @@ def perplexity(
     as_json: Annotated[bool, Option("--json", help="print the result as JSON")] = False,
     placing: Given,
 ) -> None:
-    """How well a model predicts a text; with --kl, how far it is from a reference run."""
+    """Measure how well a model predicts a text; with --kl, how far it is from a reference run."""
     from deskside import __version__
     from deskside.bench.quality import perplexity as quality
     from deskside.bench.quality.logprobs import LogProbs, LogProbWriter
@@ -56,15 +61,19 @@ def perplexity(
     from deskside.engine.config import demo_model
 
     if save is not None and kl is not None:
-        raise DesksideError("--save-logits and --kl are for two runs: first write, then compare")
+        raise DesksideError("use --save-logits in a first run, and --kl in a second one")
+    if (file is None) == (text_file is None):
+        raise DesksideError("give one text: perplexity FILE, or -f FILE")
+    file = file or text_file
     piped = str(file) == "-"
     text, name = quality.read_text(
         None if piped else file, sys.stdin.buffer.read() if piped and sys.stdin else b""
     )
     reference = None if kl is None else LogProbs.open(kl)
+    path = model_file(model) or demo_model()
     with progress_bar() as progress, ExitStack() as stack:
         llm = LLM(
-            model or demo_model(),
+            path,
             progress=progress,
             **{"ctx": quality.WINDOW, **window, **engine, **placing},
         )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
-from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, Model, flags, takes
+from deskside.cli.escapes import as_bytes, as_text
+from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
+from deskside.cli.model import model_file, model_flags, with_source
 from deskside.console import err, note, progress_bar
 from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
@@ -21,7 +25,8 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 
 
 @takes(
-    engine=flags(ENGINE, "ctx", "threads", "ubatch", "ctk", "ctv"),
+    model=model_flags(),
+    engine=flags(ENGINE, "ctx", "threads", "threads_batch", "ubatch", "batch", "ctk", "ctv"),
     sampling=flags(
         SAMPLING,
         *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
@@ -31,20 +36,40 @@ HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an a
 )
 def run(
     *,
-    model: Model = None,
+    source: Annotated[
+        Path | None, Argument(metavar="MODEL.gguf", help="as -m", show_default=False)
+    ] = None,
+    model: Given,
     prompt: Annotated[
-        str | None, Option("-p", "--prompt", help="answer this and exit; without it: chat")
+        str | None,
+        Option("-p", "--prompt", help="answer this and exit, or go on with -cnv; without it: chat"),
     ] = None,
     file: Annotated[Path | None, Option("-f", "--file", help="read the prompt from a file")] = None,
     system: Annotated[
         str | None, Option("-sys", "--system-prompt", help="system message of the chat")
     ] = None,
-    no_chat: Annotated[
-        bool, Option("-no-cnv", "--no-chat", help="complete the prompt as plain text")
-    ] = False,
+    system_file: Annotated[
+        Path | None,
+        Option("-sysf", "-spf", "--system-prompt-file", help="read the system message from a file"),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        Option(
+            "-cnv/-no-cnv",
+            "--conversation/--no-conversation",
+            "--chat/--no-chat",
+            help="chat, even with a prompt; or complete the prompt as plain text",
+            show_default="one answer in the chat template",
+        ),
+    ] = None,
+    single: Annotated[bool, Option("-st", "--single-turn", help="end after one answer")] = False,
     think: Annotated[
         bool | None, Option("--think/--no-think", help="enable_thinking of the chat template")
     ] = None,
+    escape: Annotated[
+        bool,
+        Option("-e", "--escape/--no-escape", help=r"\n, \t, \xHH and such in -p, -f and -r"),
+    ] = True,
     n_predict: Annotated[int, OPTIONS["max_tokens"]] = -1,
     engine: Given,
     sampling: Given,
@@ -52,12 +77,44 @@ def run(
 ) -> None:
     """Chat with a model, or complete one prompt (-p, -f or piped text)."""
     bias = dict(map(_logit_bias, sampling.get("logit_bias", ())))
-    params = SamplingParams(**{**sampling, "max_tokens": n_predict, "logit_bias": bias})
-    _main(model, prompt, file, system, not no_chat, think, params, {**engine, **placing})
+    stop = [as_text(as_bytes(text), "-r", escape=escape) for text in sampling.get("stop", ())]
+    params = SamplingParams(
+        **{**sampling, "max_tokens": n_predict, "logit_bias": bias, "stop": stop}
+    )
+    if prompt is not None and file is not None:
+        raise DesksideError("-p and -f both give a prompt; use one of them")
+    if file is not None:
+        prompt = as_text(_read(file), str(file), escape=escape)
+    elif prompt is not None:
+        prompt = as_text(as_bytes(prompt), "-p", escape=escape)
+    elif sys.stdin is None or not sys.stdin.isatty():
+        prompt = as_text(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
+    if system is not None and system_file is not None:
+        raise DesksideError("-sys and -sysf both give a system message; use one of them")
+    if system_file is not None:
+        system = as_text(_read(system_file), str(system_file))
+    elif system is not None:
+        system = as_text(as_bytes(system), "-sys")
+    model = with_source(source, model)
+    turns = Turns(chat is not False, single or (prompt is not None and chat is None))
+    _main(model, prompt, system, turns, think, params, {**engine, **placing})
+
+
+def _read(file: Path) -> bytes:
+    """A file without its last line's end, as llama.cpp reads one."""
+    return file.read_bytes().removesuffix(b"\n")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """chat: by the chat template, else plain text. single: one answer ends it."""
+
+    chat: bool
+    single: bool
 
 
 def _logit_bias(entry: str) -> tuple[int, float]:
-    """llama.cpp's form: TOKEN_ID, then + or -, then the bias."""
+    """Parse llama.cpp's form of a bias: TOKEN_ID, then + or -, then a number."""
     for sign in "+-":
         token, found, bias = entry.partition(sign)
         if found:
@@ -69,53 +126,50 @@ def _logit_bias(entry: str) -> tuple[int, float]:
 
 
 def _main(
-    model: Path | None,
+    model: Given,
     prompt: str | None,
-    file: Path | None,
     system: str | None,
-    chat: bool,
+    turns: Turns,
     think: bool | None,
     params: SamplingParams,
     options: dict[str, Any],
 ) -> None:
-    if prompt is not None and file is not None:
-        raise DesksideError("-p and -f both give a prompt; use one of them")
-    if file is not None:
-        prompt = _decode(file.read_bytes(), str(file))
-    elif prompt is None and (sys.stdin is None or not sys.stdin.isatty()):
-        prompt = _decode(sys.stdin.buffer.read() if sys.stdin else b"", "stdin")
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
-    if system is not None and not chat:
-        raise DesksideError("-sys is a chat message; it has no place with --no-chat")
+    if system is not None and not turns.chat:
+        raise DesksideError("-sys is a message of a chat: leave it out, or leave out -no-cnv")
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a locale that lacks a character shows "?"
-    path = model or demo_model()
+    path = model_file(model) or demo_model()
     with progress_bar() as progress:
         llm = LLM(path, progress=progress, **options)
     for line in llm.notes:
         note(line)
-    if llm.config.threads > llm.config.n_threads:
-        asked, running = llm.config.threads, llm.config.n_threads
-        note(f"-t {asked} is more than the usable cores; running {running}")
+    c = llm.config
+    flags_of_threads = {
+        f"-t {c.threads}": c.threads > c.n_threads,
+        f"-tb {c.threads_batch}": c.threads_batch > c.n_threads_batch,
+    }
+    if above := " and ".join(flag for flag, more in flags_of_threads.items() if more):
+        note(f"{above}: more than the usable cores; running {c.n_threads}")
 
     conversation = _Conversation(llm, system, think, params)
-    if prompt is None:
-        if not chat:
-            raise DesksideError("--no-chat needs a prompt: -p, -f or stdin")
+    if not turns.chat:
+        if prompt is None:
+            raise DesksideError("-no-cnv needs a prompt: -p, -f or stdin")
+        _show(llm.stream(prompt, params), [])
+    elif prompt is not None and turns.single:
+        conversation.answer(prompt)
+    else:
         name = llm.file.get("general.name", path.name)
         where = " and ".join(llm.plan.used) if llm.plan else llm.config.backend
         err.print(f"{name} on {where}, context {llm.ctx}. {HELP}", markup=False)
-        conversation.loop()
-    elif chat:
-        conversation.answer(prompt)
-    else:
-        _show(llm.stream(prompt, params), [])
+        conversation.loop(prompt, single=turns.single)
 
 
 class _Conversation:
-    """Messages so far; an answer that was stopped stays in them as far as it came."""
+    """The messages of a chat. If an answer is stopped, its text so far is kept."""
 
     def __init__(
         self, llm: LLM, system: str | None, think: bool | None, params: SamplingParams
@@ -137,11 +191,18 @@ class _Conversation:
             answer = {"role": "assistant", "content": "".join(pieces)}
             self.messages = [*messages, answer]
 
-    def loop(self) -> None:
-        with contextlib.suppress(ImportError):  # gives input() its line editing
+    def loop(self, first: str | None = None, *, single: bool = False) -> None:
+        """Answer `first`, then what is typed, until the user ends it.
+
+        single: end after one answer.
+        """
+        with contextlib.suppress(ImportError):  # adds line editing to input()
             import readline  # noqa: F401
 
-        while True:
+        if first is not None:
+            with _stoppable():
+                self.answer(first)
+        while not (single and len(self.messages) > len(self.start)):
             try:
                 text = input("> ").strip()
             except EOFError:
@@ -150,7 +211,7 @@ class _Conversation:
             except KeyboardInterrupt:
                 err.print(f"\n{HELP}", style="dim")
                 continue
-            # Surrogates stand for bytes that were not UTF-8.
+            # Bytes that are not UTF-8 arrive as surrogates.
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             if text == "/exit":
                 return
@@ -159,16 +220,23 @@ class _Conversation:
             elif text in ("/help", "/?"):
                 err.print(HELP)
             elif text:
-                try:
+                with _stoppable():
                     self.answer(text)
-                except DesksideError as failure:
-                    err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
-                except KeyboardInterrupt:
-                    err.print("stopped", style="dim")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Of one answer: neither Ctrl-C nor a failure ends the conversation."""
+    try:
+        yield
+    except DesksideError as failure:
+        err.print(f"{failure} (/clear starts anew)", style="red", markup=False)
+    except KeyboardInterrupt:
+        err.print("stopped", style="dim")
 
 
 def _show(stream: Stream, pieces: list[str]) -> None:
-    """Print an answer as it comes, then its figures; Ctrl-C ends it. Text goes to `pieces`."""
+    """Print an answer as it comes, then its speeds. Ctrl-C ends it. `pieces` collects the text."""
     stopped = False
     try:
         for chunk in stream:
@@ -198,11 +266,3 @@ def _figures(t: Timings, reason: str) -> str:
         decode += f" at {t.decode_rate:.1f} tok/s"
     first = f"first token after {t.first_seconds:.2f} s"
     return " | ".join((prefill, first, decode, f"ended by {reason}"))
-
-
-def _decode(raw: bytes, source: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        note(f"{source} is not all UTF-8; the rest is read as \N{REPLACEMENT CHARACTER}")
-        return raw.decode("utf-8", "replace")

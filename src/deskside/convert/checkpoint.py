@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
+_SHARD = re.compile(r".*-(?P<no>\d{5})-of-(?P<count>\d{5})\.safetensors")
 MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -46,7 +48,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read the headers of model.safetensors, or of all shards in model.safetensors.index.json.
+        """Read the headers of all shards in model.safetensors.index.json, or where there is no
+        index, of the files that the folder has.
 
         Raises DesksideError for missing or damaged files, naming file and tensor.
         """
@@ -55,10 +58,7 @@ class Checkpoint:
         if single.is_file():
             return cls(folder, read_header(single))
         if not index.is_file():
-            raise DesksideError(
-                f"{folder}: no model.safetensors and no model.safetensors.index.json; "
-                "deskside converts safetensors checkpoints only"
-            )
+            return cls(folder, _without_index(folder))
         shard_of = read_json(index).get("weight_map")
         if not isinstance(shard_of, dict) or not all(_is_file_name(s) for s in shard_of.values()):
             raise DesksideError(f"{index}: weight_map must map tensor names to file names")
@@ -85,6 +85,29 @@ class Checkpoint:
         dtype = DTYPES[entry.dtype]
         end = entry.offset + math.prod(entry.shape) * dtype.itemsize
         return self._maps[entry.path][entry.offset : end].view(dtype).reshape(entry.shape)
+
+
+def _without_index(folder: Path) -> dict[str, Entry]:
+    """The tensors of all shards, which their names number, or of the only file."""
+    files = sorted(folder.glob("*.safetensors"))
+    shards = [(file, _SHARD.fullmatch(file.name)) for file in files]
+    numbered = [(file, int(m["no"]), int(m["count"])) for file, m in shards if m]
+    if len(files) > 1 and len(numbered) == len(files):
+        missing = set(range(1, numbered[0][2] + 1)) - {no for _, no, _ in numbered}
+        if missing or {count for _, _, count in numbered} != {len(files)}:
+            raise DesksideError(
+                f"{folder}: {len(files)} files of {numbered[0][2]} shards and no "
+                "model.safetensors.index.json; is the checkpoint complete?"
+            )
+    elif len(files) != 1 or (numbered and numbered[0][2] != 1):
+        raise DesksideError(
+            f"{folder}: no model.safetensors and no model.safetensors.index.json; "
+            "deskside converts safetensors checkpoints only"
+        )
+    entries: dict[str, Entry] = {}
+    for file in files:
+        entries |= read_header(file)
+    return entries
 
 
 def to_float32(x: NDArray[Any]) -> NDArray[np.float32]:

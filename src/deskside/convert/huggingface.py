@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deskside.convert.checkpoint import Checkpoint, read_json, to_float32
 from deskside.convert.layout import ARCHITECTURES
-from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.recipes import FILE_TYPES
 from deskside.convert.source import Config, Output, Outputs
 from deskside.convert.vocab import tokenizer_metadata
 from deskside.errors import DesksideError
@@ -33,12 +33,13 @@ def convert_hf(
     outtype: OutType = "auto",
     pre: str | None = None,
     progress: Progress = silent,
-) -> None:
+) -> list[str]:
     """Write the text model of the checkpoint folder `hf_dir` to the GGUF file `out`.
 
     `outtype` is the type of the matrices; `auto` keeps the checkpoint's own. Vectors, router and
     convolution are F32. `pre` names the pre-tokenizer where tokenizer.json's is not recognised.
-    Raises DesksideError for anything missing, damaged or not expressible in GGUF.
+    Returns notes for the user. Raises DesksideError for anything missing, damaged or not
+    expressible in GGUF.
     """
     config = Config(hf_dir / "config.json", read_json(hf_dir / "config.json"))
     model_type = config.values.get("model_type")
@@ -55,15 +56,16 @@ def convert_hf(
     hyper_parameters = layout(config, outputs)
     tensors = outputs.finish()
 
+    vocab, notes = tokenizer_metadata(hf_dir, config.values, hyper_parameters["vocab_size"], pre)
     matrix_type = _matrix_type(outtype, checkpoint)
     metadata: dict[str, Any] = {
         "general.architecture": arch,
         "general.type": "model",
-        "general.name": hf_dir.resolve().name,
+        "general.name": _name(hf_dir),
         "general.file_type": FILE_TYPES[matrix_type.name],
         "general.quantization_version": 2,
         **{f"{arch}.{key}": value for key, value in hyper_parameters.items()},
-        **tokenizer_metadata(hf_dir, config.values, hyper_parameters["vocab_size"], pre),
+        **vocab,
     }
     types = [matrix_type if t.narrow else BY_NAME["F32"] for t in tensors]
     table = [(t.name, kind, t.shape) for t, kind in zip(tensors, types, strict=True)]
@@ -79,6 +81,17 @@ def convert_hf(
                 writer.write(tensor.name, encoded)
                 done += chunk.size
                 progress("convert", done, total)
+    return notes
+
+
+def _name(folder: Path) -> str:
+    """The model's name: the folder's, or the repository's in Hugging Face's cache, where a snapshot
+    lies in models--OWNER--NAME/snapshots/COMMIT."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
 
 
 def chunks(tensor: Output) -> Iterator[NDArray[np.float32]]:

@@ -132,6 +132,7 @@ def _attention(
     *,
     gated: bool = False,
     pairs: bool = False,
+    bias: bool = False,
 ) -> None:
     n_embd, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -142,6 +143,10 @@ def _attention(
     o.add(p + "attn_k.weight", hf + "k_proj.weight", kv_heads * head_dim, n_embd, rows=k_rows)
     o.add(p + "attn_v.weight", hf + "v_proj.weight", kv_heads * head_dim, n_embd)
     o.add(p + "attn_output.weight", hf + "o_proj.weight", n_embd, heads * head_dim)
+    if bias:
+        o.add(p + "attn_q.bias", hf + "q_proj.bias", q_size)
+        o.add(p + "attn_k.bias", hf + "k_proj.bias", kv_heads * head_dim)
+        o.add(p + "attn_v.bias", hf + "v_proj.bias", kv_heads * head_dim)
 
 
 def llama(c: Config, o: Outputs) -> dict[str, Any]:
@@ -172,11 +177,27 @@ def llama3_factors(c: Config, n_rot: int) -> Floats:
     return (1 / ((1 - share) / c.rope_number("factor") + share)).astype(np.float32)
 
 
-def qwen3moe(c: Config, o: Outputs) -> dict[str, Any]:
+def qwen2(c: Config, o: Outputs) -> dict[str, Any]:
     n_embd, head_dim = c.whole("hidden_size"), _head_dim(c)
-    c.must("norm_topk_prob", True)
-    c.must("mlp_only_layers", [], None)
-    c.must("decoder_sparse_step", 1)
+    c.must("use_sliding_window", False)
+    _ends(o, c)
+    for i in range(c.whole("num_hidden_layers")):
+        p, hf = f"blk.{i}.", f"model.layers.{i}."
+        o.add(p + "attn_norm.weight", hf + "input_layernorm.weight", n_embd)
+        _attention(o, c, p, hf + "self_attn.", head_dim, bias=True)
+        o.add(p + "ffn_norm.weight", hf + "post_attention_layernorm.weight", n_embd)
+        _ffn(o, n_embd, c.whole("intermediate_size"), p, hf + "mlp.")
+    return _common(c, head_dim) | {"feed_forward_length": c.whole("intermediate_size")}
+
+
+def qwen3(c: Config, o: Outputs) -> dict[str, Any]:
+    """Qwen3, dense and MoE."""
+    n_embd, head_dim = c.whole("hidden_size"), _head_dim(c)
+    is_moe = "_moe" in c.values["model_type"]
+    if is_moe:
+        c.must("norm_topk_prob", True)
+        c.must("mlp_only_layers", [], None)
+        c.must("decoder_sparse_step", 1)
     c.must("use_sliding_window", False)
     _ends(o, c)
     for i in range(c.whole("num_hidden_layers")):
@@ -186,8 +207,12 @@ def qwen3moe(c: Config, o: Outputs) -> dict[str, Any]:
         o.add(p + "attn_q_norm.weight", hf + "self_attn.q_norm.weight", head_dim)
         o.add(p + "attn_k_norm.weight", hf + "self_attn.k_norm.weight", head_dim)
         o.add(p + "ffn_norm.weight", hf + "post_attention_layernorm.weight", n_embd)
-        _experts(o, c, p, hf + "mlp.")
-    return _common(c, head_dim) | _moe(c)
+        if is_moe:
+            _experts(o, c, p, hf + "mlp.")
+        else:
+            _ffn(o, n_embd, c.whole("intermediate_size"), p, hf + "mlp.")
+    size = _moe(c) if is_moe else {"feed_forward_length": c.whole("intermediate_size")}
+    return _common(c, head_dim) | size
 
 
 def qwen35(c: Config, o: Outputs) -> dict[str, Any]:
@@ -315,6 +340,8 @@ ARCHITECTURES: dict[str, tuple[str, Layout]] = {
     "qwen3_5_moe_text": ("qwen35moe", qwen35),
     "qwen3_5": ("qwen35", qwen35),
     "qwen3_5_text": ("qwen35", qwen35),
-    "qwen3_moe": ("qwen3moe", qwen3moe),
+    "qwen3_moe": ("qwen3moe", qwen3),
+    "qwen3": ("qwen3", qwen3),
+    "qwen2": ("qwen2", qwen2),
     "llama": ("llama", llama),
 }

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deskside.convert.recipes import Recipe, pure, writable
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
-from deskside.gguf.encoders import encodable, quantize
+from deskside.gguf.decoders import Bytes
+from deskside.gguf.encoders import quantize
 from deskside.gguf.header import show
-from deskside.gguf.quants import BY_NAME, Bytes, QuantType, dequantize, quant_type
+from deskside.gguf.quants import BY_NAME, QuantType, dequantize
 from deskside.gguf.writer import GGUFWriter
 from deskside.progress import Progress, silent
 
@@ -26,11 +28,6 @@ Rule = tuple[str, QuantType]
 _UNIT = 1 << 20
 # Matrices that decide much and cost little; they keep their type unless a rule names them.
 _PROTECTED = re.compile(r"norm|conv1d|ffn_gate_inp")
-# `general.file_type` of llama.cpp, and of ik_llama.cpp for the last two.
-FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
-    "IQ4_KS": 145, "IQ4_KSS": 148,
-}  # fmt: skip
 
 
 class Fallback(NamedTuple):
@@ -48,13 +45,13 @@ def parse_rule(text: str) -> Rule:
     if not equals or not pattern:
         raise DesksideError(f"rule {text!r} is not of the form REGEX=TYPE")
     _compiled(pattern)
-    return pattern, quant_type(type_name)
+    return pattern, writable(type_name)
 
 
 def quantize_file(
     src: str | Path,
     dst: str | Path,
-    default: QuantType,
+    default: QuantType | Recipe,
     rules: Sequence[Rule] = (),
     threads: int = 1,
     progress: Progress = silent,
@@ -62,25 +59,27 @@ def quantize_file(
     """Write the model `src` (a file, or any shard of a split) to the single file `dst`.
 
     The first rule whose regex is found in a tensor's name decides its type; otherwise matrices
-    named *.weight become `default`, except norms, convolutions and routers. One-dimensional
-    tensors are copied as they are. Sources may be quantised already. Memory stays bounded by a
-    few units of work per thread. DesksideError for bad rules, types or values. `progress` counts
-    weights.
+    named *.weight become what `default` says, except norms, convolutions and routers.
+    One-dimensional tensors are copied as they are. Sources may be quantised already. Memory stays
+    bounded by a few units of work per thread. DesksideError for bad rules, types or values.
+    `progress` counts weights.
     """
     if threads < 1:
         raise DesksideError(f"threads is {threads}; at least one is needed")
-    for t in (default, *(t for _, t in rules)):
-        if t.name not in encodable():
-            raise DesksideError(f"{t.name} cannot be written; choose from {', '.join(encodable())}")
+    recipe = default if isinstance(default, Recipe) else pure(default)
+    for _, t in rules:
+        writable(t.name)
     model = GGUF.open(src)
+    if model.unusable:  # what cannot be read cannot be copied
+        raise next(iter(model.unusable.values()))
     if any(os.path.exists(dst) and os.path.samefile(dst, path) for path in model.paths):
         raise DesksideError(f"{dst}: source and destination are the same file")
-    types, fallbacks = _choose(model, default, rules)
+    types, fallbacks = _choose(model, recipe, rules)
     declared = [(name, types[name], info.shape) for name, info in model.tensors.items()]
     total = sum(info.n_rows * info.row_len for info in model.tensors.values())
     done = 0
     with (
-        GGUFWriter(dst, _metadata(model, default), declared) as out,
+        GGUFWriter(dst, _metadata(model, recipe), declared) as out,
         ThreadPoolExecutor(threads) as pool,
     ):
         for info, rows, data in _encoded(model, types, pool, 2 * threads):
@@ -98,7 +97,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _choose(
-    model: GGUF, default: QuantType, rules: Sequence[Rule]
+    model: GGUF, recipe: Recipe, rules: Sequence[Rule]
 ) -> tuple[dict[str, QuantType], list[Fallback]]:
     """The type of every tensor, and which of them are not the ones asked for."""
     patterns = [(_compiled(pattern), t) for pattern, t in rules]
@@ -113,10 +112,11 @@ def _choose(
                 f"{model.path}: rule {pattern.pattern!r}={t.name} matches no weight matrix"
             )
     types = {name: info.type for name, info in model.tensors.items()}
+    default = recipe.types(model)
     fallbacks = []
     for info in matrices:
         protected = not info.name.endswith(".weight") or bool(_PROTECTED.search(info.name))
-        implied = info.type if protected else default
+        implied = info.type if protected else default(info.name)
         asked = next((t for pattern, t in patterns if pattern.search(info.name)), implied)
         types[info.name] = asked
         if info.row_len % asked.block:
@@ -127,16 +127,20 @@ def _choose(
     return types, fallbacks
 
 
+# What takes the place of superblocks; what only ik_llama.cpp reads stays in files for it.
+_NARROW = {"Q5_K": "Q8_0", "Q6_K": "Q8_0", "IQ5_K": "Q6_0", "IQ5_KS": "Q6_0", "IQ6_K": "Q8_0"}
+
+
 def _fitting(asked: QuantType, row_len: int) -> QuantType:
     """The nearest type of smaller blocks for a row that `asked` cannot hold."""
     if row_len % 32:
         return BY_NAME["F16"]
-    return BY_NAME["Q8_0" if asked.name == "Q6_K" else "IQ4_NL"]
+    return BY_NAME[_NARROW.get(asked.name, "IQ4_NL")]
 
 
-def _metadata(model: GGUF, default: QuantType) -> dict[str, Any]:
+def _metadata(model: GGUF, recipe: Recipe) -> dict[str, Any]:
     meta = {k: v for k, v in model.typed_metadata().items() if not k.startswith("split.")}
-    meta["general.file_type"] = np.uint32(FILE_TYPES[default.name])
+    meta["general.file_type"] = np.uint32(recipe.file_type)
     meta.setdefault("general.quantization_version", np.uint32(2))
     return meta
 

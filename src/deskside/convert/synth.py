@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deskside.convert.layout import ARCHITECTURES
-from deskside.convert.quantize import FILE_TYPES
+from deskside.convert.recipes import FILE_TYPES
 from deskside.convert.source import Config, Output, Outputs
 from deskside.convert.toy_vocab import toy_vocab
 from deskside.errors import DesksideError
@@ -131,6 +130,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 64,
     },
+    "tiny-qwen3": {
+        "model_type": "qwen3",
+        **_TINY,
+        "num_hidden_layers": 4,
+        "rope_theta": 1e6,
+        "intermediate_size": 512,
+    },
+    "tiny-qwen2": {
+        "model_type": "qwen2",
+        **_TINY,
+        "num_hidden_layers": 4,
+        "rope_theta": 1e6,
+        "intermediate_size": 512,
+    },
     "tiny-llama": {
         "model_type": "llama",
         **_TINY,
@@ -144,7 +157,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 _OPTIONAL = {"tie_word_embeddings", "rms_norm_eps", "rope_parameters", "layer_types"}
 # Sizes far beyond any model, so that a slip of the keyboard fails at once.
 _LIMITS = {"num_hidden_layers": 1024, "num_experts": 4096}
-_PRE = {"qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "llama": "llama-bpe"}
+_PRE = {
+    "qwen35moe": "qwen35", "qwen35": "qwen35", "qwen3moe": "qwen2", "qwen3": "qwen2",
+    "qwen2": "qwen2", "llama": "llama-bpe",
+}  # fmt: skip
 # Experts in 4 bits, the head in 6, all else in Q8_0.
 _DEFAULT_RULES: Rules = (
     (r"ffn_(gate|up|down)_exps", quant_type("IQ4_NL")),
@@ -214,13 +230,13 @@ def synth_file(
     )
     if seed < 0:
         raise DesksideError(f"seed {seed} is negative; use 0 or more")
-    _need_room(out, made.nbytes)
     tied = all(t.name != "output.weight" for t in made.tensors)
     pools: dict[tuple[QuantType, int, float], _Pool] = {}
     big = sum(math.prod(t.shape) for t in made.tensors) > _ALL_RANDOM
     table = [(t.name, kind, t.shape) for t, kind in zip(made.tensors, made.types, strict=True)]
     total, done = made.data_bytes, 0
-    with GGUFWriter(out, made.metadata, table) as writer:
+    fewer = "use fewer layers or experts"
+    with GGUFWriter(out, made.metadata, table, advice=fewer) as writer:
         for tensor, kind in zip(made.tensors, made.types, strict=True):
             rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
             # Outputs of the order of the inputs: 1 / sqrt(inputs of a dot product). A row of the
@@ -238,19 +254,6 @@ def synth_file(
                 writer.write(tensor.name, chunk)
                 done += chunk.nbytes
                 progress("synth", done, total)
-
-
-def _need_room(out: Path, nbytes: int) -> None:
-    """DesksideError where the disk has less than that free."""
-    try:
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        raise DesksideError(f"{out}: cannot be written: {error.strerror}") from None
-    if nbytes > free:
-        raise DesksideError(
-            f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
-            "use fewer layers or experts"
-        )
 
 
 def estimate(preset: str, **arguments: Any) -> int:

@@ -26,8 +26,8 @@ SPLIT_PATTERNS = {_spelling(cuts[0]): n for n, cuts in PRE_TOKENIZERS.items() if
 
 def tokenizer_metadata(
     folder: Path, config: dict[str, Any], n_vocab: int, pre: str | None = None
-) -> dict[str, Any]:
-    """`tokenizer.ggml.*` and `tokenizer.chat_template` for a byte-level BPE tokenizer.
+) -> tuple[dict[str, Any], list[str]]:
+    """`tokenizer.ggml.*` and chat templates for a byte-level BPE tokenizer; notes for the user.
 
     `n_vocab` is the number of rows of the embedding: ids without a token become `[PADn]`, unused.
     `pre` overrides the pre-tokenizer's name. Raises DesksideError for other kinds of tokenizer.
@@ -50,15 +50,24 @@ def tokenizer_metadata(
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise DesksideError(f"{path}: not a tokenizer that deskside can read ({error!r})") from None
 
+    notes: list[str] = []
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = _special_id(role, ids, settings, config, generation)
-        if token is not None:
-            if not 0 <= token < n_vocab:
-                raise DesksideError(f"{folder}: {role} token {token} is outside 0..{n_vocab - 1}")
-            metadata[f"tokenizer.ggml.{key}_token_id"] = token
-    if template := _chat_template(folder, settings):
-        metadata["tokenizer.chat_template"] = template
-    return metadata
+        named = _named_id(role, ids, settings)
+        told = [_told_ids(role, source) for source in (config, generation)]
+        found = [i for i in [named, *told[0], *told[1]] if i is not None and 0 <= i < n_vocab]
+        if found:
+            metadata[f"tokenizer.ggml.{key}_token_id"] = found[0]
+        if outside := [i for i in told[0] + told[1] if i >= n_vocab]:
+            notes.append(f"{role}_token_id {outside[0]} is outside 0..{n_vocab - 1}: left out")
+        if role == "eos":
+            # A list is deliberate, and generation_config.json's is what Hugging Face stops at.
+            more = told[1] + (told[0] if len(told[0]) > 1 else [])
+            ends = list(dict.fromkeys(found[:1] + [i for i in more if i in found]))
+            if len(ends) > 1:  # llama.cpp reads one more, Ollama and deskside the list
+                metadata["tokenizer.ggml.eot_token_id"] = ends[1]
+                metadata["tokenizer.ggml.eos_token_ids"] = np.array(ends, np.int32)
+    templates, note = chat_templates(folder, settings)
+    return metadata | templates, notes + ([note] if note else [])
 
 
 def detect_pre(path: Path, spec: dict[str, Any]) -> str:
@@ -142,38 +151,70 @@ def _adds_bos(spec: dict[str, Any], settings: dict[str, Any]) -> bool:
     return False
 
 
-def _special_id(
-    role: str,
-    ids: dict[str, int],
-    settings: dict[str, Any],
-    config: dict[str, Any],
-    generation: dict[str, Any],
-) -> int | None:
-    """tokenizer_config.json wins: config.json often keeps the base model's eos."""
+def _named_id(role: str, ids: dict[str, int], settings: dict[str, Any]) -> int | None:
+    """The id of tokenizer_config.json's token, which wins: config.json often keeps the base
+    model's eos."""
     token = settings.get(f"{role}_token")
     text = token.get("content") if isinstance(token, dict) else token
-    if isinstance(text, str) and text in ids:
-        return ids[text]
-    for source in (config, generation):
-        value = source.get(f"{role}_token_id")
-        if isinstance(value, list) and value:
-            value = value[0]
-        if type(value) is int:
-            return value
-    return None
+    return ids.get(text) if isinstance(text, str) else None
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's template (the `default` one of several)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+def _told_ids(role: str, source: dict[str, Any]) -> list[int]:
+    """An id or several of config.json or generation_config.json; -1 there means none."""
+    value = source.get(f"{role}_token_id")
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def chat_templates(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """`tokenizer.chat_template` and its named variants; a note where there is no default, else "".
+
+    Hugging Face keeps them in five places. Of the default, the first of these counts:
+    chat_template.jinja; chat_template.json (of a processor); tokenizer_config.json, one text or a
+    list of {name, template}. additional_chat_templates/NAME.jinja has others.
+    """
+    found: dict[str, str] = {}
+    told = settings.get("chat_template")
+    if isinstance(told, str):
+        found["default"] = told
+    elif isinstance(told, list | dict):
+        found |= _named_templates(told)
+    processor = _optional_json(folder / "chat_template.json").get("chat_template")
+    found |= {"default": processor} if isinstance(processor, str) else _named_templates(processor)
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = _text(file)
+    if (file := folder / "chat_template.jinja").is_file():
+        found["default"] = _text(file)
     # A lone surrogate, legal in JSON, has no UTF-8 form.
-    return template.encode(errors="replace").decode() if isinstance(template, str) else None
+    found = {name: text.encode(errors="replace").decode() for name, text in found.items() if text}
+    note = ""
+    if "default" not in found and found:
+        name = next(iter(found))
+        found["default"] = found.pop(name)
+        note = f"no default chat template: took {name!r:.40}"
+    if not found:
+        note = "no chat template: chats with this file will use ChatML if it has those tokens"
+    metadata: dict[str, Any] = {}
+    if found:
+        metadata["tokenizer.chat_template"] = found.pop("default")
+    # Names as the `gguf` package writes them.
+    named = {re.sub(r"[^a-z0-9_]", "_", name.lower()): text for name, text in found.items()}
+    metadata |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    if named:
+        metadata["tokenizer.chat_templates"] = list(named)
+    return metadata, note
+
+
+def _named_templates(told: Any) -> dict[str, str]:
+    """Templates of a list of {name, template}, or of an object from name to template."""
+    if isinstance(told, list):
+        told = {t.get("name"): t.get("template") for t in told if isinstance(t, dict)}
+    if not isinstance(told, dict):
+        return {}
+    return {n: t for n, t in told.items() if isinstance(n, str) and n and isinstance(t, str)}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

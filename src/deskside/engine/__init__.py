@@ -1,4 +1,4 @@
-"""From options to text: plan, load, schedule, run, sample."""
+"""Turns options into text: plans, loads, schedules, runs, samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["LLM", "Chunk", "Completion", "Stream", "Timings"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: options alone should not load the backends."""
+    """Imports on first use, so that reading the options does not load the backends."""
     if name not in __all__:
         raise AttributeError(f"module 'deskside.engine' has no attribute {name!r}")
     from importlib import import_module

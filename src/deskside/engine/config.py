@@ -1,4 +1,4 @@
-"""How an engine is set up: the only source of the command line's defaults."""
+"""The options of an engine. The command line takes its defaults from here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deskside.machine.system import usable_cores
 from deskside.schema import check_fields
 from deskside.tape.cache import kv_type
 
-# Tokens, where neither the user nor a shorter model says otherwise.
+# Context in tokens, unless the user sets one or the model has less.
 DEFAULT_CTX = 4096
 
 
@@ -36,10 +36,12 @@ PLACING = (
     "mlock",
 )
 
-# What these are called on the command line.
+# Names in error messages of fields whose flags are spelled differently.
 FLAGS = {
     "ctx": "-c/ctx",
     "threads": "-t/threads",
+    "threads_batch": "-tb/threads_batch",
+    "batch": "-b/batch",
     "ubatch": "-ub/ubatch",
     "parallel": "-np/parallel",
 }
@@ -49,39 +51,48 @@ Natural = Annotated[int, Meta(ge=0)]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Validated once, here. Flags of the command line have the same names.
+    """Options of an engine, checked when they are made; DesksideError for a bad one.
 
-    ctx        context in tokens, at most the model's own; 0 for the model's own; None for 4096 or
-               the model's own, whichever is less
-    threads    0 for one per usable core
-    ubatch     most tokens computed in one step of prefill
-    parallel   sequences that live at once, each with a context of `ctx` tokens
-    ctk, ctv   type of the cached keys and values: f16, q8_0 or f32
+    The command line generates its flags from these fields.
+
+    ctx        context in tokens, at most the model's own; 0 = the model's own; None = 4096, or the
+               model's own if that is less
+    threads    0 or -1 = one per usable core
+    threads_batch
+               threads while a prompt is computed; 0 or -1 = as many as `threads`
+    ubatch     most tokens that one step of prefill computes
+    batch      a limit of `ubatch`, which becomes the smaller of the two; None = no limit
+    parallel   most sequences at the same time, each with a context of `ctx` tokens
+    ctk, ctv   types of the cached keys and values: f16, q8_0 or f32
     backend    cpu, or reference (NumPy, slow, for checking)
-    isa        a compiled instruction set; None for the fastest one here
-    numa       memory of the weights: "none" (where the kernel puts it), or "interleave" (over all
-               NUMA nodes in turn)
-    huge_pages for the weights: "auto" (transparent ones), "off", or "2MiB", "1GiB" (reserved ones)
+    isa        a compiled instruction set; None = the fastest that this CPU has
+    numa       memory of the weights: "none" = where the kernel puts it; "interleave" = spread over
+               all NUMA nodes
+    huge_pages for the weights: "auto" (transparent), "off", or reserved ones of "2MiB" or "1GiB"
 
-    Where tensors go (docs/PLANNER.md), with llama.cpp's meanings:
+    These decide where tensors go (docs/PLANNER.md). They mean what they mean in llama.cpp.
 
-    devices          GPUs to use: ["cuda0", "emu0:8GiB"], or one text with commas; "none" for none;
-                     None for all that the machine has where any of the following asks for one
-    override_tensor  rules "REGEX=DEVICE"; the first that matches a tensor decides
-    cpu_moe          all routed experts on the CPU; n_cpu_moe: those of the first so many layers
-    gpu_layers       how many of the last layers on GPUs, the head as one more; "all" or "auto"
-    tensor_split     the GPUs' shares of the layers, "3,1"; main_gpu: the one that takes the head
-    margin           memory to leave free on every device, "1GiB"
-    stream_experts   long prompts have the CPU's experts pass through a GPU: batches of at least so
-                     many tokens; "auto" leaves that and the size of a batch to the planner, "off"
-    expert_cache     memory of a GPU for experts of the CPU that are chosen often, "8GiB"
-    no_mmap          the embedding is read into memory as well, not left in the mapped file
-    mlock            the same, and nothing of it all may be swapped out
+    devices          GPUs to use, such as ["cuda0", "emu0:8GiB"] or "cuda0,emu0:8GiB"; "none" = no
+                     GPU; None = all GPUs if one of the options below needs one, else none
+    override_tensor  rules "REGEX=DEVICE"; the first rule that matches a tensor decides
+    cpu_moe          put all routed experts on the CPU
+    n_cpu_moe        put the routed experts of the first N layers on the CPU
+    gpu_layers       put the last N layers on GPUs, the head counting as one; "all" or "auto"
+    tensor_split     share of the layers that each GPU gets, such as "3,1"
+    main_gpu         the GPU that gets the head, from 0
+    margin           memory to leave free on every device, such as "1GiB"
+    stream_experts   copy the CPU's experts to a GPU for prompts of at least this many tokens;
+                     "auto" = the planner chooses that number and the batch size; "off" = never
+    expert_cache     GPU memory for the CPU's most often chosen experts, such as "8GiB"
+    no_mmap          read the embedding into memory instead of mapping the file
+    mlock            as no_mmap, and keep all of the model in physical memory
     """
 
     ctx: Natural | None = None
-    threads: Natural = 0
+    threads: Annotated[int, Meta(ge=-1)] = 0
+    threads_batch: Annotated[int, Meta(ge=-1)] = 0
     ubatch: Annotated[int, Meta(ge=1)] = 512
+    batch: Annotated[int, Meta(ge=1)] | None = None
     parallel: Annotated[int, Meta(ge=1)] = 1
     ctk: str = "f16"
     ctv: str = "f16"
@@ -110,14 +121,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, FLAGS)
+        if self.batch is not None:
+            object.__setattr__(self, "ubatch", min(self.ubatch, self.batch))
         check_options(self.huge_pages, self.numa)
         kv_type(self.ctk, "-ctk")
         kv_type(self.ctv, "-ctv")
         if self.backend not in ("cpu", "reference"):
             raise DesksideError(f"--backend {self.backend}: choose cpu or reference")
 
-    def placing(self) -> dict[str, Any]:
-        """The options that say where tensors go, as far as they were given, fit for JSON."""
+    def placement_options(self) -> dict[str, Any]:
+        """The placement options that were given, as JSON values. Defaults are absent."""
         found = {name: getattr(self, name) for name in PLACING}
         found = {n: list(v) if isinstance(v, tuple) else v for n, v in found.items()}
         return {
@@ -128,12 +141,27 @@ class EngineConfig:
 
     @property
     def n_threads(self) -> int:
-        """Threads to run: at most one a core, for more would only wait for each other."""
-        return min(self.threads or usable_cores(), usable_cores())
+        """Threads to run: at most one a core, because more would wait for each other."""
+        return min(self.threads, usable_cores()) if self.threads > 0 else usable_cores()
+
+    @property
+    def n_threads_batch(self) -> int:
+        """The same while a prompt is computed."""
+        return min(self.threads_batch, usable_cores()) if self.threads_batch > 0 else self.n_threads
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: what was asked for and is done otherwise."""
+        if self.threads <= usable_cores():
+            return []
+        return [
+            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
+            f"{self.n_threads} threads run; more would only wait for each other"
+        ]
 
 
 def demo_model() -> Path:
-    """The model that comes with the package."""
+    """The model file that comes with the package; DesksideError if it is missing."""
     path = Path(str(resources.files("deskside") / "data" / "demo.gguf"))
     if not path.exists():
         raise DesksideError("the bundled demo model is not installed; name a model with -m FILE")

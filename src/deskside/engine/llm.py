@@ -1,4 +1,4 @@
-"""LLM: a model file made ready to compute logits and to generate text."""
+"""`LLM` loads a model file, computes logits and generates text."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ __all__ = ["LLM", "Stream"]
 
 
 class LLM:
-    """A GGUF model on this machine's CPU, or spread over it and other devices.
+    """A GGUF model on this machine's CPU, or spread over the CPU and GPUs.
 
     llm = LLM("model.gguf", ctx=8192, threads=2, ctk="q8_0", ctv="q8_0")
     llm = LLM("model.gguf", devices=["cuda0"], cpu_moe=True)
 
-    Options are those of `EngineConfig`. DesksideError for a bad file, a bad option, or what does
-    not fit the free memory. `plan` tells where tensors are, None where all are on the CPU.
-    `progress` is told of loading.
+    options: fields of `EngineConfig`. progress: called while the file is loaded.
+    DesksideError for a bad file, for a bad option, and for a model that does not fit the free
+    memory.
 
-    Up to `parallel` sequences live at once, each in a slot; one more ends the oldest. Threads may
-    share an LLM, each with its own streams: steps take turns. A stream belongs to one thread.
+    plan: where the tensors are; None if all are on the CPU. notes: lines to show to the user.
+
+    Up to `parallel` sequences run at once, each in a slot. One more ends the oldest. Threads may
+    share an LLM, and their steps take turns. A stream belongs to one thread.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class LLM:
         self.tape, self.backend, self.cache = loaded.tape, loaded.backend, loaded.cache
         self.ctx, self.ubatch, self.max_outputs = loaded.ctx, loaded.ubatch, loaded.max_outputs
         self.plan, self.notes = loaded.plan, loaded.notes
-        self._owners: dict[int, Sequence | _Raw] = {}  # by slot, the longest there first
+        self._owners: dict[int, Sequence | _Raw] = {}  # by slot index, the oldest first
 
     def step(self, sequences: abc.Sequence[Sequence]) -> list[tuple[Sequence, Chunk]]:
-        """One pass of the model for those sequences that are not done; what it made certain.
+        """Run the model once for the sequences that are not done. Returns the text now final.
 
-        Prompts are computed in pieces of `ubatch` tokens, beside the others' next tokens. Between
-        two steps a sequence may be ended (`Sequence.end`). DesksideError for more than `parallel`
-        of them, or for one whose slot another has taken.
+        Decoding sequences get one token each. Prompts are computed in pieces, up to `ubatch` tokens
+        a step. `Sequence.end` may end a sequence between two steps. DesksideError for more than
+        `parallel` sequences, or for one whose slot was taken by another.
         """
         with self.loaded.turn:
             living = [s for s in sequences if not s.done]
@@ -77,7 +79,7 @@ class LLM:
             try:
                 logits = self.loaded.compute([part for _, part in parts])
             except BaseException:
-                for sequence, _ in parts:  # what their slots held is gone, but for checkpoints
+                for sequence, _ in parts:  # their slots hold only checkpoints now
                     sequence.end("failed")
                 raise
             try:
@@ -86,7 +88,11 @@ class LLM:
                 self.loaded.damaged()
 
     def begin(self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams) -> Sequence:
-        """A sequence for `step`, which gives it a slot when its turn comes."""
+        """Make a sequence for `step`, which also gives it a slot.
+
+        prompt: text, token ids, or the result of `prompt`. DesksideError for a prompt that is empty
+        or longer than the context.
+        """
         began = time.perf_counter()
         if isinstance(prompt, str):
             prompt = self.tokenize(prompt)
@@ -104,8 +110,10 @@ class LLM:
         )
 
     def _seat(self, sequence: Sequence, beside: abc.Sequence[Sequence]) -> None:
-        """Give it a slot: a free one, that which holds most of its prompt; else the oldest's that
-        is not beside it in this step."""
+        """Give a sequence the free slot that holds most of its prompt.
+
+        If none is free, take the slot of the oldest sequence that is not in this step.
+        """
         if sequence.slot is not None:
             self._check(sequence, sequence.slot)
             return
@@ -124,12 +132,17 @@ class LLM:
 
     def _check(self, owner: Sequence | _Raw, slot: Slot) -> None:
         if self._owners.get(slot.index) is not owner:
-            raise DesksideError("another generation has begun on this model; this one is over")
+            raise DesksideError(
+                "this generation is over: another one took its slot, or the model was reset"
+            )
 
     def generate(
         self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams | None = None
     ) -> Completion:
-        """Complete a prompt, given as text or token ids."""
+        """Complete a prompt: text, token ids, or the result of `prompt`. params: None = defaults.
+
+        DesksideError for a bad prompt, or if the weights are damaged.
+        """
         stream = self.stream(prompt, params)
         text = "".join(chunk.text for chunk in stream)
         return stream.completion(text)
@@ -137,16 +150,16 @@ class LLM:
     def stream(
         self, prompt: str | abc.Sequence[int] | Prompt, params: SamplingParams | None = None
     ) -> Stream:
-        """As `generate`, chunk by chunk."""
+        """As `generate`, but returns an iterator of chunks."""
         return Stream(self, self.begin(prompt, params or SamplingParams()))
 
     def logits(
         self, ids: abc.Sequence[int], chunks: abc.Sequence[int] | None = None
     ) -> NDArray[np.float32]:
-        """Logits (len(ids), n_vocab) of a fresh sequence, at every position.
+        """Logits (len(ids), n_vocab) at every position, for token ids without a context before.
 
-        chunks: sizes of the pieces in which the tokens are computed (default: `max_outputs` each,
-        which is `ubatch` but over devices).
+        chunks: numbers of tokens to compute at once, each at most `max_outputs`, which is also the
+        default. On the CPU alone, `max_outputs` is `ubatch`; with other devices it may be less.
         """
         tokens, largest = self.loaded.checked(ids), self.max_outputs
         if chunks is None:
@@ -162,17 +175,17 @@ class LLM:
             out[start : start + n] = raw.compute(tokens[start : start + n], np.arange(n))
             start += n
         raw.done = True
-        if np.isnan(out.min()):  # min gives NaN if there is one
+        if np.isnan(out.min()):  # min returns NaN if there is one
             self.loaded.damaged()
         return out
 
     def logits_from(
         self, ids: abc.Sequence[int], first: int, rows: int
     ) -> Iterator[NDArray[np.float32]]:
-        """Logits of a fresh sequence at the positions from `first` on, in pieces.
+        """Logits at the positions from `first` on, in pieces, for ids without a context before.
 
-        A piece is (1 to `rows`, n_vocab) and lasts until the next one is asked for; the model must
-        not be used for anything else before the last one.
+        Yields pieces (1 to `rows`, n_vocab). A piece is valid until the next one. Until the last
+        piece, do not use the model for anything else.
         """
         tokens = self.loaded.checked(ids)
         raw, start = self._raw(), 0
@@ -188,7 +201,7 @@ class LLM:
         raw.done = True
 
     def _raw(self) -> _Raw:
-        """The first slot, emptied; an sequence in it is over."""
+        """Take and empty the first slot. This ends a sequence in it."""
         with self.loaded.turn:
             slot = self.loaded.slots[0]
             raw = _Raw(self, slot)
@@ -197,40 +210,46 @@ class LLM:
             return raw
 
     def reset(self) -> None:
-        """Forget all sequences; sequences on their way are over."""
+        """Forget all sequences. This also ends those that are not done."""
         with self.loaded.turn:
             self._owners.clear()
             for slot in self.loaded.slots:
                 slot.clear()
 
     def offload_metrics(self) -> Any:
-        """`ExpertMetrics` of --stream-experts and --expert-cache; None without either."""
+        """`ExpertMetrics` of `stream_experts` and `expert_cache`; None if neither is used."""
         backend: Any = self.backend
         return backend.expert_metrics if self.loaded.offloads else None
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The file's chat template; DesksideError if it has none."""
+        """The file's chat template; DesksideError if the file has none."""
         return ChatTemplate.from_metadata(self.file.metadata, str(self.file.path))
 
     def tokenize(
         self, text: str, *, special: bool = True, add_bos: bool | None = None
     ) -> list[int]:
-        """Token ids of `text`; spelled-out control tokens count as such unless special=False."""
+        """Token ids of `text`.
+
+        special: whether the name of a control token in the text becomes that token.
+        add_bos: whether to begin with the BOS token; None = as the file says.
+        """
         return self.tokenizer.encode(text, special=special, add_bos=add_bos)
 
     def detokenize(self, ids: abc.Sequence[int]) -> str:
+        """The text of token ids."""
         return self.tokenizer.decode(ids)
 
     def chat(self, messages: abc.Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn.
+        """Token ids of a conversation, up to the start of the assistant's answer.
 
+        messages: dicts such as {"role": "user", "content": "…"}.
         options: enable_thinking, tools and whatever else the template reads.
         """
         return list(self.prompt(messages, **options).tokens)
 
     def prompt(self, messages: abc.Sequence[dict[str, Any]], **options: Any) -> Prompt:
-        """As `chat`, for `stream`: with marks, so that the next turn computes only what is new."""
+        """As `chat`, but for `stream`: with marks, so that the next turn reuses the cache."""
         text = self.template.render(messages, **options)
         prompt = chat_prompt(self.tokenizer, text)
         with self.loaded.turn:
@@ -240,7 +259,7 @@ class LLM:
 
 
 class _Raw:
-    """A slot whose logits are asked for, without an sequence."""
+    """A slot that computes logits without a sequence."""
 
     def __init__(self, llm: LLM, slot: Slot) -> None:
         self.done = False
@@ -250,17 +269,17 @@ class _Raw:
     def compute(
         self, tokens: NDArray[np.int32], outputs: NDArray[np.integer]
     ) -> NDArray[np.float32]:
-        """Logits of the rows `outputs` of the next tokens."""
+        """Append tokens (n,) to the slot. Returns logits (len(outputs), n_vocab) of these rows."""
         with self._llm.loaded.turn:
             self._llm._check(self, self._slot)
             return self._llm.loaded.compute([Part(self._slot, tokens, outputs)])
 
 
 class Stream(Iterator[Chunk]):
-    """Generation as an iterator. `timings` are right after every step, `stop_reason` at the end.
+    """An iterator over the chunks of an answer.
 
-    A stream holds a slot of its model from its first step on. When another one needs the slot, it
-    ends with a DesksideError.
+    `timings` are up to date after each chunk. `stop_reason` is "" until the end. The first chunk
+    takes a slot of the model. If another stream takes that slot, the next chunk is a DesksideError.
     """
 
     def __init__(self, llm: LLM, sequence: Sequence) -> None:
@@ -288,4 +307,5 @@ class Stream(Iterator[Chunk]):
         return self._sequence.stop_reason
 
     def completion(self, text: str) -> Completion:
+        """The result so far, whose chunks joined are `text`."""
         return self._sequence.completion(text)

@@ -1,4 +1,4 @@
-"""From a file and options to a model that computes: plan, check, read, make room."""
+"""Loads a model: plans, checks the file, reads the weights, allocates the cache."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ from deskside.tape import Tape
 from deskside.tape.cache import Batch, Cache, Segment, cache_bytes, kv_type
 from deskside.text.tokenizer import Tokenizer
 
-# Files up to this size are checked for NaN and infinity in full when they are loaded.
+# Bytes of weights up to which loading checks all of them for NaN and infinity.
 CHECK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of a step: int32 tokens to compute behind those that a slot holds. outputs: the rows of them
-    whose logits are wanted."""
+    """The share of one slot in a step.
+
+    tokens: (n,) int32, to compute after those that the slot holds.
+    outputs: indices into `tokens` whose logits are wanted.
+    """
 
     slot: Slot
     tokens: NDArray[np.int32]
@@ -47,15 +50,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that computes, for up to `config.parallel` sequences, each in a slot of the cache.
+    """A loaded model, for up to `config.parallel` sequences, each in a slot of the cache.
 
-    ctx: tokens that a slot holds. ubatch: most tokens of a step; max_outputs: most of them whose
-    logits are wanted. plan: where tensors are, None where all are on the CPU. notes: lines for the
-    user. offloads: whether a device computes experts of the CPU. banned: (n_vocab,) bool, ids that
-    must never be chosen.
+    ctx: tokens that a slot holds.
+    ubatch: most tokens of a step.
+    max_outputs: most tokens of a step whose logits are wanted.
+    plan: where the tensors are; None if all are on the CPU.
+    notes: lines to show to the user.
+    offloads: whether a GPU computes experts of the CPU.
+    banned: (n_vocab,) bool, ids that must never be chosen.
 
-    Threads may share it. Whoever computes or touches a slot does so in a `turn`, one at a time. A
-    step is computed whole or not at all: Ctrl-C waits for the end of a turn.
+    Threads may share it. Use `turn` to compute, or to touch a slot. Ctrl-C waits for the end of a
+    turn, so a step is never left half done.
     """
 
     file: GGUF
@@ -72,12 +78,15 @@ class Loaded:
     notes: Sequence[str]
     offloads: bool
     banned: NDArray[np.bool_]
-    _rows: NDArray[np.float32]  # logits of few rows: a new array a step would cost page faults
+    _rows: NDArray[np.float32]  # reused for few logits: a new array would cost page faults
     turn: Turn = field(default_factory=Turn)
 
     def compute(self, parts: Sequence[Part]) -> NDArray[np.float32]:
-        """One step. Returns the logits (wanted rows of all parts, n_vocab), which last until the
-        next one. If it fails, a slot keeps what its checkpoints have."""
+        """Compute one step.
+
+        Returns logits (wanted rows of all parts, n_vocab), which are valid until the next step. If
+        the step fails, only the checkpoints of its slots are kept.
+        """
         with self.turn:
             batch = _batch(parts)
             n = len(batch.outputs)
@@ -93,7 +102,10 @@ class Loaded:
             return logits
 
     def checked(self, ids: Sequence[int]) -> NDArray[np.int32]:
-        """Token ids as a prompt; DesksideError where they are none."""
+        """Token ids as an int32 array (n,).
+
+        DesksideError for no id, for more than the context, and for ids outside the vocabulary.
+        """
         if len(ids) == 0:
             raise DesksideError("the prompt is empty: give at least one token")
         if len(ids) > self.ctx:
@@ -112,15 +124,15 @@ class Loaded:
         return tokens.astype(np.int32)
 
     def damaged(self) -> NoReturn:
-        """The model computed NaN: name the tensor that holds it."""
+        """Raise the DesksideError for NaN logits. It names a damaged tensor, if there is one."""
         for slot in self.slots:
             slot.clear()
-        self.file.check_values(self.tape.weights())
+        self.file.check_values(self.tape.weights().values())
         raise DesksideError(f"{self.file.path}: the model computed NaN; its weights may be damaged")
 
 
 def _batch(parts: Sequence[Part]) -> Batch:
-    if len(parts) == 1:  # what decode of one answer does for every token
+    if len(parts) == 1:  # the common case: one answer decodes
         (p,) = parts
         segment = Segment(p.slot.index, len(p.slot.tokens), len(p.tokens))
         return Batch(p.tokens, (segment,), p.outputs.astype(np.int32))
@@ -134,9 +146,11 @@ def _batch(parts: Sequence[Part]) -> Batch:
 
 
 def load(source: str | Path | GGUF, config: EngineConfig, progress: Progress = silent) -> Loaded:
-    """The model of a GGUF file, named or opened. DesksideError for a bad file, options that cannot
-    be met, or what does not fit the free memory. A load that fails, Ctrl-C included, keeps no
-    memory."""
+    """Load a GGUF file, given by its path or opened.
+
+    DesksideError for a bad file, for options that cannot be met, and for a model that does not fit
+    the free memory. A load that fails, or that Ctrl-C stops, keeps no memory.
+    """
     try:
         file = source if isinstance(source, GGUF) else GGUF.open(source)
         return _load(file, config, progress)
@@ -154,7 +168,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
     if config.mlock and launch.plan is not None:
         need_lockable(launch.plan.usage[0].held)
     if config.no_mmap or config.mlock:
-        file.read_in(w.name for op in tape.ops if op.kind == "embed" for w in op.weights)
+        file.read_in(w for op in tape.ops if op.kind == "embed" for w in op.weights)
     check_values(file, tape)
     ubatch = min(config.ubatch, ctx) if plan is None else plan.options.ubatch
     if plan is None:
@@ -177,7 +191,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
         ubatch=ubatch,
         max_outputs=max_outputs,
         plan=plan,
-        notes=launch.notes,
+        notes=[*config.notes, *tape.notes, *launch.notes],
         offloads=plan is not None and launch.offload is not None,
         banned=tokenizer.banned(tape.n_vocab),
         _rows=np.empty((config.parallel, tape.n_vocab), np.float32),
@@ -185,7 +199,7 @@ def _load(file: GGUF, config: EngineConfig, progress: Progress) -> Loaded:
 
 
 def context(tape: Tape, config: EngineConfig) -> int:
-    """Tokens of one sequence; DesksideError where the model's own context is shorter."""
+    """Context of one sequence, in tokens; DesksideError if the model's own is shorter."""
     own = tape.n_ctx_train
     ctx = min(DEFAULT_CTX, own) if config.ctx is None else config.ctx or own
     if ctx > own:
@@ -194,19 +208,21 @@ def context(tape: Tape, config: EngineConfig) -> int:
 
 
 def check_values(file: GGUF, tape: Tape) -> None:
-    """Refuse NaN and infinity: in all of a small file, in the float tensors of a large one.
+    """DesksideError if weights hold NaN or infinity.
 
-    Reading hundreds of gigabytes for this would double the time to load; the rest is looked at
-    when a NaN comes out.
+    Checks all tensors of a small file, but only the F32 tensors of a large one: to read all would
+    double its time to load. If NaN logits appear later, `Loaded.damaged` checks the rest.
     """
     weights = tape.weights()
     if sum(w.nbytes for w in weights.values()) > CHECK_BYTES:
         weights = {name: w for name, w in weights.items() if w.type.name == "F32"}
-    file.check_values(weights)
+    file.check_values(weights.values())
 
 
 def _host_options(config: EngineConfig) -> HostOptions:
-    return HostOptions(config.n_threads, config.isa, config.huge_pages, config.numa)
+    return HostOptions(
+        config.n_threads, config.isa, config.huge_pages, config.numa, config.n_threads_batch
+    )
 
 
 def _cache_options(config: EngineConfig, ctx: int) -> dict[str, Any]:

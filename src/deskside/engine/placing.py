@@ -1,7 +1,7 @@
-"""From an engine's options to a plan: which machine, which rules, and what the user is told.
+"""Turns an engine's options into a plan: devices, rules, sizes, and notes for the user.
 
-A GPU is used where `devices` names it, or where another option asks for one. Without either the CPU
-does everything: alone it is often faster still (docs/GPU.md).
+deskside uses a GPU only if `devices` names one or another option needs one. Otherwise the CPU
+computes everything, which is often faster (docs/GPU.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from deskside.plan import DoesNotFit, Options, Plan, make_plan, rules
 from deskside.plan.remedies import remedies
 from deskside.plan.speed import LONG_PROMPT
 from deskside.plan.stream import StreamPlan, plan_stream
+from deskside.plan.table import ranges
 from deskside.tape import Tape
 
 _NO_GPU = "does nothing: there is no GPU to use"
@@ -28,8 +29,12 @@ _NO_GPU = "does nothing: there is no GPU to use"
 
 @dataclass(frozen=True)
 class ExpertOffload:
-    """Experts of the CPU that a GPU computes. stream: how they pass through it in long prompts,
-    from `min_tokens` tokens on; cache_bytes: of its memory, for those that are chosen often."""
+    """How the GPU `device` computes experts of the CPU.
+
+    stream: how experts are copied to the GPU for long prompts; None = never.
+    min_tokens: fewest tokens of a batch that does so.
+    cache_bytes: GPU memory for the experts that are chosen most often.
+    """
 
     device: str
     stream: StreamPlan | None = None
@@ -39,7 +44,7 @@ class ExpertOffload:
 
 @dataclass(frozen=True)
 class Launch:
-    """plan: None where there is nothing to decide; notes: lines for the user."""
+    """What to load, and where. plan: None = all on the CPU. notes: lines to show to the user."""
 
     plan: Plan | None = None
     offload: ExpertOffload | None = None
@@ -47,20 +52,22 @@ class Launch:
 
     @property
     def over_devices(self) -> bool:
-        """Whether anything but the CPU is used."""
+        """Whether the plan uses more than the CPU."""
         return self.plan is not None and self.plan.used not in ((), (CPU,))
 
 
 def place(tape: Tape, config: EngineConfig, ctx: int, ubatch: int) -> Launch:
-    """The plan of a model under an engine's options; nothing is loaded. ctx, ubatch: tokens, as the
-    engine will have them. DesksideError for options that make no sense or cannot be met, with the
-    ways out."""
-    if not config.placing():
+    """Plan a model under an engine's options. Loads nothing.
+
+    ctx, ubatch: in tokens, as the engine will use them. DesksideError for bad options, and for
+    options that do not fit this machine; then it also says what would fit.
+    """
+    if not config.placement_options():
         return Launch()
     if config.backend != "cpu":
         raise DesksideError(
-            f"--backend {config.backend} computes everything in one place: leave "
-            "out --device and the rules of placement"
+            f"--backend {config.backend} uses no other device: leave out --device and the other "
+            "placement options"
         )
     unasked = config.devices is None and not _wants_gpu(config)
     machine, wishes, options = planned(
@@ -92,8 +99,10 @@ def planned(
     parallel: int,
     devices: Sequence[str] | None = None,
 ) -> tuple[Machine, rules.Rules, Options]:
-    """What `plan_for` takes besides the tape: `machine` with the devices of the options, or with
-    `devices`; the rules; the sizes. DesksideError for an option that makes no sense."""
+    """The machine, rules and sizes for `plan_for`. DesksideError for a bad option.
+
+    devices: instead of `config.devices`. ctx, ubatch: in tokens. parallel: sequences.
+    """
     machine = machine_of(config, machine, devices)
     options = Options(
         ctx=ctx,
@@ -101,7 +110,8 @@ def planned(
         parallel=parallel,
         ctk=config.ctk.lower(),
         ctv=config.ctv.lower(),
-        threads=min(config.threads or machine.cores, machine.cores),
+        threads=min(config.threads, machine.cores) if config.threads > 0 else machine.cores,
+        threads_batch=min(max(0, config.threads_batch), machine.cores),
         mmap=not config.no_mmap,
         mlock=config.mlock,
     )
@@ -111,7 +121,42 @@ def planned(
 def plan_for(
     tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
 ) -> Launch:
-    """As `place`, of a machine and rules that are known; DoesNotFit."""
+    """As `place`, for a given machine and rules. DoesNotFit if the model does not fit.
+
+    `-ngl` above the layer count, which includes the head, asks for as much as fits. If not all
+    fits, the planner selects, and a note says what stays on the CPU. A smaller number is a rule.
+    """
+    try:
+        return _plan_for(tape, config, machine, wishes, options)
+    except DoesNotFit:
+        layers = 1 + max(op.layer for op in tape.ops)
+        if wishes.gpu_layers is None or wishes.gpu_layers <= layers:
+            raise
+    launch = _plan_for(tape, config, machine, replace(wishes, gpu_layers=None), options)
+    launch.notes.append(
+        f"-ngl {config.gpu_layers}: not all of it fits; on the CPU stay {_on_cpu(launch)}"
+    )
+    return launch
+
+
+def _on_cpu(launch: Launch) -> str:
+    """What a plan leaves on the CPU besides the embedding: "routed experts of layers 0-34"."""
+    assert launch.plan is not None
+    layers: dict[str, set[int]] = {}
+    for name, device in launch.plan.placement.items():
+        if device == CPU and launch.plan.kinds[name] != Role.EMBEDDING:
+            found = layers.setdefault(launch.plan.kinds[name], set())
+            layer = rules.layer_of(name)
+            if layer is not None:
+                found.add(layer)
+    return ", ".join(
+        f"{kind} of layers {ranges(sorted(at))}" if at else kind for kind, at in layers.items()
+    )
+
+
+def _plan_for(
+    tape: Tape, config: EngineConfig, machine: Machine, wishes: rules.Rules, options: Options
+) -> Launch:
     size = parse_size(config.expert_cache, "--expert-cache") if config.expert_cache else 0
     min_tokens = _stream_from(config)
     if not size and min_tokens is None:
@@ -126,8 +171,8 @@ def plan_for(
         one += max(expert_bytes(op) for op in experts)
         if size < one:
             raise DesksideError(
-                f"--expert-cache {config.expert_cache}: that holds no expert; the smallest cache "
-                f"of this model takes {one:,} bytes"
+                f"--expert-cache {config.expert_cache} holds no expert: give at least {one:,} "
+                "bytes for this model"
             )
     device = machine.gpus[wishes.main_gpu or 0].name
     cached = replace(
@@ -146,8 +191,11 @@ def plan_for(
 def _streaming(
     plan: Plan, offload: ExpertOffload, min_tokens: int
 ) -> tuple[Plan, ExpertOffload, list[str]]:
-    """With staging slots. min_tokens: of a batch that streams, 0 to leave that and the size of a
-    batch to `plan_stream`; the largest batch that fits is taken then."""
+    """The plan with room for staging slots on the GPU.
+
+    min_tokens: fewest tokens of a batch that streams. 0 lets `plan_stream` choose that number; then
+    the batch is the largest that fits.
+    """
     o, device = plan.options, offload.device
     prompt = min(LONG_PROMPT, o.ctx)
     chunk = o.ubatch if min_tokens else prompt
@@ -179,7 +227,7 @@ def _streaming(
                 raise
             chunk = max(o.ubatch, chunk // 2)
             continue
-        if device not in made.used:  # the slots and a large batch leave no room for anything else
+        if device not in made.used:  # slots and a large batch take all of its memory
             if chunk > o.ubatch:
                 chunk = max(o.ubatch, chunk // 2)
                 continue
@@ -196,7 +244,7 @@ def _is_offloaded(name: str, device: str) -> bool:
 
 
 def _stream_from(config: EngineConfig) -> int | None:
-    """Fewest tokens of a batch that streams; 0 for the planner's choice, None for never."""
+    """Fewest tokens of a batch that streams; 0 = the planner chooses, None = never."""
     text = str(config.stream_experts).lower()
     if text in ("off", "auto"):
         return None if text == "off" else 0
@@ -208,7 +256,7 @@ def _stream_from(config: EngineConfig) -> int | None:
 
 
 def lines(launch: Launch) -> list[str]:
-    """How experts are offloaded, for people."""
+    """Lines that tell the user how experts are offloaded."""
     found, offload = list[str](), launch.offload
     if offload is None:
         return found
@@ -216,21 +264,21 @@ def lines(launch: Launch) -> list[str]:
         s = offload.stream
         below = f"; experts of fewer than {s.host_below} tokens stay" if s.host_below else ""
         found.append(
-            f"batches of {offload.min_tokens:,} tokens or more have the CPU's experts "
-            f"({show_size(s.nbytes)}) pass through {offload.device}, in {s.slots} slots of "
-            f"{show_size(s.slot_bytes)}{below}: prefill of long prompts {s.rate:,.0f} tok/s by "
-            f"{s.chunk:,} tokens, limited by {s.limit}; {s.cpu_rate:,.0f} on the CPU"
+            f"batches of {offload.min_tokens:,} tokens or more copy the CPU's experts "
+            f"({show_size(s.nbytes)}) to {offload.device}, in {s.slots} slots of "
+            f"{show_size(s.slot_bytes)}{below}: prefill of long prompts {s.rate:,.0f} tok/s in "
+            f"batches of {s.chunk:,} tokens, limited by {s.limit}; {s.cpu_rate:,.0f} on the CPU"
         )
     if offload.cache_bytes:
         found.append(
             f"{show_size(offload.cache_bytes)} of {offload.device} hold the CPU's experts that are "
-            "chosen most often (not in the predictions: how often is not known before)"
+            "chosen most often (not in the predictions, because how often is not known before)"
         )
     return found
 
 
 def rules_of(config: EngineConfig) -> rules.Rules:
-    """What the options ask for; DesksideError for one that is none."""
+    """The rules that the options make; DesksideError for a bad one."""
     texts = config.override_tensor
     layers = config.gpu_layers
     return rules.Rules(
@@ -246,7 +294,10 @@ def rules_of(config: EngineConfig) -> rules.Rules:
 def machine_of(
     config: EngineConfig, machine: Machine, devices: Sequence[str] | None = None
 ) -> Machine:
-    """`machine` with the devices of the options, or with these, and their margin."""
+    """`machine` with the devices and the margin that the options say. DesksideError for a bad one.
+
+    devices: instead of `config.devices`.
+    """
     asked = devices if devices is not None else config.devices or ()
     if isinstance(asked, str):
         asked = [asked]
@@ -266,12 +317,19 @@ def _wants_gpu(config: EngineConfig) -> bool:
 
 
 def _without_gpu(wishes: rules.Rules) -> tuple[rules.Rules, list[str]]:
-    """What is left of rules on a machine without a GPU: command lines for llama.cpp work there,
-    too. Rules that name a device stay, and are refused."""
+    """The rules without those that need a GPU, and a note that names these.
+
+    So command lines for llama.cpp also work on a machine without a GPU. Overrides that name an
+    emulated device stay, and are refused.
+    """
+    on_gpus = [rule for rule in wishes.overrides if rule.device.startswith("cuda")]
     named = {
         "-ngl": bool(wishes.gpu_layers),
         "--tensor-split": bool(wishes.tensor_split),
         "--main-gpu": wishes.main_gpu is not None,
+        **{str(rule): True for rule in on_gpus},
     }
-    notes = [f"{flag} {_NO_GPU}" for flag, given in named.items() if given]
-    return replace(wishes, gpu_layers=None, tensor_split=(), main_gpu=None), notes
+    unused = [flag for flag, given in named.items() if given]
+    notes = [f"there is no GPU to use; these change nothing: {', '.join(unused)}"] if unused else []
+    kept = tuple(rule for rule in wishes.overrides if rule not in on_gpus)
+    return replace(wishes, overrides=kept, gpu_layers=None, tensor_split=(), main_gpu=None), notes

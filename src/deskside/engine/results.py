@@ -1,4 +1,4 @@
-"""What a generation gives back: chunks of text, a completion, its clocks."""
+"""Results of a generation: chunks of text, the completion, timings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Timings:
-    """Seconds on the clocks that are kept apart.
+    """Tokens and seconds of each phase.
 
-    prompt_seconds     prefill of `prompt_tokens` tokens (`cached_tokens` more were in the cache)
+    prompt_tokens      prompt tokens that prefill computed
+    cached_tokens      prompt tokens that were in the cache already
+    prompt_seconds     prefill of `prompt_tokens` tokens
     first_seconds      from the call to the first generated token
+    generated_tokens   tokens of the answer
     decode_seconds     from the first to the last generated token: `generated_tokens - 1` steps
     """
 
@@ -23,7 +26,7 @@ class Timings:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second; 0 where nothing was computed."""
+        """Computed prompt tokens per second; 0 if nothing was computed."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
@@ -35,7 +38,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A step of generation: the token and the text that it made certain (may be empty)."""
+    """One piece of an answer: a token, and the text that is final since then (may be empty).
+
+    token: None for text that was held back and is released at the end.
+    """
 
     token: int | None
     text: str
@@ -43,7 +49,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """stop_reason: "stop" (end token or stop string), "length" (max_tokens) or "context"."""
+    """A finished answer.
+
+    stop_reason: "stop" (end token or stop string), "length" (max_tokens), "context" (full), or the
+    reason given to `Sequence.end`.
+    seed: of the sampler, to repeat the answer.
+    """
 
     text: str
     tokens: list[int]

@@ -1,11 +1,11 @@
-"""Logits to a token, in the order of llama.cpp's default chain.
+"""Chooses a token from logits, in the order of llama.cpp's default chain.
 
 logit bias -> repeat, presence and frequency penalties -> top-k -> top-p -> min-p -> temperature
 -> draw.
 
-Each of the three filters keeps a beginning of the descending order of the logits. So the filters
-work on sorted values alone and only say how many stay; which ids those are is read off once, at
-the end. That needs no sort of the vocabulary's ids, and a tie always goes to the lower id.
+Each of the three filters keeps a prefix of the logits in descending order. So the filters need only
+sorted values, and only count how many to keep. The ids of those are looked up once, at the end.
+Ids are therefore never sorted by logit, and a tie always goes to the lower id.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens; the defaults are llama.cpp's.
+    """How to choose tokens; the defaults are llama.cpp's. DesksideError for a bad value.
 
-    max_tokens: None or -1 = to the context's end. temperature <= 0 = greedy. top_k <= 0,
-    top_p = 1, min_p = 0, repeat_penalty = 1 and repeat_last_n = 0 switch that step off;
-    repeat_last_n = -1 looks at the whole context, prompt included. seed None or -1 = a random one
-    (`Sampler.seed` tells it). logit_bias: token id -> added to its logit; -inf bans, +inf forces.
-    stop: strings that end the answer. ignore_eos: stop tokens do not end it (the engine's part).
+    max_tokens         most tokens of an answer; None or -1 = until the context is full
+    temperature        0 or less = greedy
+    top_k              0 or less = off
+    top_p              1 = off
+    min_p              0 = off
+    repeat_penalty     1 = off
+    repeat_last_n      tokens that the penalties look back on; 0 = off, -1 = the whole context,
+                       prompt included
+    presence_penalty, frequency_penalty   0 = off
+    seed               None or -1 = a random one, which `Sampler.seed` tells
+    logit_bias         token id -> number to add to its logit; -inf bans it, +inf forces it
+    stop               strings that end the answer
+    ignore_eos         never choose a token that ends the answer
     """
 
     max_tokens: OrMinusOne | None = 256
@@ -68,7 +76,8 @@ class SamplingParams:
 class Sampler:
     """The sampling state of one sequence: its recent tokens and its random numbers.
 
-    banned_mask: bool (n_vocab,), tokens that are never sampled whatever the bias, or None.
+    banned_mask: bool (n_vocab,), tokens never to sample, whatever their bias; None = no such token.
+    DesksideError for a mask of another shape, or for a bias of an unknown token.
     """
 
     def __init__(
@@ -84,11 +93,11 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._n_vocab = n_vocab
         allowed = np.ones(n_vocab, np.bool_) if banned_mask is None else ~banned_mask
-        # A vocabulary's padding is at its end: what lies behind the last allowed id is not read.
+        # A vocabulary's padding is at its end. Logits after the last allowed id are not read.
         self._end = int(np.flatnonzero(allowed)[-1]) + 1 if allowed.any() else n_vocab
         self._banned = np.flatnonzero(~allowed[: self._end])
         self._banned_ids = frozenset(self._banned.tolist())
-        # A new array of a large vocabulary's size would cost hundreds of page faults a token.
+        # Reused: for a large vocabulary, a new array would cost hundreds of page faults a token.
         self._scratch = np.empty(self._end, np.float32)
         bias = {token: b for token, b in params.logit_bias.items() if token < self._end}
         self._bias_ids = np.array(list(bias), dtype=np.int64)
@@ -102,7 +111,10 @@ class Sampler:
         )
 
     def accept(self, token: int) -> None:
-        """Take note of a token of the prompt or of the answer, for the penalties."""
+        """Count a token of the prompt or of the answer, for the penalties.
+
+        DesksideError if the id is not in the vocabulary.
+        """
         if not 0 <= token < self._n_vocab:
             raise DesksideError(f"token id {token} is not in 0..{self._n_vocab - 1}")
         if not self._penalties or token >= self._end:
@@ -116,11 +128,11 @@ class Sampler:
                 del self._counts[oldest]
 
     def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token for float32 logits (n_vocab,), which are left as they are.
+        """Sample a token id from float32 logits (n_vocab,), which are not changed.
 
-        DamagedLogits if they hold NaN or +Inf.
+        DamagedLogits if they hold NaN or +Inf. DesksideError if no token is left to sample.
         """
-        # argmax finds a NaN if there is one.
+        # If there is a NaN, argmax returns its index.
         best = int(logits.argmax())
         if not logits[best] < np.inf:
             raise DamagedLogits("the logits hold NaN or +Inf: the model's weights are damaged")
@@ -142,8 +154,9 @@ class Sampler:
             return best
         ids, probabilities = candidates(x, p)
         cumulative = np.cumsum(probabilities)
-        # The first id whose cumulative probability exceeds the draw: never one of probability 0.
-        # Rounding may put the draw at the total itself; the last id that added to it then counts.
+        # Choose the first id whose cumulative probability exceeds the draw, so never one of
+        # probability 0. If rounding makes the draw equal the total, choose the last id that added
+        # to the total.
         draw = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         last = np.searchsorted(cumulative, cumulative[-1], side="left")
         return int(ids[min(draw, last)])
@@ -152,9 +165,10 @@ class Sampler:
 def candidates(
     x: NDArray[np.float32], p: SamplingParams
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Top-k, top-p, min-p, temperature: ids, ascending, and the probabilities to draw them with.
+    """Apply top-k, top-p, min-p and temperature to logits x (n_vocab,).
 
-    x (n_vocab,) must hold a logit above -Inf; a logit of +Inf leaves only such logits.
+    Returns ids (n,), ascending, and their probabilities (n,). x must hold a logit above -Inf. If x
+    holds +Inf, only ids with +Inf are kept.
     """
     if x.max() == np.inf:
         x = np.where(x == np.inf, np.float32(0), np.float32(-np.inf))
@@ -166,7 +180,7 @@ def candidates(
 
 
 def add_bias(x: NDArray[np.float32], ids: NDArray[np.int64], bias: NDArray[np.float32]) -> None:
-    """In place: x[i] += bias[i]; an infinite bias replaces the logit."""
+    """In place, x[ids] += bias; an infinite bias replaces the logit. ids, bias: (n,)."""
     x[ids] = np.where(np.isinf(bias), bias, x[ids] + np.where(np.isinf(bias), 0, bias))
 
 
@@ -177,8 +191,11 @@ def penalise(
     presence: float,
     frequency: float,
 ) -> None:
-    """In place, for a token seen c > 0 times: x / repeat if x > 0 else x * repeat (both lower it),
-    then - c * frequency - presence."""
+    """Lower, in place, the logits x (n_vocab,) of tokens that were seen before.
+
+    For a token seen c > 0 times: x / repeat if x > 0 else x * repeat, then - c * frequency -
+    presence. counts: token id -> c.
+    """
     ids = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
     seen = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
     value = x[ids]
@@ -191,7 +208,8 @@ def largest(x: Floats, k: int) -> Floats:
     group = 64
     n = len(x) // group
     if k < n:
-        # k groups have a largest value of at least `floor`, so k values do: few others are sorted.
+        # k groups have a maximum of at least `floor`. So the k largest values are at least `floor`,
+        # and only few other values have to be sorted.
         tops = x[: n * group].reshape(group, n).max(axis=0)
         floor = np.partition(tops, n - k)[n - k]
         x = x[x >= floor]
@@ -200,7 +218,7 @@ def largest(x: Floats, k: int) -> Floats:
 
 
 def count_top_p(descending: Floats, p: float) -> int:
-    """How many of the most probable tokens it takes for probabilities to sum to p or more."""
+    """Fewest leading tokens whose probabilities sum to p or more. descending: sorted logits."""
     if p >= 1:
         return len(descending)
     cumulative = np.cumsum(softmax(descending))
@@ -208,13 +226,19 @@ def count_top_p(descending: Floats, p: float) -> int:
 
 
 def count_min_p(descending: Floats, p: float) -> int:
-    """How many are at least p times as probable as the best: x >= x_max + log p. -Inf never is."""
+    """Number of tokens at least p times as probable as the best: x >= x_max + log p.
+
+    -Inf never counts. descending: sorted logits.
+    """
     floor = descending[0] + math.log(p) if p > 0 else -math.inf
     return max(int(np.count_nonzero((descending >= floor) & (descending > -np.inf))), 1)
 
 
 def ids_of_largest(x: Floats, n: int, smallest: np.floating) -> NDArray[np.int64]:
-    """Ids, ascending, of the n largest values, `smallest` being the n-th; ties: the lower ids."""
+    """Ids (n,), ascending, of the n largest values of x (n_vocab,). A tie goes to the lower id.
+
+    smallest: the n-th largest value.
+    """
     ids = np.flatnonzero(x >= smallest)
     if len(ids) == n:
         return ids
@@ -224,16 +248,17 @@ def ids_of_largest(x: Floats, n: int, smallest: np.floating) -> NDArray[np.int64
 
 
 def softmax(x: Floats, temperature: float = 1.0) -> NDArray[np.float64]:
-    """exp(x / temperature) / sum, in float64."""
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose exp is 0
+    """exp(x / temperature) / sum, in float64, of x (n,)."""
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf, whose exp is 0
         e = np.exp((x.astype(np.float64) - float(x.max())) / temperature)
     return np.asarray(e / e.sum())
 
 
 def logprobs(logits: NDArray[np.float32], top_n: int) -> tuple[NDArray[np.int64], Floats]:
-    """(ids, log-probabilities float64) of the top_n most probable tokens, most probable first.
+    """The top_n most probable tokens of logits (n_vocab,), most probable first.
 
-    log p_i = x_i - log(sum exp x), of the model's own distribution, before any sampling step.
+    Returns ids (top_n,) and log-probabilities (top_n,) float64: log p_i = x_i - log(sum exp x).
+    These are the model's own, before any sampling step.
     """
     top_n = min(top_n, len(logits))
     if top_n <= 0:
@@ -244,7 +269,7 @@ def logprobs(logits: NDArray[np.float32], top_n: int) -> tuple[NDArray[np.int64]
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
-    """log p_i of every token, float64 (n_vocab,)."""
+    """x_i - log(sum exp x) of every token, float64 (n_vocab,)."""
     x = logits.astype(np.float64)
     x -= x.max()
     return np.asarray(x - math.log(float(np.exp(x).sum())))

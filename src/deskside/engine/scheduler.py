@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the model computes next, and what comes of their logits."""
+"""Chooses the tokens of the next step, and hands the logits back to their sequences."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def schedule(
     max_outputs: int,
     max_prefill: int | None = None,
 ) -> Scheduled:
-    """The parts of one step: the next token of every sequence that decodes, then pieces of prompts
-    in the given order, as far as the step has room. Those that are done are left out.
+    """The parts of the next step. Skips sequences that are done.
 
-    max_prefill: tokens of prompts in a step beside others that decode, so that those wait less.
+    Decoding sequences come first, with one token each. Pieces of prompts fill the rest of the step,
+    in the given order.
+
+    max_tokens: most tokens of a step. max_outputs: most tokens whose logits are wanted.
+    max_prefill: most prompt tokens in a step that also decodes, so that decoding waits less.
     """
     left = [s for s in sequences if not s.done]
     decoding, prefilling = [s for s in left if s.tokens], [s for s in left if not s.tokens]
@@ -42,8 +45,10 @@ def schedule(
 
 
 def accept(parts: Scheduled, logits: NDArray[np.float32]) -> list[tuple[Sequence, Chunk]]:
-    """Hand each sequence its row of the logits (wanted rows, n_vocab), if it wanted one; the text
-    that became certain."""
+    """Hand each sequence its row of the logits (wanted rows, n_vocab), if it wanted one.
+
+    Returns the text that became final. DamagedLogits for NaN or +Inf.
+    """
     chunks, rows = [], iter(logits)
     for s, part in parts:
         made = s.computed(next(rows) if len(part.outputs) else None)

@@ -1,5 +1,7 @@
-"""One answer on its way: prompt, tokens, text, clocks. It knows no file and no backend: who
-computes its next tokens hands it the logits."""
+"""One answer being generated: prompt, tokens, text, timings.
+
+A sequence knows no file and no backend. Whoever computes its tokens hands it the logits.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ from deskside.engine.slots import Slot
 from deskside.text.streaming import StopStrings, StreamDecoder
 from deskside.text.tokenizer import Tokenizer
 
-CLOSE = 8  # tokens: computing so few again costs less than a step of its own
+CLOSE = 8  # tokens; to compute so few again costs less than a step of their own
 
 
 class Sequence:
-    """A prompt that is completed. Belongs to one thread at a time.
+    """A prompt and its answer so far. Only one thread at a time may use it.
 
-    prompt: int32 token ids. marks: prompt lengths at which a checkpoint is kept. ctx: tokens that a
-    slot holds. banned: (n_vocab,) bool, ids that are never chosen. began: `time.perf_counter()` of
-    the request.
+    prompt: (n,) int32 token ids.
+    ctx: tokens that a slot holds.
+    banned: (n_vocab,) bool, ids that are never chosen.
+    marks: prompt lengths at which to keep a checkpoint.
+    began: `time.perf_counter()` when the request came; None = now.
 
-    `start` gives it a slot. Then `next_part`, its computation and `computed` take turns until
-    it is `done`; `stop_reason` says why: "stop", "length", "context", or another word of `end`.
+    `start` gives it a slot. Then repeat until `done`: `next_part`, compute it, `computed`.
+    `stop_reason` is "stop", "length", "context", or the reason given to `end`.
     """
 
     def __init__(
@@ -74,17 +78,20 @@ class Sequence:
         return bool(self.stop_reason)
 
     def start(self, slot: Slot) -> None:
-        """Take a slot, with what it holds of the prompt."""
+        """Take a slot, and reuse what it holds of the prompt."""
         self.slot = slot
         self._prefill_began = time.perf_counter()
         n = self.timings.cached_tokens = slot.reuse(self.prompt.tolist())
         self.timings.prompt_tokens = len(self.prompt) - n
         if n and any(n < mark <= n + CLOSE for mark in self._marks):
-            slot.save()  # as good as there, and a step less
+            slot.save()  # close enough to the mark, and saves a step
             self._marks = [mark for mark in self._marks if mark > n + CLOSE]
 
     def next_part(self, max_tokens: int) -> Part:
-        """At most so many tokens to compute now; logits are wanted of the last known token."""
+        """The next tokens to compute, at most `max_tokens`.
+
+        A step ends at a mark. Only the last known token wants logits.
+        """
         assert self.slot is not None
         at = len(self.slot.tokens)
         if at >= len(self.prompt):
@@ -95,9 +102,11 @@ class Sequence:
         return Part(self.slot, piece, np.arange(len(piece) - whole, len(piece)))
 
     def computed(self, logits: NDArray[np.float32] | None) -> list[Chunk]:
-        """The tokens are computed; of the wanted logits (n_vocab,) comes the next token.
+        """Note that the part of `next_part` is computed, and sample the next token.
 
-        Returns the text that is certain now. DamagedLogits leaves the sequence as it was."""
+        logits: float32 (n_vocab,); None if the part wanted none.
+        Returns the text that became final. DamagedLogits leaves the answer as it was.
+        """
         assert self.slot is not None
         if len(self.slot.tokens) in self._marks:
             self.slot.save()
@@ -119,7 +128,7 @@ class Sequence:
     def _accept(self, token: int, now: float) -> list[Chunk]:
         assert self.slot is not None
         if self._wants_checkpoints and self._tokenizer.token_bytes(token).isspace():
-            self.slot.save(replace=True)  # a template trims what ends an answer
+            self.slot.save(replace=True)  # a template trims the spaces that end an answer
         self._sampler.accept(token)
         self.tokens.append(token)
         self.timings.decode_seconds = now - self._first
@@ -133,15 +142,16 @@ class Sequence:
         return chunks
 
     def _end(self, reason: str) -> list[Chunk]:
-        """With the text that was held back, if there is any."""
+        """End, and release the text that was held back, if there is any."""
         text, hit = self._stops.push(self._decoder.flush())
         self.stop_reason = "stop" if hit else reason
         text += "" if hit else self._stops.flush()
         return [Chunk(None, text)] if text else []
 
     def end(self, reason: str) -> None:
-        """Between two steps: nothing more is wanted. The slot may be another's from here on."""
+        """Stop here, between two steps. Another sequence may take the slot from now on."""
         self.stop_reason = self.stop_reason or reason
 
     def completion(self, text: str) -> Completion:
+        """The result so far, whose chunks joined are `text`."""
         return Completion(text, self.tokens, self.timings, self.stop_reason, self.seed)

@@ -1,8 +1,8 @@
-"""What a slot of the cache holds, and how much of it a new prompt can use.
+"""The tokens in a slot of the cache, and how many of them a new prompt can reuse.
 
-Keys and values can be cut back to any length. Recurrent state cannot: a sequence that has some is
-continued from its end or from a checkpoint, which keeps the recurrent state of an earlier length
-(the keys and values before it stay where they are).
+Keys and values can be truncated to any length. Recurrent state cannot. A sequence with recurrent
+state continues from its end or from a checkpoint. A checkpoint is a copy of the recurrent state at
+an earlier length; keys and values before it stay in place.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from deskside.machine.system import available_memory
 from deskside.tape.cache import Cache, Checkpoint
 from deskside.text.prompt import common
 
-MAX_CHECKPOINTS = 8  # of a slot; one of a 397B model takes 195 MB
+MAX_CHECKPOINTS = 8  # a slot; one checkpoint of a 397B model takes 195 MB
 
 
 class Slot:
-    """One slot of a cache. `tokens`: those whose keys and values it holds."""
+    """One slot of a cache. `tokens`: token ids whose keys and values it holds."""
 
     def __init__(self, index: int, cache: Cache) -> None:
         self.index = index
@@ -29,7 +29,7 @@ class Slot:
         self._latest: Checkpoint | None = None  # of `save(replace=True)`
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """These were computed behind those that it holds."""
+        """Note that these tokens were computed after those that it holds."""
         self.tokens.extend(tokens)
 
     def clear(self) -> None:
@@ -38,18 +38,20 @@ class Slot:
         self._cache.clear(self.index)
 
     def fail(self) -> None:
-        """A step broke off behind what it holds: only checkpoints are left to continue from."""
+        """Note that a step failed. Only checkpoints are left to continue from."""
         self._cache.clear(self.index)
         if not self._cache.recurrent:
             self.tokens = []
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """Tokens that a prompt has in common with what it holds, and can use: not its last one,
-        whose logits are wanted."""
+        """Number of leading tokens that `prompt` shares with this slot.
+
+        The prompt's last token never counts, because its logits are wanted.
+        """
         return common(self.tokens, prompt[:-1])
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut back to the longest beginning of `prompt` that can be continued; its length."""
+        """Truncate to the longest prefix of `prompt` that can be continued. Returns its length."""
         shared, live = self.shared(prompt), self._cache.lengths[self.index] == len(self.tokens)
         if not self._cache.recurrent:
             n = shared if live and self._cache.truncate(self.index, shared) else 0
@@ -63,7 +65,10 @@ class Slot:
         return n
 
     def _restore(self, shared: int) -> int:
-        """The longest checkpoint within the first `shared` tokens; its length, 0 for none."""
+        """Restore the longest checkpoint within the first `shared` tokens.
+
+        Returns its length; 0 if there is none.
+        """
         self._checkpoints = [c for c in self._checkpoints if c.n <= shared]
         latest = [] if self._latest is None or self._latest.n > shared else [self._latest]
         self._latest = None
@@ -74,8 +79,10 @@ class Slot:
         return usable[-1].n
 
     def save(self, *, replace: bool = False) -> None:
-        """Keep a checkpoint of what it holds, if there is memory for it. replace: it takes the
-        place of the last one that was saved so."""
+        """Keep a checkpoint of this length, if there is memory for it.
+
+        replace: drop the last checkpoint that was saved with `replace`.
+        """
         n = len(self.tokens)
         if not self._cache.recurrent or any(c.n == n for c in self._checkpoints):
             return
@@ -87,7 +94,7 @@ class Slot:
             return
         self._checkpoints.append(made)
         if len(self._checkpoints) > MAX_CHECKPOINTS:
-            # The one that is nearest to its predecessor saves least; never the last two.
+            # Drop the one closest to its predecessor, which saves least. Keep the last two.
             lengths = [0, *(c.n for c in self._checkpoints)]
             gaps = np.diff(lengths)[:-2]
             del self._checkpoints[int(gaps.argmin())]

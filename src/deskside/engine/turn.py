@@ -1,25 +1,36 @@
-"""One thread at a time, and no step half done."""
+"""A lock for the steps of a model. It also delays Ctrl-C until a step is whole."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 
+from deskside.errors import DesksideError
+
 
 class Turn:
-    """A block that no other thread's turn overlaps; a thread may enter again within its own.
+    """A reentrant lock that delays Ctrl-C.
 
-    Ctrl-C raises KeyboardInterrupt behind the outermost block, a second one at once. In threads
-    other than the main one, and where somebody else handles the signal, nothing changes.
+    The first Ctrl-C raises KeyboardInterrupt after the outermost block, a second one at once. This
+    holds in the main thread, if SIGINT has Python's default handler; otherwise Ctrl-C is untouched.
+
+    A process forked after this one was made gets a DesksideError: the model's threads stay behind.
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._depth = 0
         self._defers = self._pressed = False
 
     def __enter__(self) -> None:
+        if os.getpid() != self._pid:  # the lock may be held by a thread that is not here either
+            raise DesksideError(
+                "this model was loaded before a fork, and its threads stayed in the other process; "
+                "load it after the fork, in each process of its own"
+            )
         self._lock.acquire()
         try:
             if self._depth == 0:

@@ -16,14 +16,15 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deskside.errors import DesksideError
+from deskside.gguf.interleave import INTERLEAVED, Interleave
 from deskside.gguf.quants import TYPES, UNSUPPORTED, QuantType
 
 MAGIC = b"GGUF"
@@ -45,13 +46,23 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. shape: in ggml order. offset: absolute, in the file `path`."""
+    """Where a tensor lies. shape: in ggml order. offset: absolute, in the file `path`.
+
+    A tensor may be rows of another: source is that one's name, and stride the bytes from one matrix
+    (of an expert) to the next where the other's rows lie between them, else 0.
+
+    interleaved: how the file mixes the rows of `type`, if it does. `GGUF.raw` has them plain; who
+    reads the file itself takes them apart with it.
+    """
 
     name: str
     type: QuantType
     shape: tuple[int, ...]
     path: Path
     offset: int
+    interleaved: Interleave | None = None
+    source: str = ""
+    stride: int = 0
 
     @property
     def row_len(self) -> int:
@@ -69,14 +80,61 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.n_rows * self.row_bytes
 
+    @property
+    def n_matrices(self) -> int:
+        return math.prod(self.shape[2:])
+
+    @property
+    def matrix_bytes(self) -> int:
+        return math.prod(self.shape[1:2]) * self.row_bytes
+
+    @property
+    def matrix_stride(self) -> int:
+        """Bytes from one matrix to the next."""
+        return self.stride or self.matrix_bytes
+
+    def rows(self, name: str, first: int, n: int) -> TensorInfo:
+        """Rows `first` to `first + n` of each matrix, as a tensor `name`. DesksideError where the
+        file mixes them with others."""
+        if self.interleaved and (first % self.interleaved.rows or n % self.interleaved.rows):
+            raise DesksideError(
+                f"{self.path}: tensor {show(self.name)} mixes {self.interleaved.rows} rows, so its "
+                f"rows {first} to {first + n} cannot be told apart"
+            )
+        return replace(
+            self,
+            name=name,
+            shape=(self.row_len, n, *self.shape[2:]),
+            offset=self.offset + first * self.row_bytes,
+            source=self.name,
+            stride=self.matrix_stride if self.n_matrices > 1 else 0,
+        )
+
 
 def show(name: str) -> str:
     """A name from a file, quoted on one line and shortened for an error message."""
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
+class Truncated(DesksideError):
+    """The bytes end before the header does: more of the file may mend it."""
+
+
+class Unusable(DesksideError):
+    """A tensor that cannot be read; the rest of its file can."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
 class Cursor:
-    """Reads values off a buffer; every read is checked against the bytes left in `path`."""
+    """Reads values off a buffer; every read is checked against the bytes left in `path`.
+
+    lenient: bytes of strings that are no UTF-8 become lone surrogates; else they are an error.
+    """
+
+    lenient = False
 
     def __init__(self, buffer: mmap.mmap, path: Path) -> None:
         self.view = memoryview(buffer)
@@ -90,9 +148,14 @@ class Cursor:
     def fail(self, reason: str) -> DesksideError:
         return DesksideError(f"{self.path}: {reason}")
 
+    def short(self, reason: str) -> Truncated:
+        return Truncated(f"{self.path}: {reason}")
+
     def take(self, size: int, what: str) -> memoryview:
         if size > self.left:
-            raise self.fail(f"{what} needs {size} bytes at {self.pos}, but only {self.left} remain")
+            raise self.short(
+                f"{what} needs {size} bytes at {self.pos}, but only {self.left} remain"
+            )
         self.pos += size
         return self.view[self.pos - size : self.pos]
 
@@ -106,7 +169,7 @@ class Cursor:
         """A u64 number of items of `min_bytes` or more each."""
         n = self.u64(what)
         if n * min_bytes > self.left:
-            raise self.fail(f"{what} is {n}, more than the remaining {self.left} bytes can hold")
+            raise self.short(f"{what} is {n}, more than the remaining {self.left} bytes can hold")
         return n
 
     def string(self, what: str) -> str:
@@ -114,11 +177,14 @@ class Cursor:
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError:
+            if self.lenient:
+                return str(raw, "utf-8", "surrogateescape")
             raise self.fail(f"{what} is not valid UTF-8: {bytes(raw[:40])!r}") from None
 
     def strings(self, n: int, what: str) -> list[str]:
         """`string` n times, in a fast loop: vocabularies have 250,000 entries."""
         view, end, pos = self.view, len(self.view), self.pos
+        errors = "surrogateescape" if self.lenient else "strict"
         unpack = struct.Struct("<Q").unpack_from
         out: list[str] = []
         try:
@@ -127,13 +193,13 @@ class Cursor:
                 pos = start + unpack(view, pos)[0]
                 if pos > end:
                     break
-                out.append(str(view[start:pos], "utf-8"))
+                out.append(str(view[start:pos], "utf-8", errors))
         except struct.error:
             pos = end + 1
         except UnicodeDecodeError:
             raise self.fail(f"item {len(out)} of {what} is not valid UTF-8") from None
         if pos > end:
-            raise self.fail(f"the file ends within item {len(out)} of {what}")
+            raise self.short(f"the file ends within item {len(out)} of {what}")
         self.pos = pos
         return out
 
@@ -168,13 +234,19 @@ class Cursor:
 
 @dataclass
 class Header:
-    """One file: its keys and tensors, validated against its own size."""
+    """One file: its keys and tensors, validated against its own size.
+
+    unusable: why tensors cannot be read, by name: it matters to those who need them only. odd:
+    text of `metadata` that is not UTF-8, with lone surrogates for its bytes.
+    """
 
     path: Path
     map: mmap.mmap
     metadata: dict[str, Any]
     types: dict[str, int]
     tensors: list[TensorInfo]
+    unusable: dict[str, DesksideError] = field(default_factory=dict)
+    odd: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, *, complete: bool = True) -> Header:
@@ -191,23 +263,42 @@ class Header:
         n_tensors = at.u64("the tensor count")
         n_keys = at.count("the number of keys", _MIN_KEY_BYTES)
         if n_tensors * _MIN_TENSOR_BYTES > at.left:
-            raise at.fail(f"the tensor count is {n_tensors}, more than the file can hold")
+            raise at.short(f"the tensor count is {n_tensors}, more than the file can hold")
         metadata: dict[str, Any] = {}
         types: dict[str, int] = {}
+        odd: dict[str, Any] = {}
         for i in range(n_keys):
             key = at.string(f"the name of key {i}")
             if key in metadata:
                 raise at.fail(f"key {show(key)} appears twice")
             types[key] = at.u32(f"the type of key {show(key)}")
-            metadata[key] = at.value(types[key], f"key {show(key)}")
-        infos = [_tensor_info(at, i) for i in range(n_tensors)]
+            # Token and template texts are computed with, descriptions are not.
+            at.lenient = not key.startswith("tokenizer.")
+            value = at.value(types[key], f"key {show(key)}")
+            metadata[key] = _well_formed(value) if at.lenient else value
+            if metadata[key] is not value:
+                odd[key] = value
+            at.lenient = False
+        entries = [_entry(at, i) for i in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise at.fail(f"general.alignment is {alignment!r:.40}, not a power of two")
         data_start = -(-at.pos // alignment) * alignment
-        tensors = [_placed(at, info, data_start, alignment, complete) for info in infos]
-        _check_names_and_overlap(at, tensors)
-        return cls(path, mapped, metadata, types, tensors)
+        tensors: list[TensorInfo] = []
+        unusable: dict[str, DesksideError] = {}
+        seen: set[str] = set()
+        for entry in entries:
+            if entry.name in seen:
+                raise at.fail(f"tensor {show(entry.name)} appears twice")
+            seen.add(entry.name)
+            try:
+                info = _tensor_info(at, entry)
+                tensors.append(_placed(at, info, data_start, alignment, complete))
+            except Unusable as reason:
+                unusable[reason.name] = reason
+        unusable |= _overlaps(at, tensors)
+        tensors = [t for t in tensors if t.name not in unusable]
+        return cls(path, mapped, metadata, types, tensors, unusable, odd)
 
     def split_count(self) -> int:
         return self._split_key("split.count") or 1
@@ -236,27 +327,69 @@ def _map(path: Path) -> mmap.mmap:
         raise DesksideError(f"{path}: cannot be read: {reason}") from None
 
 
-def _tensor_info(at: Cursor, i: int) -> TensorInfo:
-    """Read one entry; `offset` is still relative to the data section."""
-    name = at.string(f"the name of tensor {i}")
+def _well_formed(value: Any) -> Any:
+    """Text with U+FFFD for lone surrogates; the same object where there are none."""
+    if isinstance(value, list):
+        texts = [_well_formed(item) for item in value]
+        return value if all(a is b for a, b in zip(texts, value, strict=True)) else texts
+    if not isinstance(value, str) or value.isascii():
+        return value
+    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return value if text == value else text
+
+
+class _Entry(NamedTuple):
+    """A tensor as the header lists it; `offset` is relative to the data section."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def _entry(at: Cursor, i: int) -> _Entry:
+    at.lenient = True
+    name = _well_formed(at.string(f"the name of tensor {i}"))
+    at.lenient = False
     what = f"tensor {show(name)}"
     n_dims = at.u32(what)
     if not 1 <= n_dims <= MAX_DIMS:
         raise at.fail(f"{what} has {n_dims} dimensions; 1 to {MAX_DIMS} are possible")
     shape = struct.unpack(f"<{n_dims}Q", at.take(8 * n_dims, what))
+    return _Entry(name, shape, at.u32(what), at.u64(what))
+
+
+def _unusable(at: Cursor, name: str, reason: str) -> Unusable:
+    return Unusable(name, f"{at.path}: tensor {show(name)} {reason}")
+
+
+def _tensor_info(at: Cursor, entry: _Entry) -> TensorInfo:
+    """`offset` is still relative to the data section. Unusable where it cannot be read."""
+    name, shape, kind, offset = entry
     if 0 in shape or math.prod(shape) >= 1 << 63:
-        raise at.fail(f"{what} has the impossible shape {shape}")
-    kind, offset = at.u32(what), at.u64(what)
+        raise _unusable(at, name, f"has the impossible shape {shape}")
     if kind in UNSUPPORTED:
-        raise at.fail(f"{what} has type {UNSUPPORTED[kind]} (id {kind}), which is not supported")
-    if kind not in TYPES:
-        raise at.fail(f"{what} has the unknown type id {kind}")
-    if shape[0] % TYPES[kind].block:
-        raise at.fail(
-            f"{what} has rows of {shape[0]} weights, not a multiple of the "
-            f"{TYPES[kind].block} weights of a {TYPES[kind].name} block"
+        reason = f"has type {UNSUPPORTED[kind]} (id {kind}), which is not supported"
+        raise _unusable(at, name, reason)
+    interleaved = INTERLEAVED.get(kind)
+    t = interleaved.type if interleaved else TYPES.get(kind)
+    if t is None:
+        raise _unusable(at, name, f"has the unknown type id {kind}")
+    if shape[0] % t.block:
+        raise _unusable(
+            at,
+            name,
+            f"has rows of {shape[0]} weights, not a multiple of the "
+            f"{t.block} weights of a {t.name} block",
         )
-    return TensorInfo(name, TYPES[kind], shape, at.path, offset)
+    if interleaved and not interleaved.fits(shape[0], math.prod(shape[1:2])):
+        raise _unusable(
+            at,
+            name,
+            f"has {math.prod(shape[1:2])} rows of {shape[0]} weights, which "
+            f"{interleaved.name} cannot hold: it mixes {interleaved.rows} rows",
+        )
+    return TensorInfo(name, t, shape, at.path, offset, interleaved)
 
 
 def _placed(
@@ -264,26 +397,23 @@ def _placed(
 ) -> TensorInfo:
     """Make the offset absolute. A tensor of a `complete` file must lie within it."""
     if info.offset % alignment:
-        raise at.fail(
-            f"tensor {show(info.name)} has offset {info.offset}, "
-            f"not a multiple of the alignment {alignment}"
-        )
+        reason = f"has offset {info.offset}, not a multiple of the alignment {alignment}"
+        raise _unusable(at, info.name, reason)
     start, size = data_start + info.offset, len(at.view)
     if complete and start + info.nbytes > size:
         raise at.fail(
             f"tensor {show(info.name)} ends at byte {start + info.nbytes}, but the file "
             f"has {size} bytes: it is truncated or damaged, fetch it again"
         )
-    return TensorInfo(info.name, info.type, info.shape, info.path, start)
+    return replace(info, offset=start)
 
 
-def _check_names_and_overlap(at: Cursor, tensors: list[TensorInfo]) -> None:
-    seen: set[str] = set()
-    for t in tensors:
-        if t.name in seen:
-            raise at.fail(f"tensor {show(t.name)} appears twice")
-        seen.add(t.name)
+def _overlaps(at: Cursor, tensors: list[TensorInfo]) -> dict[str, DesksideError]:
+    """Why tensors that share bytes are unusable: at least one of them is not what it seems."""
+    found: dict[str, DesksideError] = {}
     ordered = sorted(tensors, key=lambda t: t.offset)
     for before, after in pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
-            raise at.fail(f"tensors {show(before.name)} and {show(after.name)} overlap")
+            reason = at.fail(f"tensors {show(before.name)} and {show(after.name)} overlap")
+            found[before.name] = found[after.name] = reason
+    return found

@@ -41,8 +41,22 @@ _NAMES = (
 )
 
 
+_LAYER = re.compile(r"^blk\.(\d+)\.")
+
+
+def bare_name(name: str) -> str:
+    """The name without its layer."""
+    return _LAYER.sub("", name)
+
+
+def layer(name: str) -> int | None:
+    """The number of the tensor's layer, if it has one."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
 @cache
 def role(name: str) -> Role:
     """The role of a tensor, named with or without its layer. OTHER for an unknown name."""
-    bare = re.sub(r"^blk\.\d+\.", "", name)
+    bare = bare_name(name)
     return next((found for pattern, found in _NAMES if re.match(pattern, bare)), Role.OTHER)

@@ -24,6 +24,8 @@ _MAX_NAME_BYTES = 63
 class GGUFWriter:
     """Context manager that writes a GGUF file under a temporary name and renames it at the end.
 
+    First the disk must have room for all of it; `advice` tells how to need less.
+
     tensors: (name, type, shape in ggml order). Metadata values get these types: bool -> bool;
     int -> u32, or u64, i32, i64 if it does not fit; float -> f32; str -> string; list of str ->
     string array; NumPy array or scalar -> its own type; list of arrays or lists -> nested array.
@@ -36,8 +38,11 @@ class GGUFWriter:
         metadata: Mapping[str, Any],
         tensors: Sequence[tuple[str, QuantType, tuple[int, ...]]],
         alignment: int = DEFAULT_ALIGNMENT,
+        *,
+        advice: str = "",
     ) -> None:
         self.path = Path(path)
+        self._advice = advice
         if alignment <= 0 or alignment & (alignment - 1):
             raise DesksideError(f"{path}: alignment {alignment} is not a power of two")
         self._alignment = alignment
@@ -50,10 +55,13 @@ class GGUFWriter:
             twice = next(name for name in self._names if self._names.count(name) > 1)
             raise DesksideError(f"{path}: tensor {show(twice)} is declared twice")
         self._header = self._encode(meta, tensors)
+        header = len(self._header) + -len(self._header) % alignment
+        self.nbytes = header + sum(size + -size % alignment for size in self._left)
         self._current = 0
         self._file = WholeFile(self.path)
 
     def __enter__(self) -> GGUFWriter:
+        self._file.target.need_room(self.nbytes, self._advice)
         try:
             self._file.open()
             self._put(self._header)
@@ -180,5 +188,5 @@ class GGUFWriter:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(raw)) + raw

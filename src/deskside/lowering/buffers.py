@@ -53,3 +53,20 @@ def plan_buffers(
         live.sort(key=lambda v: (offsets[v], size[v]))
         total = max(total, at + size[value_id])
     return offsets, total
+
+
+def plan_arena(
+    steps: Sequence[Step], max_rows: int, external: Value
+) -> tuple[dict[int, int], dict[str, tuple[int, int, int]], int]:
+    """As `plan_buffers`, with the places of biases, by name, behind the values.
+
+    A place is offset, width and the floats from a row to the next: none, every row reads the same.
+    """
+    offsets, total = plan_buffers(steps, max_rows, external)
+    places: dict[str, tuple[int, int, int]] = {}
+    for op in (op for step in steps for op in step.ops if op.kind == "bias"):
+        info = op.op.weights[0]
+        if info.name not in places:
+            places[info.name] = (total, info.row_len, 0)
+            total += -(-info.row_len // LINE) * LINE
+    return offsets, places, total

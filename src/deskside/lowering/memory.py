@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deskside import _native
-from deskside.lowering.buffers import plan_buffers
-from deskside.lowering.panels import layout, matrices
+from deskside.lowering.buffers import plan_arena
+from deskside.lowering.panels import layout, matrices, panel_bytes
 from deskside.lowering.scratch import MAX_OUTPUTS, work_bytes
 from deskside.lowering.sections import HOST, HOST_TORCH, Offload, Section, cut_by_device
 from deskside.lowering.steps import Step, Stretch, plan_steps
@@ -36,7 +36,7 @@ class Memory:
     def __init__(self, tape: Tape, *, threads: int, ubatch: int) -> None:
         self.infos = tape.weights()
         steps = plan_steps(tape)
-        _, arena = plan_buffers(steps, ubatch, tape.logits)
+        _, biases, arena = plan_arena(steps, ubatch, tape.logits)
         self.cpu_buffers = 4 * arena + work_memory(steps, threads, ubatch)
         # A part of the tape needs no more than the whole, and a few values on their way.
         whole = cut_by_device(tape, dict.fromkeys(self.infos, "gpu"))
@@ -44,10 +44,11 @@ class Memory:
         self.gpu_buffers = work_bytes(whole, "gpu", ubatch, min(ubatch, MAX_OUTPUTS))
         self.gpu_buffers += 4 * 4 * ubatch * widest
         self.cpu = {name: 4 * info.row_len * info.n_rows for name, info in self.infos.items()}
+        self.cpu.update(dict.fromkeys(biases, 0))  # they lie among the buffers
         ranges, total = layout(matrices(steps))
         for p in ranges:
             panels = -(-p.rows // _native.PANEL_ROWS) * p.groups
-            self.cpu[p.info.name] = _native.panel_bytes(p.info.type.id, p.info.row_len) * panels
+            self.cpu[p.info.name] = panel_bytes(p.info) * panels
         packed = {p.info.name for p in ranges}
         # what rounding to pages adds goes to the first matrix
         if ranges:
@@ -92,7 +93,7 @@ def buffers(
         native = [Stretch(s.ops, s.imports, s.exports) for s in sections if s.device == HOST]
         if native:  # a program of its own
             steps = plan_steps(tape, native if names else None)
-            _, arena = plan_buffers(steps, shape.rows, tape.logits)
+            _, _, arena = plan_arena(steps, shape.rows, tape.logits)
             found[HOST] += 4 * arena + work_memory(steps, threads, shape.rows)
     found[HOST] += found.pop(HOST_TORCH)
     return found, cuts[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deskside import _native
+from deskside.errors import DesksideError
 from deskside.gguf import TensorInfo
 from deskside.lowering.steps import Step
 
@@ -39,6 +40,16 @@ def matrices(steps: Iterable[Step]) -> list[tuple[TensorInfo, ...]]:
     return found
 
 
+def panel_bytes(info: TensorInfo) -> int:
+    """Bytes of a panel of the tensor's rows. DesksideError where its type has no CPU kernel."""
+    try:
+        return _native.panel_bytes(info.type.id, info.row_len)
+    except ValueError:
+        raise DesksideError(
+            f"{info.path}: tensor {info.name} has type {info.type.name}, which has no kernel"
+        ) from None
+
+
 def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[PanelRange], int]:
     """Places of all tensors, and the arena's bytes."""
     ranges: list[PanelRange] = []
@@ -48,7 +59,7 @@ def layout(tensors: Iterable[Sequence[TensorInfo]]) -> tuple[list[PanelRange], i
         if together[0].name in seen:
             continue
         seen.update(t.name for t in together)
-        panels = [_native.panel_bytes(t.type.id, t.row_len) for t in together]
+        panels = [panel_bytes(t) for t in together]
         stride, at = sum(panels), total
         for info, panel in zip(together, panels, strict=True):
             groups = info.shape[2] if len(info.shape) > 2 else 1

@@ -32,8 +32,8 @@ from deskside.tape import Op, Tape, Value
 
 # Ops that treat every row on its own. What is in neither this nor `tasks` has no native op.
 ROWS = frozenset({
-    "embed", "rms_norm", "split_gate", "rope", "gated_norm", "sigmoid_gate", "swiglu", "add",
-    "route", "take_rows",
+    "embed", "rms_norm", "bias", "split_gate", "rope", "gated_norm", "sigmoid_gate", "swiglu",
+    "add", "route", "take_rows",
 })  # fmt: skip
 
 

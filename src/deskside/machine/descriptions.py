@@ -28,6 +28,14 @@ was measured here. The rest is assumed from what the system reports. The keys ar
     engine = "…"
     decode = 22.5                 # tokens per second
     source = "…"
+    [[published.runs]]            # optional: single inferences
+    prompt = 4699
+    generated = 13
+    prefill = 314.22              # tokens per second
+    decode = 21.95
+    total = 15.5                  # seconds
+
+What was published of a machine that comes with deskside is in the gallery (gallery.py).
 """
 
 from __future__ import annotations
@@ -44,6 +52,7 @@ from msgspec import Meta, Struct, structs, to_builtins
 from deskside import schema
 from deskside.errors import DesksideError
 from deskside.files import write_whole
+from deskside.machine import gallery
 from deskside.machine.devices import (
     GPU_NAME,
     Device,
@@ -144,7 +153,8 @@ def load_machine(name: str) -> Machine:
                 f"--machine {name}: no such file, and none that comes with deskside "
                 f"({', '.join(sorted(shipped))})"
             )
-        path = shipped[name]
+        machine = _machine(_read(shipped[name]), shipped[name])
+        return replace(machine, published=(*machine.published, *gallery.published(name)))
     return _machine(_read(path), path)
 
 

@@ -65,13 +65,29 @@ class Device:
 
 
 @dataclass(frozen=True)
+class PublishedRun:
+    """One inference that others measured: tokens, tokens per second, seconds."""
+
+    prompt: int
+    generated: int
+    prefill: Positive
+    decode: Positive
+    total: Positive
+
+
+@dataclass(frozen=True)
 class Published:
-    """Decode speed that others measured on a machine, tokens per second."""
+    """Speed that others measured on a machine. decode: tokens per second, a mean over runs.
+
+    experts: types of routed experts that it holds for; () for any.
+    """
 
     preset: str
     engine: str
-    decode: float
+    decode: Positive
     source: str
+    experts: tuple[str, ...] = ()
+    runs: tuple[PublishedRun, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from deskside.machine import cgroup
+
 # Flags that our kernels can use, as Linux spells them.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
 
@@ -16,14 +18,10 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
-    """Logical CPUs that this process may use: its affinity, within a container's quota."""
+    """Logical CPUs that this process may use: its affinity, within its control groups' quota."""
     cores = len(os.sched_getaffinity(0))
-    # cgroup v2: microseconds of CPU per period of microseconds, or "max".
-    for line in lines("/sys/fs/cgroup/cpu.max"):
-        quota, _, period = line.partition(" ")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else min(cores, max(1, int(quota)))
 
 
 def cpu_name() -> str:
@@ -47,15 +45,11 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping, within a container's limit. The page cache
-    counts as free."""
+    """Bytes that can be allocated without swapping, within the limits of its control groups. The
+    page cache counts as free."""
     free = int(psutil.virtual_memory().available)
-    # cgroup v2: a limit in bytes, or "max".
-    limit, used = (lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit and used and limit[0].isdigit() and used[0].isdigit():
-        stat = dict(line.split() for line in lines("/sys/fs/cgroup/memory.stat"))
-        free = min(free, max(0, int(limit[0]) - int(used[0]) + int(stat.get("file", 0))))
-    return free
+    allowed = cgroup.free_memory()
+    return free if allowed is None else min(free, allowed)
 
 
 def nvidia_gpus() -> list[int]:

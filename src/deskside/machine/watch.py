@@ -14,6 +14,8 @@ from typing import Self
 import psutil
 from msgspec import Struct
 
+from deskside.machine import environment
+from deskside.machine.environment import Gpu, Modules
 from deskside.machine.system import (
     CPUS,
     FLAGS,
@@ -46,7 +48,8 @@ class Load(Struct, forbid_unknown_fields=True):
 
 
 class Host(Struct, forbid_unknown_fields=True):
-    """The machine that a record is of."""
+    """The machine that a record is of. None: not told by the system, or not asked for yet when the
+    record was made."""
 
     cpu: str = ""
     cores: int = 0
@@ -55,6 +58,10 @@ class Host(Struct, forbid_unknown_fields=True):
     governor: str | None = None
     python: str = ""
     flags: list[str] = []
+    gpus: list[Gpu] | None = None
+    modules: Modules | None = None
+    distribution: str | None = None
+    container: str | None = None
 
 
 def rss(pid: int) -> dict[str, int]:
@@ -78,6 +85,10 @@ def describe() -> Host:
         governor=contents(CPUS / "cpu0/cpufreq/scaling_governor"),
         python=platform.python_version(),
         flags=[f for f in FLAGS if f in flags],
+        gpus=environment.gpus(),
+        modules=environment.modules(),
+        distribution=environment.distribution(),
+        container=environment.container(),
     )
 
 

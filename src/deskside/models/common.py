@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
+from deskside.models.writers import spellings
 from deskside.tape import TapeBuilder, Value
 
 
@@ -14,20 +20,37 @@ class Model:
         self.file = file
         self.arch = arch
         self.used: set[str] = set()
-        self.n_layers = self.count("block_count") - self.count("nextn_predict_layers", 0)
+        blocks = self.count("block_count")
+        self.n_layers = blocks - self.count("nextn_predict_layers", self._mtp_blocks(blocks))
         self.n_embd = self.positive("embedding_length")
         self.eps = self.real("attention.layer_norm_rms_epsilon")
         self.n_ctx_train = self.positive("context_length")
         if self.n_layers < 1:
             raise self.bad("block_count", f"leaves {self.n_layers} layers to run")
 
+    def _mtp_blocks(self, blocks: int) -> int:
+        """Blocks for multi-token prediction behind the layers, where the metadata does not say."""
+        n = 0
+        while n < blocks and self.has(f"blk.{blocks - 1 - n}.nextn.eh_proj.weight"):
+            n += 1
+        return n
+
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number >= 0 from the metadata. key: without the architecture's prefix."""
+        """A whole number >= 0 from the metadata. key: without the architecture's prefix.
+
+        It may be listed layer by layer, with zeros for layers that have none of it.
+        """
         value = self.file.get(f"{self.arch}.{key}", default)
         if value is None:
             raise self.bad(key, "is missing")
+        if isinstance(value, np.ndarray) and value.size:
+            found = sorted({v for v in value.tolist() if v != 0}) or [0]
+            if len(found) > 1:
+                listed = ", ".join(map(str, found[:3]))
+                raise self.bad(key, f"differs between layers ({listed}); deskside runs one value")
+            value = found[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.bad(key, f"is {value!r}; expected a whole number")
+            raise self.bad(key, f"is {value!r:.40}; expected a whole number")
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
@@ -63,26 +86,52 @@ class Model:
         return DesksideError(f"{self.file.path}: metadata key {self.arch}.{key} {what}")
 
     def has(self, name: str) -> bool:
-        return name in self.file.tensors
+        return self._spelling(name) is not None
+
+    def _spelling(self, name: str) -> str | None:
+        """The file's own name of a tensor, which another writer may spell differently."""
+        known = (self.file.tensors, self.file.unusable)
+        return next((n for n in spellings(name) if any(n in names for names in known)), None)
 
     def tensor(self, name: str, *shape: int) -> TensorInfo:
-        """The tensor `name`, whose ggml shape (fastest dimension first) must be `shape`."""
-        info = self.file.tensors.get(name)
-        if info is None:
-            raise DesksideError(f"{self.file.path}: tensor {name} is missing; {self._reason(name)}")
-        if info.shape != shape:
+        """The tensor `name`, whose ggml shape (fastest dimension first) must be `shape`, dimensions
+        of 1 aside."""
+        spelled = self._spelling(name)
+        if spelled is None:
             raise DesksideError(
-                f"{self.file.path}: tensor {name} has shape {list(info.shape)}; "
+                f"{self.file.path}: tensor {name} is missing; is the file complete?"
+            )
+        info = self.file.tensor(spelled)
+        self.used.add(spelled)
+        if info.shape == shape:
+            return info
+        if _without_ones(info.shape) != _without_ones(shape) or info.shape[0] != shape[0]:
+            raise DesksideError(
+                f"{self.file.path}: tensor {spelled} has shape {list(info.shape)}; "
                 f"the metadata says {list(shape)}"
             )
-        self.used.add(name)
-        return info
+        return replace(info, shape=shape)
 
-    def _reason(self, name: str) -> str:
-        for part, fused in (("ffn_gate_exps", "ffn_gate_up_exps"), ("attn_q", "attn_qkv")):
-            if f".{part}." in name and self.has(name.replace(part, fused)):
-                return f"the file has a fused {fused}, which is not supported yet"
-        return "is the file complete?"
+    def rows_of(
+        self, prefix: str, fused: str, parts: Mapping[str, int], n_in: int, *more: int
+    ) -> list[TensorInfo]:
+        """Matrices {prefix}{part}.weight of ggml shape (n_in, rows, *more), by name and rows.
+
+        A file may join them to {prefix}{fused}.weight, rows in this order; then they are views of
+        its rows.
+        """
+        joined = f"{prefix}{fused}.weight"
+        names = [f"{prefix}{part}.weight" for part in parts]
+        if self.has(names[0]) or not self.has(joined):
+            return [
+                self.tensor(name, n_in, rows, *more)
+                for name, rows in zip(names, parts.values(), strict=True)
+            ]
+        whole, at, found = self.tensor(joined, n_in, sum(parts.values()), *more), 0, []
+        for name, rows in zip(names, parts.values(), strict=True):
+            found.append(whole.rows(name, at, rows))
+            at += rows
+        return found
 
     def head(self, t: TapeBuilder, x: Value, token_embd: TensorInfo) -> Value:
         """Output norm and LM head; without an `output.weight` the embedding serves as head."""
@@ -99,12 +148,17 @@ class Model:
         return self.tensor("token_embd.weight", self.n_embd, n_vocab)
 
 
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [n for n in shape if n != 1]
+
+
 def dense_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str, suffix: str, width: int) -> Value:
     """SwiGLU: W_down(silu(W_gate x) * (W_up x))."""
-    gate = t.linear(x, m.tensor(f"{prefix}ffn_gate{suffix}.weight", m.n_embd, width))
-    up = t.linear(x, m.tensor(f"{prefix}ffn_up{suffix}.weight", m.n_embd, width))
+    parts = {f"ffn_gate{suffix}": width, f"ffn_up{suffix}": width}
+    gate, up = m.rows_of(prefix, f"ffn_gate_up{suffix}", parts, m.n_embd)
     down = m.tensor(f"{prefix}ffn_down{suffix}.weight", width, m.n_embd)
-    return t.linear(t.swiglu(gate, up), down)
+    y = t.swiglu(t.linear(x, gate), t.linear(x, up))
+    return t.linear(y, down)
 
 
 def moe_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
@@ -117,14 +171,10 @@ def moe_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
 
     router = m.tensor(f"{prefix}ffn_gate_inp.weight", m.n_embd, n_expert)
     ids, weights = t.route(t.linear(x, router), top_k)
-    y = t.experts(
-        x,
-        ids,
-        weights,
-        m.tensor(f"{prefix}ffn_gate_exps.weight", m.n_embd, width, n_expert),
-        m.tensor(f"{prefix}ffn_up_exps.weight", m.n_embd, width, n_expert),
-        m.tensor(f"{prefix}ffn_down_exps.weight", width, m.n_embd, n_expert),
-    )
+    parts = {"ffn_gate_exps": width, "ffn_up_exps": width}
+    gate_exps, up_exps = m.rows_of(prefix, "ffn_gate_up_exps", parts, m.n_embd, n_expert)
+    down_exps = m.tensor(f"{prefix}ffn_down_exps.weight", width, m.n_embd, n_expert)
+    y = t.experts(x, ids, weights, gate_exps, up_exps, down_exps)
     if not m.has(f"{prefix}ffn_gate_inp_shexp.weight"):
         return y
     shared_width = m.positive("expert_shared_feed_forward_length")

@@ -42,9 +42,13 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
             factors=factors,
         )
 
-    q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
-    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
-    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
+    parts = {
+        "attn_q": heads * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+    }
+    w_q, w_k, w_v = m.rows_of(p, "attn_qkv", parts, m.n_embd)
+    q, k, v = t.linear(x, w_q), t.linear(x, w_k), t.linear(x, w_v)
     o = t.attention(
         rope(q, heads), rope(k, kv_heads), v, heads=heads, kv_heads=kv_heads, head_dim=head_dim
     )

@@ -32,7 +32,8 @@ def build(m: Model) -> Tape:
 
 
 def attention_layers(m: Model) -> list[bool]:
-    """Which layers are full attention: as listed, or every `full_attention_interval`-th."""
+    """Which layers are full attention: as listed, those that have KV heads where these are listed,
+    or every `full_attention_interval`-th."""
     recurrent = m.file.get(f"{m.arch}.attention.recurrent_layers")
     if recurrent is not None:
         flags = recurrent.tolist() if isinstance(recurrent, np.ndarray) else None
@@ -41,6 +42,11 @@ def attention_layers(m: Model) -> list[bool]:
         if len(flags) < m.n_layers:
             raise m.bad("attention.recurrent_layers", f"names {len(flags)} of {m.n_layers} layers")
         return [not flag for flag in flags[: m.n_layers]]
+    kv_heads = m.file.get(f"{m.arch}.attention.head_count_kv")
+    if isinstance(kv_heads, np.ndarray) and 0 in kv_heads:
+        if len(kv_heads) < m.n_layers:
+            raise m.bad("attention.head_count_kv", f"names {len(kv_heads)} of {m.n_layers} layers")
+        return [n != 0 for n in kv_heads.tolist()[: m.n_layers]]
     interval = m.positive("full_attention_interval", 4)
     return [(i + 1) % interval == 0 for i in range(m.n_layers)]
 
@@ -52,10 +58,14 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     base = m.real("rope.freq_base", 1e7)
 
     # attn_q holds per head [q | gate].
-    q_gate = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, 2 * heads * head_dim))
-    q, gate = t.split_gate(q_gate, heads, head_dim)
-    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
-    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
+    parts = {
+        "attn_q": 2 * heads * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+    }
+    w_q, w_k, w_v = m.rows_of(p, "attn_qkv", parts, m.n_embd)
+    q, gate = t.split_gate(t.linear(x, w_q), heads, head_dim)
+    k, v = t.linear(x, w_k), t.linear(x, w_v)
     q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
     k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
     # Text has the same position in all three streams of mrope, so plain rope is equal to it.

@@ -1,4 +1,4 @@
-"""Which tensor goes on which device, and how fast: a plan of tape, machine and rules."""
+"""Decides which tensor goes on which device, and predicts the speed."""
 
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.search import make_plan

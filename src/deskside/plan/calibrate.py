@@ -1,4 +1,4 @@
-"""The shares of a machine's limits that its steps reach, from measured times."""
+"""Computes from measured times which share of a machine's limits each sort of step reaches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deskside.machine.devices import Device, Efficiency
 
 
 def sort_of(label: str) -> str:
-    """Sort of a row of `bench.profile`, by what reads most in it."""
+    """The sort of a row of `bench.measure.profile`, by the op that reads most."""
     parts = label.split(" + ")
     if any(p.startswith("experts:") for p in parts):
         return "experts"
@@ -26,11 +26,12 @@ def calibrate(
     prefill: Mapping[str, tuple[float, float, float]],
     cpu: Device,
 ) -> dict[str, Efficiency]:
-    """Shares by sort from what a decode step and a piece of prefill took of it.
+    """Shares by sort, from the times of a decode step and a piece of prefill.
 
-    decode, prefill: sort -> (seconds, bytes, multiply-adds). Both are t = bytes * x + macs * y, two
-    equations for two unknowns; where they have no solution above zero, the share that matters in
-    each is taken alone. Sorts without products keep their assumed shares.
+    decode, prefill: sort -> (seconds, bytes, multiply-adds). cpu: gives the limits.
+    Both steps obey t = bytes * x + macs * y: two equations for two unknowns. An unknown below its
+    limit is set to the limit; the other then follows from one equation, x from decode or y from
+    prefill. Sorts without products keep their assumed shares.
     """
     found: dict[str, Efficiency] = {}
     for sort in decode.keys() & prefill.keys() & {"dense", "experts", "head"}:

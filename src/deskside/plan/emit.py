@@ -1,10 +1,11 @@
-"""A plan as the command line of llama.cpp's or ik_llama.cpp's server, as a Podman quadlet or as a
-systemd unit for deskside.
+"""Emits a plan as a command line or as unit files.
 
-llama.cpp gives a layer's tensors and cache to the device that `-ngl` and `--tensor-split` deal it;
-`-ot` then moves single tensors. So the layers' mixers decide the split, and what lies elsewhere
-becomes rules: as few as there are pairs of a device and a set of layers, without commas, at which
-llama.cpp would cut them.
+The command line is for llama.cpp's or ik_llama.cpp's server. The files are a Podman quadlet or
+a systemd unit; both start deskside.
+
+In llama.cpp, `-ngl` and `--tensor-split` give each layer's tensors and cache to a device. `-ot`
+then moves single tensors. So the layers' mixers decide the split. Tensors elsewhere become `-ot`
+rules: one per device and set of layers. The rules have no commas, because llama.cpp splits there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PORT = 8080
 
 @dataclass(frozen=True)
 class Flags:
-    """A placement in llama.cpp's terms. notes: what they cannot say."""
+    """A placement as llama.cpp's flags. notes: what flags cannot express."""
 
     gpu_layers: int
     tensor_split: tuple[int, ...]
@@ -37,7 +38,7 @@ class Flags:
 
 
 def flags(plan: Plan) -> Flags:
-    """The flags that reproduce the plan's placement."""
+    """The flags that reproduce the plan's placement. notes: where a layer's state differs."""
     n = 1 + max(op.layer for op in plan.tape.ops)
     gpus = [d.name for d in plan.machine.gpus]
     mixer = _mixers(plan, n)
@@ -52,12 +53,23 @@ def flags(plan: Plan) -> Flags:
     notes = []
     if elsewhere:
         notes.append(f"cache and state of layers {elsewhere} are not where the plan has them")
-    return Flags(count, split, tuple(_compact(moved, plan.placement)), tuple(notes))
+    stored = {name: w.source or name for name, w in plan.tape.weights().items()}
+    places: dict[str, set[str]] = {}
+    for name, own in stored.items():
+        places.setdefault(own, set()).add(plan.placement[name])
+    if torn := [own for own, devices in places.items() if len(devices) > 1]:
+        notes.append(f"{torn[0]} is one tensor in the file; the plan has its parts on two devices")
+    in_file = {stored[name]: device for name, device in moved.items()}
+    overrides = _compact(in_file, set(stored.values()))
+    return Flags(count, split, tuple(overrides), tuple(notes))
 
 
 def _gpu_layers(mixer: Sequence[str], head: str) -> int:
-    """How many of the last layers GPUs have, the head as one more: llama.cpp then puts the fewest
-    layers' caches elsewhere than the plan."""
+    """`-ngl`: how many of the last layers go to GPUs, with the head as one more layer.
+
+    It is the count at which the fewest layers' caches are on another device than in the plan.
+    mixer: the device of each layer.
+    """
     n = len(mixer)
     start = min(
         range(n + 1), key=lambda s: (sum((mixer[i] != CPU) != (i >= s) for i in range(n)), s)
@@ -66,22 +78,23 @@ def _gpu_layers(mixer: Sequence[str], head: str) -> int:
 
 
 def _dealt(devices: Sequence[str], gpus: Sequence[str]) -> list[str]:
-    """The GPUs that llama.cpp deals these last layers and the head, in its order."""
+    """The GPU that llama.cpp gives to each of the last layers and the head. It deals in order."""
     on = _nearest_gpu(devices)
     if len(on) > 1 and on[-1] != on[-2]:
-        on[-1] = max(on[-2:], key=gpus.index)  # counted behind the last layer, moved by a rule
+        # llama.cpp deals the head after the last layer; an -ot rule moves it to its device
+        on[-1] = max(on[-2:], key=gpus.index)
     return sorted(on, key=gpus.index)
 
 
 def _default(plan: Plan, name: str, n: int, dealt: Sequence[str]) -> str:
-    """Where llama.cpp puts a tensor of a model of n layers that no rule moves."""
+    """The device that llama.cpp gives a tensor without an -ot rule. n: layers of the model."""
     layer = layer_of(name)
     behind = (n if layer is None else layer) - (n + 1 - len(dealt))
     return CPU if behind < 0 or plan.kinds[name] == "embedding" else dealt[behind]
 
 
 def _nearest_gpu(devices: Sequence[str]) -> list[str]:
-    """Devices of layers, with the CPU's replaced by the GPU before, else behind them."""
+    """The devices of layers, with each CPU replaced by the nearest GPU before it, else after it."""
     found = list(devices)
     for i, device in enumerate(found):
         if device == CPU:
@@ -90,7 +103,7 @@ def _nearest_gpu(devices: Sequence[str]) -> list[str]:
 
 
 def _mixers(plan: Plan, n: int) -> list[str]:
-    """The device of each layer's first tensor: its attention or delta net with the state."""
+    """The device of each layer's mixer: its attention or delta net, with the state."""
     found = [CPU] * n
     for op in plan.tape.ops:
         if op.state is not None:
@@ -129,7 +142,7 @@ def _suffix(name: str) -> str:
 
 
 def _names(suffixes: Sequence[str]) -> str:
-    """A regex of tensor names behind the layer; experts as users write them."""
+    """A regex of tensor names without the layer; experts as users write them."""
     if {s.removesuffix(".weight") for s in suffixes} == {
         f"ffn_{part}_exps" for part in ("gate", "up", "down")
     }:
@@ -172,7 +185,11 @@ def _digits(values: Collection[int]) -> str:
 
 
 def emit(plan: Plan, kind: str, model: str) -> dict[str, str]:
-    """Files by name: a command line has the name "". DesksideError for what cannot be said."""
+    """Texts by file name; a command line has the name "".
+
+    kind: one of KINDS. model: the path of the GGUF.
+    DesksideError for an unknown kind, control characters in `model`, or what flags cannot express.
+    """
     if kind not in KINDS:
         raise DesksideError(f"--emit {kind}: choose one of {', '.join(KINDS)}")
     for name, value in (("file name", model),):
@@ -186,15 +203,22 @@ def emit(plan: Plan, kind: str, model: str) -> dict[str, str]:
 
 
 def arguments(plan: Plan, kind: str, model: str) -> list[str]:
-    """The words of a command line: of a llama.cpp server, or of `deskside serve`."""
+    """The words of a command line: of a llama.cpp server, or of `deskside serve`.
+
+    DesksideError for emulated devices on a llama.cpp server.
+    """
     o, found = plan.options, flags(plan)
     if kind != "deskside" and any(d.name.startswith("emu") for d in plan.machine.gpus):
-        raise DesksideError(f"--emit {kind}: emulated devices exist in deskside only")
+        raise DesksideError(
+            f"--emit {kind}: emulated devices are deskside only; leave them out of --device"
+        )
     theirs = kind != "deskside"
-    # llama.cpp's -c is of all sequences together
+    # llama.cpp's -c counts all sequences together
     words = ["-m", model, "-c", str(o.ctx * (o.parallel if theirs else 1))]
     words += ["-np" if theirs else "--parallel", str(o.parallel), "-ub", str(o.ubatch)]
-    words += ["-t", str(o.threads), "-ctk", o.ctk, "-ctv", o.ctv]
+    words += ["-t", str(o.threads)]
+    words += ["-tb", str(o.threads_batch)] if o.threads_batch else []
+    words += ["-ctk", o.ctk, "-ctv", o.ctv]
     if theirs and o.ubatch > 2048:
         words += ["-b", str(o.ubatch)]
     if plan.machine.gpus:
@@ -208,9 +232,9 @@ def arguments(plan: Plan, kind: str, model: str) -> list[str]:
     for regex, device in found.overrides:
         words += ["-ot", f"{regex}={device.upper() if theirs else device}"]
     if kind == "llama-server" and plan.machine.gpus:
-        words += ["--fit", "off"]  # it would undo the plan
+        words += ["--fit", "off"]  # --fit would undo the plan
     if kind == "llama-server":
-        # which has one flag for what others say with two
+        # one flag in place of --no-mmap and --mlock
         mode = {(True, False): "", (False, False): "none", (False, True): "mlock"}
         value = mode.get((o.mmap, o.mlock), "mmap+mlock")
         return words + (["--load-mode", value] if value else [])
@@ -227,7 +251,7 @@ def _command(plan: Plan, kind: str, model: str) -> str:
 
 
 def _lines(words: Sequence[str]) -> list[str]:
-    """Quoted words, a flag with its value a line."""
+    """Quoted words: one line per flag with its value."""
     lines: list[str] = []
     for word in words:
         if word.startswith("-") or not lines:
@@ -243,7 +267,7 @@ _PLANNED = (
 
 
 def _unit_words(words: Sequence[str]) -> str:
-    """Words of an ExecStart: systemd unescapes backslashes, % and $ (systemd.service(5))."""
+    """The words of an ExecStart. Backslashes, % and $ are escaped, as systemd.service(5) asks."""
     quoted = []
     for word in words:
         safe = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
@@ -274,7 +298,7 @@ def _systemd(plan: Plan, model: str) -> dict[str, str]:
 
 
 def _render(name: str, plan: Plan, **values: Any) -> str:
-    """The file of this name, from its template beside this module."""
+    """The file of this name, from its template next to this module."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,

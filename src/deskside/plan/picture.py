@@ -1,7 +1,7 @@
-"""A plan as a picture: layers across, kinds of tensors down, devices as colours.
+"""Draws a plan: layers across, kinds of tensors down, devices as colours.
 
-Self-contained SVG; its style sheet has a light and a dark scheme. A cell that holds tensors of two
-devices is cut by their bytes. Every cell says on pointing what it holds and why.
+The SVG is self-contained and has a light and a dark scheme. A cell with tensors on two devices is
+divided by their bytes. Hovering over a cell shows what it holds and why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deskside.plan.units import KINDS
 
 LEFT, TOP, ROW, GAP, WIDTH = 150, 64, 24, 4, 1080
 STATES = "KV and state"
-# Okabe and Ito's colours, told apart with any colour vision; the CPU is grey.
+# Okabe and Ito's colours, for any colour vision. The CPU is grey.
 COLOURS = ("#8a8f98", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a900")
 STYLE = """
 svg { font: 12px system-ui, sans-serif; background: #fff; }
@@ -32,7 +32,7 @@ Cell = dict[str, int]  # bytes by device
 
 
 def picture(plan: Plan, title: str) -> str:
-    """The SVG's text."""
+    """The SVG as text, under the heading `title`."""
     devices = [d.name for d in plan.machine.devices]
     colour = dict(zip(devices, (COLOURS[i % len(COLOURS)] for i in range(99)), strict=False))
     layers = 1 + max(op.layer for op in plan.tape.ops)
@@ -54,7 +54,7 @@ def picture(plan: Plan, title: str) -> str:
     ET.SubElement(root, "style").text = STYLE
     _text(root, 16, 28, title, "head")
     _text(root, 16, 46, f"{plan.machine.name}, context {plan.options.ctx:,}", "dim")
-    columns = layers + 2  # before the first layer the embedding, behind the last the head
+    columns = layers + 2  # the embedding before the first layer, the head after the last
     width = (WIDTH - LEFT - 16) / columns
     for r, row in enumerate(rows):
         y = TOP + r * ROW
@@ -81,7 +81,10 @@ def picture(plan: Plan, title: str) -> str:
 def _cells(
     plan: Plan, layers: int
 ) -> tuple[dict[tuple[str, int], Cell], dict[tuple[str, int], str]]:
-    """Bytes by device of every (row, layer), and why; layer -1: embedding, `layers`: head."""
+    """Bytes by device of every (row, layer), and the reasons.
+
+    Layer -1 is the embedding, layer `layers` the head.
+    """
     infos = plan.tape.weights()
     cells: dict[tuple[str, int], Cell] = {}
     why: dict[tuple[str, int], str] = {}
@@ -127,7 +130,7 @@ def _cell(
 
 
 def _bars(root: ET.Element, plan: Plan, y: float, colour: dict[str, str]) -> None:
-    """A device's memory: taken, margin, free."""
+    """One bar per device: the memory taken, without the margin, of all that it has."""
     full = WIDTH - LEFT - 250
     for u in plan.usage:
         name, memory = u.device.name, u.device.memory

@@ -1,4 +1,4 @@
-"""A plan: its options, what lies on every device, its predicted rates."""
+"""A plan: its options, the bytes on every device, the predicted rates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from deskside.errors import DesksideError
 from deskside.lowering.memory import StepShape
 from deskside.machine.devices import Device, Machine
 from deskside.plan.rules import Rules
-from deskside.plan.speed import Rate
+from deskside.plan.speed import Rate, Replayed
 from deskside.tape import Tape
 from deskside.tape.cache import kv_type
 
 
 @dataclass(frozen=True)
 class Options:
-    """ctx: tokens of one sequence; parallel: sequences; reserved: bytes by device for experts that
-    pass through it or are cached there; shapes: how steps run where that is so; the rest as in
-    `EngineConfig`."""
+    """What a plan is made for. DesksideError for counts below 1 or an unknown cache type.
+
+    ctx       tokens of one sequence
+    parallel  sequences
+    reserved  bytes by device for offloaded experts: staging slots and expert cache
+    shapes    the steps that run; () for one of `ubatch` tokens
+    threads_batch
+              threads while a prompt is computed; 0 for as many as `threads`
+    The rest is as in `EngineConfig`.
+    """
 
     ctx: int
     ubatch: int = 512
@@ -26,6 +33,7 @@ class Options:
     ctk: str = "f16"
     ctv: str = "f16"
     threads: int = 1
+    threads_batch: int = 0
     mmap: bool = True
     mlock: bool = False
     reserved: Mapping[str, int] = field(default_factory=dict)
@@ -39,14 +47,19 @@ class Options:
         kv_type(self.ctv, "-ctv")
 
     @property
+    def most_threads(self) -> int:
+        """Threads that have work memory."""
+        return max(self.threads, self.threads_batch)
+
+    @property
     def resident(self) -> bool:
-        """Whether even the embedding table must lie in memory that is taken."""
+        """Whether the embedding table, too, must be read into memory."""
         return self.mlock or not self.mmap
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes on one device. `mapped` lies in the mapped file and is not counted."""
+    """Bytes on one device. weights: by kind. mapped: bytes in the mapped file, not counted."""
 
     device: Device
     weights: Mapping[str, int]
@@ -58,12 +71,13 @@ class Usage:
 
     @property
     def held(self) -> int:
+        """Bytes taken, without the margin."""
         parts = (self.kv, self.recurrent, self.buffers, self.reserved)
         return sum(self.weights.values()) + sum(parts)
 
     @property
     def total(self) -> int:
-        """With the margin."""
+        """Bytes taken, with the margin."""
         return self.held + self.device.margin
 
     @property
@@ -73,7 +87,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement that fits. placement and reasons by tensor, states by their number."""
+    """A placement that fits. placement, reasons, kinds: by tensor name. state_devices: by state.
+
+    replayed: what others published for this machine, where the context holds it.
+    """
 
     tape: Tape
     options: Options
@@ -85,17 +102,20 @@ class Plan:
     kinds: Mapping[str, str]
     usage: tuple[Usage, ...]
     rates: tuple[Rate, ...]
+    replayed: tuple[Replayed, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Devices that hold something."""
+        """The devices that hold a tensor or a state."""
         holds = {*self.placement.values(), *self.state_devices}
         return tuple(d.name for d in self.machine.devices if d.name in holds)
 
 
 class DoesNotFit(DesksideError):
-    """No placement under the rules fits. shortfall: bytes by device, of the placement that lacks
-    least; pinned: the rules that put most on those devices."""
+    """No placement under the rules fits.
+
+    shortfall: missing bytes by device, of the placement that lacks least.
+    """
 
     def __init__(self, message: str, shortfall: Mapping[str, int]) -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""Ways out where a model does not fit: each is planned, so each is known to be enough.
+"""Remedies for a model that does not fit. Each is planned, so it is known to be enough.
 
-A remedy gives up a share of what was asked for, its price: of the context's tokens, of the
-sequences, of the experts or layers that rules wanted on a GPU; a q8_0 cache counts as 2 %, halving
--ub as 5 % (prefill gets slower). The three cheapest are shown.
+The price of a remedy is the share that it gives up: of the context's tokens, of the sequences, or
+of the experts or layers that rules wanted on a GPU. A q8_0 cache costs 2 %, halving -ub 5 %
+(prefill gets slower). The three cheapest are shown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Remedy:
-    """flags: what to give on the command line instead; plan: what then comes out."""
+    """flags: to give on the command line instead. plan: the plan with them."""
 
     flags: str
     price: float
@@ -33,16 +33,18 @@ class Remedy:
 
 
 def remedies(tape: Tape, machine: Machine, rules: Rules, options: Options) -> list[Remedy]:
-    """The cheapest changes that make the model fit; fewer than three where there are no more."""
+    """The cheapest changes that make the model fit: three, or fewer if there are no more."""
     memories: dict[int, Memory] = {}
 
     def plan(new_rules: Rules, new: Options) -> Plan | None:
-        memory = memories.get(new.ubatch) or Memory(tape, threads=new.threads, ubatch=new.ubatch)
+        memory = memories.get(new.ubatch) or Memory(
+            tape, threads=new.most_threads, ubatch=new.ubatch
+        )
         memories[new.ubatch] = memory
         try:
             return make_plan(tape, machine, new_rules, new, memory)
         except DesksideError:
-            return None  # also a rule that the change leaves without meaning
+            return None  # also if the change leaves a rule nothing to decide
 
     found = [remedy for remedy in _single(plan, tape, rules, options) if remedy]
     if len(found) < SHOWN:
@@ -74,7 +76,7 @@ def _single(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Rem
 
 
 def _relaxed(plan: Planner, tape: Tape, rules: Rules, o: Options) -> Iterator[Remedy | None]:
-    """Rules that ask for less of the GPUs."""
+    """Remedies that put less on the GPUs than the rules ask for."""
     layers = 1 + max(op.layer for op in tape.ops)
     is_moe = any(op.kind == "experts" for op in tape.ops)
     wanted = min(rules.gpu_layers or 0, layers + 1)
@@ -112,7 +114,7 @@ def _combined(plan: Planner, rules: Rules, o: Options) -> Iterator[Remedy | None
 
 
 def _context(plan: Planner, rules: Rules, o: Options, flags: str, price: float) -> Remedy | None:
-    """The largest context that fits, in whole steps."""
+    """The largest context that fits, in steps of CONTEXT_STEP tokens."""
     max_steps = (o.ctx - 1) // CONTEXT_STEP
     if plan_ := plan(rules, o):
         return _remedy(flags, price, plan_)
@@ -122,7 +124,10 @@ def _context(plan: Planner, rules: Rules, o: Options, flags: str, price: float) 
 
 
 def _largest(low: int, high: int, plan: Callable[[int], Plan | None]) -> tuple[int, Plan | None]:
-    """The largest value from low to high that fits, where smaller ones fit if larger ones do."""
+    """The largest value from low to high that fits, and its plan; None if no value fits.
+
+    If a value fits, smaller ones must fit too.
+    """
     best: Plan | None = None
     found = low
     while low <= high:

@@ -1,11 +1,12 @@
-"""The user's rules of placement, in llama.cpp's words, turned into tensor -> device.
+"""Turns the user's rules of placement, in llama.cpp's flags, into tensor -> device.
 
-Rules are looked at in this order, and the first that names a tensor decides: `-ot` as typed, then
-`--cpu-moe` or `--n-cpu-moe`, then `-ngl`. What no rule names is the planner's to place.
+The first rule that names a tensor decides. The order is: `-ot` as typed, then `--cpu-moe` or
+`--n-cpu-moe`, then `-ngl`. The planner places what no rule names.
 
-`-ot REGEX=DEVICE[,REGEX=DEVICE...]`: a rule ends where `=NAME` stands before a comma or the end, so
-a regex may hold commas (`{1,2}`) and equals signs; one with `=WORD,` inside writes that comma as
-`\\x2c`. A regex is searched for in the tensor's name.
+`-ot REGEX=DEVICE[,REGEX=DEVICE...]`: the regex is searched in the tensor's name. A rule ends at
+`=NAME` before a comma or the end, so a regex may hold commas (`{1,2}`) and equals signs. A regex
+with `=WORD,` inside must write that comma as `\\x2c`. Names hold no white space, so white space
+around a regex or a device means nothing. A rule may end with a line; a backslash continues one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from deskside.errors import DesksideError
 from deskside.gguf.roles import Role, role
 from deskside.machine.devices import CPU, canonical
 
-_ENTRY = re.compile(r"(?P<regex>.+?)=(?P<device>[A-Za-z]\w*)(?:,|$)", re.DOTALL)
+_ENTRY = re.compile(
+    r"\s*(?P<regex>\S.*?)\s*=[ \t]*(?P<device>[A-Za-z]\w*)[ \t]*(?:,|\r?\n|\s*$)", re.DOTALL
+)
+_CONTINUED = re.compile(r"\\\r?\n\s*")
 _LAYER = re.compile(r"blk\.(\d+)\.")
 ALL_LAYERS = 10**6
 
@@ -36,8 +41,11 @@ class Override:
 
 @dataclass(frozen=True)
 class Rules:
-    """gpu_layers: of `-ngl`, counted from the last with the head as one more; None leaves it to the
-    planner. main_gpu: index of the GPU that takes the head and what belongs to no layer."""
+    """The flags that restrict a placement.
+
+    gpu_layers: of `-ngl`, counted from the last, with the head as one more layer. None leaves them
+    to the planner. main_gpu: index of the GPU for the head and for tensors outside the layers.
+    """
 
     overrides: tuple[Override, ...] = ()
     cpu_moe: bool = False
@@ -49,8 +57,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Pinned:
-    """What rules decided. devices and reasons by tensor; layer_gpu: GPU of each layer where
-    `--tensor-split` fixes it, the head as one more layer at the end."""
+    """What rules decided. devices, reasons: by tensor name.
+
+    layer_gpu: the GPU of each layer, and of the head as one more; None without `--tensor-split`.
+    """
 
     devices: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -59,14 +69,15 @@ class Pinned:
 
 
 def parse_overrides(arguments: Sequence[str]) -> tuple[Override, ...]:
-    """The rules of all `-ot` arguments; DesksideError for one that is none or no regex."""
+    """The rules of all `-ot` arguments. DesksideError for a bad rule or regex."""
     found = []
-    for text in arguments:
-        at = 0
-        while at < len(text):
+    for argument in arguments:
+        text, at = _CONTINUED.sub("", argument), 0
+        while text[at:].strip():
             entry = _ENTRY.match(text, at)
             if entry is None:
-                raise DesksideError(f"-ot {text[at:]}: expected REGEX=DEVICE, such as exps=CPU")
+                bad = " ".join(text[at:].split())
+                raise DesksideError(f"-ot {bad}: expected REGEX=DEVICE, such as exps=CPU")
             regex = entry["regex"]
             try:
                 re.compile(regex)
@@ -74,13 +85,16 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[Override, ...]:
                 raise DesksideError(f"-ot {regex}: not a regex: {error}") from None
             found.append(Override(regex, canonical(entry["device"])))
             at = entry.end()
-        if not text:
+        if not text.strip():
             raise DesksideError("-ot: expected REGEX=DEVICE, such as exps=CPU")
     return tuple(found)
 
 
 def parse_gpu_layers(text: str | None) -> int | None:
-    """`-ngl`: a number, "all", or "auto", which leaves it to the planner as no -ngl does."""
+    """`-ngl`: a number, "all" or "auto". "auto", like no -ngl, leaves it to the planner: None.
+
+    DesksideError for any other text.
+    """
     if text is None or text.lower() in ("auto", "-1"):
         return None
     if text.lower() == "all":
@@ -91,7 +105,7 @@ def parse_gpu_layers(text: str | None) -> int | None:
 
 
 def parse_split(text: str | None) -> tuple[float, ...]:
-    """`--tensor-split 3,1`: shares of the layers, one a GPU."""
+    """`--tensor-split 3,1`: shares of the layers, one per GPU. DesksideError for a bad share."""
     if text is None:
         return ()
     try:
@@ -104,13 +118,22 @@ def parse_split(text: str | None) -> tuple[float, ...]:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a tensor from its name."""
+    """The layer in a tensor's name; None if it belongs to no layer."""
     found = _LAYER.match(name)
     return int(found[1]) if found else None
 
 
-def apply(rules: Rules, names: Sequence[str], n_layers: int, gpus: Sequence[str]) -> Pinned:
-    """What the rules decide of the tensors `names`.
+def apply(
+    rules: Rules,
+    names: Sequence[str],
+    n_layers: int,
+    gpus: Sequence[str],
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> Pinned:
+    """Apply the rules to the tensors `names` of a model of `n_layers` layers.
+
+    sources: of tensors that are rows of another one in the file, that one's name. A rule may mean
+    them by it.
 
     DesksideError for a device that does not exist, for a rule that decides nothing, and for rules
     that contradict each other.
@@ -124,14 +147,16 @@ def apply(rules: Rules, names: Sequence[str], n_layers: int, gpus: Sequence[str]
             devices[name], reasons[name] = device, reason
 
     for rule in rules.overrides:
-        matching = [n for n in names if re.search(rule.regex, n)]
+        matching = [
+            n for n in names if any(re.search(rule.regex, s) for s in (n, sources.get(n, n)))
+        ]
         free = [n for n in matching if n not in devices]
         if not matching:
             raise DesksideError(f"{rule}: matches no tensor of this model, such as {names[-1]}")
         if not free and any(devices[n] != rule.device for n in matching):
             raise DesksideError(
-                f"{rule}: contradicts {reasons[matching[0]]}, which comes first and takes all that "
-                "it matches"
+                f"{rule}: contradicts {reasons[matching[0]]}, which comes first and pins every "
+                "tensor that it matches"
             )
         for name in free:
             pin(name, rule.device, str(rule))
@@ -149,7 +174,7 @@ def _check_devices(rules: Rules, gpus: Sequence[str]) -> None:
         if rule.device not in (CPU, *gpus):
             raise DesksideError(f"{rule}: there is no device {rule.device}; the devices are {have}")
     if rules.cpu_moe and rules.n_cpu_moe is not None:
-        raise DesksideError("--cpu-moe and --n-cpu-moe say two different things: give one of them")
+        raise DesksideError("--cpu-moe and --n-cpu-moe contradict each other: give one of them")
     if rules.n_cpu_moe is not None and rules.n_cpu_moe < 0:
         raise DesksideError(f"--n-cpu-moe {rules.n_cpu_moe}: expected a number of layers")
     if rules.tensor_split and len(rules.tensor_split) != len(gpus):
@@ -186,14 +211,15 @@ def _pin_experts(
         raise DesksideError(f"{flag}: this model has no routed experts")
     if all(devices.get(n, CPU) != CPU for n in found):
         raise DesksideError(
-            f"{flag}: contradicts {reasons[found[0]]}, which puts all of these experts elsewhere"
+            f"{flag}: contradicts {reasons[found[0]]}, which puts all of these experts on GPUs"
         )
     for name in found:
         pin(name, CPU, flag)
 
 
 def _split_layers(rules: Rules, n_layers: int, gpus: Sequence[str]) -> tuple[str, ...] | None:
-    """The GPU of every layer and of the head, as llama.cpp deals out those that `-ngl` offloads."""
+    """The GPU of every layer and of the head. Those that `-ngl` offloads are dealt as in llama.cpp:
+    in order, in runs, by the shares."""
     if not rules.tensor_split:
         return None
     n = n_layers + 1
@@ -219,9 +245,10 @@ def _pin_layers(
     head_gpu: str | None,
     pin: Pin,
 ) -> None:
-    """-ngl: the last `count` of layers and head on GPUs, the others and the embedding on the CPU.
+    """Apply -ngl: pin the last `count` of layers and head to GPUs, all other tensors to the CPU.
 
-    With several GPUs and no split, which of them is the planner's to choose: the device is "gpu".
+    The embedding stays on the CPU. With several GPUs and no split, a tensor is pinned to "gpu": the
+    planner selects which.
     """
     flag = "-ngl all" if count >= ALL_LAYERS else f"-ngl {count}"
     start = n_layers + 1 - min(count, n_layers + 1)

@@ -1,12 +1,14 @@
-"""Where every tensor goes: a pure function of a tape, a machine and the user's rules.
+"""Places every tensor: a pure function of a tape, a machine and the user's rules.
 
-The rules come first (`rules.py`). What they leave free is placed by a search over a fixed family of
-placements: the units (`plan_units.py`) in the order of the time that a byte of them saves on a GPU,
-and of that order the first k on GPUs, for every k and for every way to deal the layers out to the
-GPUs in runs and the head to one of them. Of those that fit the memories the one with the fastest
-decode at half the context is taken; of equally fast ones the one that fills the GPUs most evenly.
-As the family does not depend on the memories, more memory can only add to the choice: it is never
-predicted to be slower.
+The rules come first (`rules.py`). A search places what they leave free:
+
+1. Order the units (`units.py`) by the seconds that each of their bytes saves on a GPU.
+2. For every k, put the first k units on GPUs.
+3. For each k, try every way to deal the layers to the GPUs in runs, and the head to one GPU.
+
+Of the placements that fit, it selects the fastest decode at half the context. Of equally fast ones
+it selects the one that fills the GPUs most evenly. The placements tried do not depend on the
+devices' memory. So more memory only adds choices, and is never predicted to be slower.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from deskside.lowering.sections import HOST_TORCH, state_homes
 from deskside.machine.devices import CPU, Machine, show_size
 from deskside.plan.plan import DoesNotFit, Options, Plan, Usage
 from deskside.plan.rules import ALL_LAYERS, Rules, apply
-from deskside.plan.speed import SpeedModel, predict
+from deskside.plan.speed import SpeedModel, predict, replays
 from deskside.plan.units import EMBED, HEAD, KINDS, Grouping, Unit, group_units
 from deskside.tape import Tape
 from deskside.tape.cache import cache_bytes, kv_type
 from deskside.tape.cost import BatchShape
 
-MAX_SPLITS = 512  # ways to deal layers out to GPUs that are looked at
+MAX_SPLITS = 512  # ways to deal out layers to GPUs that are tried
 GPU = "gpu"  # pinned to some GPU, see rules.py
 Indices = NDArray[np.intp]
 Bytes = NDArray[np.int64]
@@ -38,26 +40,30 @@ Bytes = NDArray[np.int64]
 def make_plan(
     tape: Tape, machine: Machine, rules: Rules, options: Options, memory: Memory | None = None
 ) -> Plan:
-    """The best placement; DesksideError for rules that make no sense, DoesNotFit where none fits.
+    """The fastest placement that the rules allow.
 
-    memory: of the same tape, threads and ubatch, to spare computing it again.
+    memory: of the same tape, threads and ubatch, if already computed.
+    DesksideError for rules that contradict, or a context longer than the model's. DoesNotFit if no
+    placement fits.
     """
     if options.ctx > tape.n_ctx_train:
         raise DesksideError(
             f"-c {options.ctx} is more than the model's context of {tape.n_ctx_train} tokens"
         )
-    memory = memory or Memory(tape, threads=options.threads, ubatch=options.ubatch)
+    memory = memory or Memory(tape, threads=options.most_threads, ubatch=options.ubatch)
     search = _Search(tape, machine, rules, options, memory)
     while True:
         plan = search.plan(*search.best())
         over = [max(0, -u.free) for u in plan.usage]
         if not any(over):
             return plan
-        # Rules that tear experts apart need more work memory than the search reckons with.
+        # Rules that separate an expert's matrices need more work memory than the search expects.
         search.extra += np.array(over)
 
 
 class _Search:
+    """Tries placements. extra: bytes by device beyond the weights, states and expected buffers."""
+
     def __init__(
         self, tape: Tape, machine: Machine, rules: Rules, options: Options, memory: Memory
     ) -> None:
@@ -66,7 +72,9 @@ class _Search:
         self.names = [d.name for d in machine.devices]
         self.gpus = self.names[1:]
         n_layers = 1 + max(op.layer for op in tape.ops)
-        self.pinned = apply(rules, list(tape.weights()), n_layers, self.gpus)
+        weights = tape.weights()
+        sources = {name: w.source for name, w in weights.items() if w.source}
+        self.pinned = apply(rules, list(weights), n_layers, self.gpus, sources)
         self.grouping: Grouping = group_units(tape, self.pinned.devices)
         k, v = kv_type(options.ctk, "-ctk"), kv_type(options.ctv, "-ctv")
         self.speed = SpeedModel(self.grouping, machine, k, v)
@@ -91,7 +99,7 @@ class _Search:
         self.extra: Bytes = np.array([options.reserved.get(n, 0) for n in self.names], np.int64)
 
     def _order(self) -> list[int]:
-        """Free units, by seconds saved a byte; later layers first among equals, as -ngl counts."""
+        """Free units, by seconds saved per byte. Among equals later layers first, as for -ngl."""
         if not self.gpus:
             return []
         gpu = min(self.machine.gpus, key=lambda d: (-d.bandwidth.value, d.name))
@@ -105,15 +113,15 @@ class _Search:
                 for s in states
             )
             gain = self.speed.gain(i, self.shape, gpu) / max(size, 1)
-            # layers of one sort differ in the last digits only
+            # equal layers differ in the last digits only
             return (-float(f"{gain:.6e}"), -unit.layer, i)
 
-        # one row a token is read of the embedding: it is never worth a GPU's memory
+        # a token reads one row of the embedding, so it is never worth a GPU's memory
         free = [i for i, u in enumerate(self.grouping.units) if u.tensors and u.role != EMBED]
         return sorted(free, key=key)
 
     def _splits(self) -> list[tuple[int, ...]]:
-        """Number of the GPU of each layer and of the head, for every way to deal them out."""
+        """Every way to deal layers and head to GPUs: the device's index of each layer and head."""
         n, g = self.grouping.n_layers, len(self.gpus)
         if self.pinned.layer_gpu:
             found = [tuple(self.names.index(name) for name in self.pinned.layer_gpu)]
@@ -135,7 +143,7 @@ class _Search:
         return found
 
     def _family(self, split: tuple[int, ...]) -> Indices:
-        """(k, units): where each unit is when the first k of the order are on their GPU."""
+        """(k, units): the device's index of each unit, if the first k in order are on their GPU."""
         n = len(self.order)
         place = np.zeros((n + 1, len(self.grouping.units)), np.intp)
         for at, i in enumerate(self.order):
@@ -147,11 +155,11 @@ class _Search:
         return split[-1] if unit.role == HEAD else split[max(unit.layer, 0)]
 
     def _atoms(self, split: tuple[int, ...], units: Indices) -> Indices:
-        """(k, atoms) from (k, units)."""
+        """(k, atoms): the device of each atom, from those of the units."""
         places = np.empty((len(units), len(self.grouping.atoms)), np.intp)
         for i, atom in enumerate(self.grouping.atoms):
             if atom.pin is None:
-                # a unit that rules took all tensors of follows what is pinned in it
+                # atoms of a unit whose tensors are all pinned follow those tensors
                 places[:, i] = units[:, atom.unit]
             elif atom.pin == GPU:
                 places[:, i] = self._gpu(split, self.grouping.units[atom.unit])
@@ -160,7 +168,7 @@ class _Search:
         return places
 
     def _bytes(self, split: tuple[int, ...], units: Indices, atoms: Indices) -> Bytes:
-        """(k, devices), margins and buffers included."""
+        """(k, devices): bytes of each placement, with margins and buffers."""
         total = np.zeros((len(units), len(self.names)), np.int64)
         rows = np.arange(len(units))
         resident = self.options.resident
@@ -184,7 +192,7 @@ class _Search:
         return self._gpu(split, unit) if device == GPU else self.names.index(device)
 
     def best(self) -> tuple[tuple[int, ...], Indices]:
-        """Split and units of the fastest placement that fits; DoesNotFit."""
+        """The split and the units of the fastest placement that fits. DoesNotFit if none does."""
         memories = np.array([d.memory for d in self.machine.devices])
         best: tuple[float, float, tuple[int, ...], Indices] | None = None
         min_over: tuple[int, Bytes] | None = None
@@ -199,7 +207,7 @@ class _Search:
                 if min_over is None or over[k].sum() < min_over[0]:
                     min_over = int(over[k].sum()), over[k]
                 continue
-            room = np.append(fits[1:], False)[fits]  # for the next one in the order as well
+            room = np.append(fits[1:], False)[fits]  # room for the next unit in the order, too
             units, need = units[fits], need[fits]
             seconds = self.speed.seconds(self.shape, atoms[fits])
             k = int(seconds.argmin())
@@ -248,7 +256,7 @@ class _Search:
         in_order = self.tape.weights()
         o = self.options
         shapes = o.shapes or (StepShape(o.ubatch),)
-        taken, sections = buffers(self.tape, placement, shapes, threads=o.threads)
+        taken, sections = buffers(self.tape, placement, shapes, threads=o.most_threads)
         homes = state_homes(sections)
         states = [CPU if homes[s] == HOST_TORCH else homes[s] for s in range(len(self.states))]
         rates = predict(self.speed, atoms, o.ctx, o.ubatch, o.parallel)
@@ -263,6 +271,7 @@ class _Search:
             self.grouping.kinds,
             self._usage(placement, states, taken),
             tuple(rates),
+            tuple(replays(self.speed, atoms, self.machine.published, o.ctx, o.ubatch)),
         )
 
     def _reason(self, i: int, device: int) -> str:
@@ -303,7 +312,7 @@ class _Search:
 
 
 def _combinations(n: int, k: int) -> int:
-    """Of k out of n with repetition."""
+    """Ways to choose k of n with repetition: (n + k - 1)! / (k! (n - 1)!)."""
     total = 1
     for i in range(k):
         total = total * (n + i) // (i + 1)

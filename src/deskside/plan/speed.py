@@ -1,31 +1,31 @@
-"""Predicted speed of a placement, from bytes and multiply-adds of its ops and the devices' rates.
+"""Predicts the speed of a placement from its ops' bytes and multiply-adds and the devices' rates.
 
-A step of the CPU takes, per sort of step, what it reads and what it multiplies, one after another:
+A step on the CPU takes, for each sort of step:
 
     t = bytes / (bandwidth * sustained * e_bytes) + macs / (arithmetic * e_macs)
 
-Both shares e are measured (`calibrate`); the sum and not the larger of the two, for prefetching
-hides only part of either. 8-bit products go by `compute`, float ones (router, attention, delta
-rule, row-wise ops) by `float_compute`. A GPU takes the larger of the two, at its assumed
-sustained rates. On top come a barrier for every step of tasks on the CPU and a hand-over, with the
-activations, for every change of device. Shared and routed experts overlap where they are on two
-devices.
+Both shares e are measured (`calibrate`). The terms add because prefetching hides only part of
+either. 8-bit products count against `compute`; float ones (router, attention, delta rule, row-wise
+ops) against `float_compute`. A GPU takes the larger of both terms, at its assumed sustained rates.
 
-The roofline is the same sum over atoms of the larger of bytes and products at full rates, without
-barriers, hand-overs and row-wise ops.
+Every step of tasks on the CPU adds a barrier. Every change of device adds a hand-over and the
+transfer of activations. Shared and routed experts on two devices overlap.
+
+The roofline takes the larger of bytes and products at full rates, and sums over atoms. It has no
+barriers, hand-overs or row-wise ops.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deskside.gguf.quants import QuantType
-from deskside.machine.devices import CPU, Device, Efficiency, Machine
+from deskside.machine.devices import CPU, Device, Efficiency, Machine, Published, PublishedRun
 from deskside.plan.units import EXPERTS, SHARED, Atom, Grouping
 from deskside.tape.cost import BatchShape, work
 
@@ -42,7 +42,7 @@ EFFICIENCY: dict[str, Efficiency] = {
 EFFICIENCY_SOURCE = "assumed: as measured on docs/LOG.md's Xeon"
 FULL = Efficiency(1.0, 1.0)
 FLOAT_SORTS = frozenset({"router", "attention", "delta", "rows"})
-TASKS_STEPS = 6  # of a layer, and as many barriers (docs/ARCHITECTURE.md)
+TASKS_STEPS = 6  # steps of tasks in a layer, each with a barrier (docs/ARCHITECTURE.md)
 SHORT_PROMPT, LONG_PROMPT = 512, 16384
 DEPTHS = (0, 1024, 4096, 16384, 65536)
 
@@ -52,10 +52,13 @@ BySort = dict[str, tuple[float, float]]  # sort -> bytes, multiply-adds
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second of decode behind `depth` tokens, or of a prompt of `prompt`.
+    """Predicted tokens per second: of decode after `depth` tokens, or of a prompt's prefill.
 
-    n_seq: sequences together, whose tokens are all counted. limit: the resource that takes most of
-    the time, and its share. seconds: by resource, of one token.
+    prompt       tokens of the prompt; 0 for decode
+    n_seq        sequences; the tokens of all count
+    rate         predicted; roofline: the bound
+    limit        the resource that takes most of the time; limit_share: its share, 0 to 1
+    seconds      of one token, by resource
     """
 
     prompt: int
@@ -69,23 +72,23 @@ class Rate:
 
     @property
     def share(self) -> float:
-        """Of the roofline."""
+        """Share of the roofline, 0 to 1."""
         return self.rate / self.roofline
 
 
 def device_seconds(
     sorts: BySort, device: Device, efficiency: Mapping[str, Efficiency]
 ) -> tuple[float, float]:
-    """Of reading and of arithmetic, which add up; of a GPU's the larger alone, the other is 0.
+    """Seconds of reading and of arithmetic. Their sum is the time; a GPU's smaller one is 0.
 
-    efficiency: of the CPU, by sort.
+    sorts: bytes and multiply-adds, by sort. efficiency: of the CPU, by sort.
     """
     reading = arithmetic = 0.0
     for sort, (nbytes, macs) in sorts.items():
         e = efficiency[sort] if device.is_cpu else FULL
         reading += nbytes / (device.bandwidth.value * device.sustained * e.bytes)
         if sort == "rows" and not device.is_cpu:
-            continue  # fused into its kernels
+            continue  # a GPU fuses them into its kernels
         rate = device.float_compute if sort in FLOAT_SORTS else device.compute
         arithmetic += macs / (rate.value * e.macs)
     if device.is_cpu:
@@ -94,7 +97,7 @@ def device_seconds(
 
 
 class SpeedModel:
-    """Seconds of steps on a machine, for whole families of placements at once."""
+    """Predicts seconds of steps on a machine, for many placements at once."""
 
     def __init__(
         self, cut: Grouping, machine: Machine, k_type: QuantType, v_type: QuantType
@@ -109,13 +112,13 @@ class SpeedModel:
         self._tables: dict[BatchShape, Floats] = {}  # seconds (atoms, devices)
 
     def works(self, shape: BatchShape) -> list[BySort]:
-        """Of every atom."""
+        """Bytes and multiply-adds of every atom, by sort."""
         if shape not in self._works:
             self._works[shape] = [self._work(atom, shape) for atom in self.cut.atoms]
         return self._works[shape]
 
     def seconds(self, shape: BatchShape, places: NDArray[np.intp]) -> Floats:
-        """Of one step by placement. places: (placements, atoms), numbers of devices."""
+        """Seconds of one step: (placements,). places: (placements, atoms), indices of devices."""
         devices = self.machine.devices
         if shape not in self._tables:
             self._tables[shape] = np.array(
@@ -134,8 +137,11 @@ class SpeedModel:
         return found
 
     def rate(self, shape: BatchShape, place: NDArray[np.intp], prompt: int = 0) -> Rate:
-        """Predicted speed of one placement. prompt: 0 for decode, else the tokens of a prompt that
-        is computed in pieces of `shape.n` (its depth and last piece are seen to here)."""
+        """Predicted speed of one placement. place: (atoms,), indices of devices.
+
+        prompt: 0 for decode; else the tokens of a prompt, computed in pieces of `shape.n`. The
+        depths of the pieces and the size of the last then follow from `prompt`.
+        """
         steps = [(1.0, shape)] if not prompt else list(_pieces(prompt, shape.n, shape.n_seq))
         tokens = prompt * shape.n_seq if prompt else shape.tokens
         total = roof = 0.0
@@ -160,7 +166,7 @@ class SpeedModel:
         )
 
     def gain(self, unit: int, shape: BatchShape, device: Device) -> float:
-        """Seconds that a unit saves on a device against the CPU."""
+        """Seconds that a unit saves on a device, compared with the CPU."""
         works = (self._work(a, shape) for a in self.cut.atoms if a.unit == unit and a.pin is None)
         cpu = self.machine.cpu
         return sum(self._seconds(w, cpu) - self._seconds(w, device) for w in works)
@@ -174,7 +180,7 @@ class SpeedModel:
         return found
 
     def _hop(self, a: Device, b: Device, tokens: int) -> float:
-        """Activations from a device to another: through the host's memory."""
+        """Seconds to move activations between devices, through the host's memory."""
         if a is b:
             return 0.0
         nbytes = 4.0 * tokens * self.n_embd
@@ -182,7 +188,7 @@ class SpeedModel:
         return max(d.handshake.value for d in (a, b) if not d.is_cpu) + over
 
     def _parts(self, shape: BatchShape, place: NDArray[np.intp]) -> dict[str, float]:
-        """Seconds of a step by resource, overlap not taken off."""
+        """Seconds of a step by resource. Overlap is not subtracted."""
         devices = self.machine.devices
         parts: dict[str, float] = {}
         for sorts, d in zip(self.works(shape), place, strict=True):
@@ -234,7 +240,7 @@ class SpeedModel:
 
 
 def _overlapping(atoms: Sequence[Atom]) -> list[tuple[list[int], list[int]]]:
-    """Per layer the atoms of its routed and of its shared experts."""
+    """For each layer, the atoms of its routed experts and of its shared expert."""
     layers: dict[int, tuple[list[int], list[int]]] = {}
     for i, atom in enumerate(atoms):
         if atom.role in (EXPERTS, SHARED):
@@ -243,7 +249,7 @@ def _overlapping(atoms: Sequence[Atom]) -> list[tuple[list[int], list[int]]]:
 
 
 def _pieces(prompt: int, ubatch: int, n_seq: int) -> list[tuple[float, BatchShape]]:
-    """How often which step: whole pieces at their mean depth, and the rest."""
+    """Steps of a prompt and how often each runs: whole pieces at their mean depth, and the rest."""
     whole, rest = divmod(prompt, ubatch)
     pieces = []
     if whole:
@@ -256,7 +262,10 @@ def _pieces(prompt: int, ubatch: int, n_seq: int) -> list[tuple[float, BatchShap
 def predict(
     model: SpeedModel, place: NDArray[np.intp], ctx: int, ubatch: int, n_seq: int
 ) -> list[Rate]:
-    """Prompts, short and long, then decode at several depths, and of all sequences together."""
+    """Rates of prompts, of decode at several depths, and of `n_seq` sequences together.
+
+    place: (atoms,), indices of devices. ctx, ubatch: tokens.
+    """
     rates = []
     prompts = sorted({min(SHORT_PROMPT, ctx), min(LONG_PROMPT, ctx)})
     for prompt in prompts:
@@ -268,8 +277,37 @@ def predict(
     return rates
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """A run that others published, and what is computed for it. decode: at its mean depth."""
+
+    run: PublishedRun
+    prefill: Rate
+    decode: Rate
+
+    @property
+    def total(self) -> float:
+        """Seconds of prompt and answer, whose first token comes with the prompt."""
+        return self.run.prompt / self.prefill.rate + (self.run.generated - 1) / self.decode.rate
+
+
+def replays(
+    model: SpeedModel,
+    place: NDArray[np.intp],
+    published: Sequence[Published],
+    ctx: int,
+    ubatch: int,
+) -> Iterator[Replayed]:
+    """The published runs that a context of `ctx` tokens holds."""
+    for run in dict.fromkeys(run for p in published for run in p.runs):
+        if run.prompt + run.generated <= ctx:
+            depth = run.prompt + (run.generated - 1) // 2
+            prefill = model.rate(BatchShape(min(ubatch, run.prompt), 0), place, run.prompt)
+            yield Replayed(run, prefill, model.rate(BatchShape(1, depth), place))
+
+
 def sources(machine: Machine, used: Sequence[str]) -> list[str]:
-    """One line a figure that the prediction rests on, assumed or measured."""
+    """One line for each figure that the prediction uses, assumed or measured."""
     lines = []
     for device in machine.devices:
         if device.name not in used:
@@ -295,6 +333,3 @@ def _show(name: str, value: float) -> str:
         return f"{1e6 * value:.3g} us"
     unit = "GB/s" if name in ("bandwidth", "transfer") else "G products/s"
     return f"{value / 1e9:,.4g} {unit}"
-
-
-# --- calibration ------------------------------------------------------------------------------

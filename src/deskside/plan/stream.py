@@ -1,22 +1,22 @@
-"""When to bring experts of the host to a device, how many tokens at a time, and what comes of it.
+"""When to stream experts of the host to a device, for how many tokens at a time, and how fast.
 
-A pass computes n tokens. Its experts on the host are brought to the device once, whatever n is, so
-the rate grows with n until the device's arithmetic takes as long as the transfer. (The 217 GB of
-Qwen3.5-397B's experts in IQ4_NL take 3.95 s over PCIe 5 at 55 GB/s: 130 tok/s at 512 tokens, 4144
-at 16384.) The CPU takes time for every token instead; where both take the same time is the
-break-even.
+A pass computes n tokens and copies the host's experts to the device once. So the rate grows with
+n, until the device's arithmetic takes as long as the transfer. (The 217 GB of Qwen3.5-397B's
+experts in IQ4_NL take 3.95 s over PCIe 5 at 55 GB/s: 130 tok/s at 512 tokens, 4144 at 16384.) The
+CPU's time grows with every token. At the break-even both take the same time.
 
     transfer = bytes of the chosen experts / min(transfer rate, sustained read rate of the host / 3)
     device   = the larger of products / arithmetic and bytes / bandwidth, of experts and the rest
     cpu      = bytes / (bandwidth * e_bytes) + products / (arithmetic * e_macs)
 
-A byte on its way is read from the host's memory, written to pinned memory and read again: hence the
-third. Copies run beside everything that the device computes, but for the first slot of a pass.
+A third, because a copied byte is read from the host's memory, written to pinned memory and read
+again. Copies overlap everything that the device computes, except for the first slot of a pass.
 
-Near the break-even an expert is better off on either side according to its tokens. `host_below` is
-the count that makes a pass shortest if every token chooses at random (counts are then nearly
-Poisson's); with a real router's uneven counts a cut gains more than predicted. As the host then
-takes part in every layer, nothing is brought ahead of the layer it is for.
+Near the break-even, the count of an expert's tokens decides which side is faster. Experts with
+fewer than `host_below` tokens stay on the host. `host_below` is chosen for the shortest pass. The
+choice assumes that tokens select experts at random: counts are then nearly Poisson distributed. A
+real router is less even, and gains more than predicted. With `host_below`, the host takes part in
+every layer, so no layer's experts are copied ahead.
 """
 
 from __future__ import annotations
@@ -37,22 +37,25 @@ from deskside.tape import Op, Tape
 from deskside.tape.cost import MATRICES, BatchShape, Experts, work
 
 SLOTS = 2
-SLOT_SECONDS = 1e-3  # of one transfer at least: launches and hand-overs are some 1 % of it
+SLOT_SECONDS = 1e-3  # minimum of one transfer: launches and hand-overs are about 1 % of it
 MAX_TOKENS = 1 << 20
-CLOSE = 0.98  # of the best rate: a smaller chunk that reaches it takes less memory
+CLOSE = 0.98  # share of the best rate: a smaller chunk that reaches it needs less memory
 DRAM_PASSES = 3
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What `StreamOptions` needs, and a prediction. Bytes, tokens, seconds, tokens per second.
+    """What `StreamOptions` needs, and a prediction. Units: bytes, tokens, seconds, tokens/second.
 
-    nbytes: of all experts that may pass. break_even: the smallest batch that takes no longer by
-    streaming than on the CPU; None where no batch does, and then nothing should stream. chunk:
-    tokens of a pass. host_below: experts with fewer tokens stay on the CPU in a pass of `chunk`; 0
-    for none. rate: of the prompt, with its limiting resource. seconds: of one pass by resource,
-    which overlap. rates: of the same prompt by other chunks, and cpu_rate with all on the CPU.
-    top_k: experts of a token.
+    nbytes      of all experts that may stream
+    slot_bytes  of each of `slots` staging slots
+    break_even  the smallest batch that streams as fast as the CPU computes; None: stream nothing
+    chunk       tokens of a pass
+    host_below  in a pass of `chunk`, experts with fewer tokens stay on the CPU; 0 for none
+    rate        of the prompt; limit: the resource that limits it
+    seconds     of one pass, by resource; they overlap
+    rates       of the same prompt, by chunk; cpu_rate: with all on the CPU
+    top_k       experts of a token
     """
 
     device: str
@@ -82,15 +85,18 @@ def plan_stream(
     resident: float = 0.0,
     rest: Callable[[int], float] | None = None,
 ) -> StreamPlan | None:
-    """How experts that `placement` has on the CPU should stream to `device`; None if it has none.
+    """Plans how the CPU's experts stream to `device`. None if the CPU has no layer's experts.
 
-    placement: tensor -> device name. prompt: tokens of the prompt to be fast for. max_chunk: the
-    largest batch whose activations fit. free_bytes: of the device, for slots; no limit without.
-    resident: the share of these experts that an expert cache holds (0 to 1). rest: seconds of all
-    other ops in a pass of n tokens (say, from `SpeedModel`); without it, weights and the products
-    with them at the rates of the devices; attention, the delta rule and states are not counted.
-    DesksideError for a machine without the device, counts below 1, or less room than two slots of
-    one expert.
+    placement   tensor -> device name
+    prompt      tokens of the prompt to optimise for
+    max_chunk   the largest batch whose activations fit
+    free_bytes  of the device, for slots; None for no limit
+    resident    share of these experts that an expert cache holds, 0 to 1
+    rest        seconds of all other ops in a pass of n tokens, e.g. from `SpeedModel`. Without it
+                only weights and their products count, at the devices' rates: no attention, delta
+                rule or states.
+
+    DesksideError for an unknown device, counts below 1, or less room than two slots of one expert.
     """
     _check(machine, device, prompt, max_chunk, resident)
     ops = [
@@ -147,7 +153,7 @@ def _check(machine: Machine, device: str, prompt: int, max_chunk: int, resident:
 
 @dataclass
 class _Model:
-    """Seconds of passes. `fill`: of the first slot, which nothing hides."""
+    """Seconds of passes. fill: seconds to fill the first slot, which nothing overlaps."""
 
     machine: Machine
     tape: Tape
@@ -164,26 +170,30 @@ class _Model:
         self.read_rate = cpu.bandwidth.value * cpu.sustained
         self.transfer = min(self.gpu.transfer.value, self.read_rate / DRAM_PASSES)
         self.efficiency = {**EFFICIENCY, **self.machine.efficiency}
-        # Layers that are alike are reckoned once.
+        # Equal layers are computed once.
         token = BatchShape(1)
         alike = Counter((Experts.of(op), work(op, self.tape.states, token).macs) for op in self.ops)
         self.layers = [(experts, macs, count) for (experts, macs), count in alike.items()]
 
     def slot_bytes(self, free: int | None) -> int:
-        """Whole experts that take SLOT_SECONDS, at most a layer of them and what fits."""
+        """Bytes of whole experts that take SLOT_SECONDS to copy.
+
+        At most a layer's experts, and at most what fits in `free` bytes.
+        """
         one = max(expert_bytes(op) for op in self.ops)
-        most = min(op.weights[0].shape[2] for op in self.ops)
-        n = min(max(1, math.ceil(SLOT_SECONDS * self.transfer / one)), most)
+        max_experts = min(op.weights[0].shape[2] for op in self.ops)
+        n = min(max(1, math.ceil(SLOT_SECONDS * self.transfer / one)), max_experts)
         if free is not None:
             n = min(n, free // (SLOTS * one))
             if n < 1:
                 raise DesksideError(
-                    f"streaming experts: {self.gpu.name} has {free} bytes left, {SLOTS} slots take "
-                    f"{SLOTS * one} and more; place fewer tensors on it"
+                    f"streaming experts: {self.gpu.name} has {free} bytes left, but {SLOTS} slots "
+                    f"take at least {SLOTS * one}; place fewer tensors on it"
                 )
         return n * one
 
-    # Experts of all streamed layers in a pass of n tokens; below h tokens on the host.
+    # Seconds of all streamed layers' experts in a pass of n tokens. Experts with fewer than h
+    # tokens run on the host.
 
     def copy(self, n: int, h: int = 0) -> float:
         nbytes = 0.0
@@ -196,14 +206,14 @@ class _Model:
         total = 0.0
         for experts, macs, count in self.layers:
             share = _many(experts, n, h)[1] if h > 0 else 1.0
-            share += self.resident * (1 - share)  # what is resident is the device's in any case
+            share += self.resident * (1 - share)  # the device computes resident experts in any case
             arithmetic = share * n * macs / self.gpu.compute.value
             reading = experts.read(n) / (self.gpu.bandwidth.value * self.gpu.sustained)
             total += count * max(arithmetic, reading)
         return total
 
     def on_cpu(self, n: int, h: int | None = None) -> float:
-        """Experts with fewer than h tokens that are not resident; None for all."""
+        """Seconds of experts that are not resident and have fewer than h tokens (None: any)."""
         e = self.efficiency["experts"]
         total = 0.0
         for experts, macs, count in self.layers:
@@ -234,13 +244,13 @@ class _Model:
         return total
 
     def hops(self, n: int) -> float:
-        """To the host and back in every layer, with the activations."""
+        """Seconds to the host and back in every layer, with the activations."""
         each = sum(
             self.gpu.handshake.value + 4 * n * op.inputs[0].width / self.transfer for op in self.ops
         )
         return 2 * each
 
-    # Whole passes.
+    # Seconds of whole passes.
 
     def stream(self, n: int, h: int = 0) -> float:
         if h <= 1:
@@ -252,11 +262,11 @@ class _Model:
         return self.rest(n) + self.hops(n) + self.on_cpu(n)
 
     def step(self, n: int, h: int) -> float:
-        """As the backend would: by streaming from the break-even on, or else on the CPU."""
+        """Seconds as the backend runs it: streaming from the break-even on, else on the CPU."""
         return min(self.stream(n, h), self.cpu(n))
 
     def best_cut(self, n: int) -> int:
-        """The `host_below` of the shortest pass; 0 where none is shorter than without."""
+        """The `host_below` of the shortest pass; 0 if none is shorter than without."""
         mean = max(n * op.inputs[1].width / op.weights[0].shape[2] for op in self.ops)
         wide = math.ceil(4 * math.sqrt(mean)) + 2
         low, high = max(2, int(mean) - wide), int(mean) + wide
@@ -269,7 +279,7 @@ class _Model:
         return (whole * seconds(chunk) if whole else 0.0) + (seconds(left) if left else 0.0)
 
     def parts(self, n: int, h: int) -> dict[str, float]:
-        """Seconds of one pass by resource."""
+        """Seconds of one pass by resource. They overlap."""
         name = self.gpu.name
         if self.cpu(n) <= self.stream(n, h):
             return {"cpu": self.on_cpu(n), f"{name} arithmetic": self.rest(n)}
@@ -289,7 +299,7 @@ def _many(experts: Experts, n: int, h: int) -> tuple[float, float]:
 
 @lru_cache(4096)
 def _above(mean: float, h: int) -> tuple[float, float]:
-    """Of a Poisson distribution, and of its mean, what h and larger counts have."""
+    """For counts of h and more: their share of a Poisson distribution, and of its mean."""
     k = np.arange(h)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, max(h, 2))))])[:h]
     few = np.exp(k * math.log(mean) - mean - log_factorial)
@@ -297,7 +307,7 @@ def _above(mean: float, h: int) -> tuple[float, float]:
 
 
 def _first(holds: Callable[[int], bool]) -> int | None:
-    """The smallest count of tokens that it holds for, if then for all larger ones."""
+    """The smallest count of tokens for which `holds`. It must then hold for all larger ones."""
     high = 1
     while not holds(high):
         high *= 2
@@ -310,10 +320,10 @@ def _first(holds: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _chunks(prompt: int, most: int) -> list[int]:
-    """Sizes that cut the prompt in even parts, and powers of two."""
-    most = min(prompt, most)
-    fewest = -(-prompt // most)
-    even = {-(-prompt // parts) for parts in range(fewest, fewest + 6)}
-    powers = {1 << i for i in range(6, 21) if 1 << i <= most}
-    return sorted({n for n in even | powers if 1 <= n <= most} | {most})
+def _chunks(prompt: int, max_chunk: int) -> list[int]:
+    """Chunk sizes that cut the prompt in even parts, and powers of two."""
+    max_chunk = min(prompt, max_chunk)
+    min_parts = -(-prompt // max_chunk)
+    even = {-(-prompt // parts) for parts in range(min_parts, min_parts + 6)}
+    powers = {1 << i for i in range(6, 21) if 1 << i <= max_chunk}
+    return sorted({n for n in even | powers if 1 <= n <= max_chunk} | {max_chunk})

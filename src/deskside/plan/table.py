@@ -1,4 +1,4 @@
-"""A plan for people and for programs: groups of tensors, tables, JSON (docs/PLANNER.md)."""
+"""Shows a plan: groups of tensors, tables, JSON (docs/PLANNER.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deskside.machine.devices import Published, show_size
 from deskside.plan.plan import Plan, Usage
 from deskside.plan.remedies import Remedy
 from deskside.plan.rules import layer_of
-from deskside.plan.speed import Rate, sources
+from deskside.plan.speed import Rate, Replayed, sources
 from deskside.plan.units import KINDS
 
 VERSION = 1
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one kind that are on one device for one reason."""
+    """Tensors of one kind, on one device, for one reason. nbytes: of all `count` tensors."""
 
     pattern: str
     device: str
@@ -33,7 +33,7 @@ class Group:
 
 
 def groups(plan: Plan) -> list[Group]:
-    """What went where and why, a line each, in the order of kinds."""
+    """All tensors in groups, in the order of KINDS."""
     infos = plan.tape.weights()
     by: dict[tuple[int, str, str, str], list[str]] = {}
     of_kind: dict[tuple[str, str], set[int | None]] = {}
@@ -64,7 +64,7 @@ def _suffix(name: str) -> str:
 def _pattern(
     names: Sequence[str], kind: str, of_kind: Mapping[tuple[str, str], set[int | None]]
 ) -> str:
-    """`blk.0-22.{ffn_gate_exps,…}`; * for all layers that have the tensor."""
+    """Names as `blk.0-22.{ffn_gate_exps,…}`. `*` stands for all layers that have the tensor."""
     layers = {layer for n in names if (layer := layer_of(n)) is not None}
     globals_ = [n.removesuffix(".weight") for n in names if layer_of(n) is None]
     suffixes = list(dict.fromkeys(_suffix(n) for n in names if layer_of(n) is not None))
@@ -102,16 +102,22 @@ def rate_label(rate: Rate) -> str:
 
 
 def published(plan: Plan, preset: str | None) -> list[tuple[Published, float]]:
-    """What others measured of this model there, and its share of the roofline at depth 0."""
+    """Speeds that others measured of this model with these types of experts, each with its share (0
+    to 1) of the roofline at depth 0."""
     decode = [r for r in plan.rates if not r.prompt and r.n_seq == 1]
     if not decode:
         return []
     roof = decode[0].roofline
-    return [(p, p.decode / roof) for p in plan.machine.published if p.preset == preset]
+    types = {w.type.name for n, w in plan.tape.weights().items() if role(n) is Role.EXPERTS}
+    return [
+        (p, p.decode / roof)
+        for p in plan.machine.published
+        if p.preset == preset and (not p.experts or types <= {*p.experts})
+    ]
 
 
 def show(plan: Plan, title: str, preset: str | None, console: Console | None = None) -> None:
-    """The readable table."""
+    """Print the plan: memory by device, groups, rates and their sources. preset: as `published`."""
     out = console or Console(highlight=False)
     o = plan.options
     out.print(
@@ -143,6 +149,14 @@ def show(plan: Plan, title: str, preset: str | None, console: Console | None = N
             markup=False,
             soft_wrap=True,
         )
+        if beside := [r for r in plan.replayed if r.run in p.runs]:
+            out.print()
+            out.print(
+                f"Published: measured by others with {p.engine}. Computed: for this plan.",
+                markup=False,
+                soft_wrap=True,
+            )
+            out.print(_beside(beside))
     out.print()
     for line in sources(plan.machine, plan.used):
         out.print(line, style="dim", markup=False, soft_wrap=True)
@@ -195,9 +209,34 @@ def _rate_table(rates: Iterable[Rate]) -> Table:
     return table
 
 
+def _beside(replayed: Iterable[Replayed]) -> Table:
+    """Published runs, with what is computed for them."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("\nprompt + answer", no_wrap=True)
+    for what in ("PP tok/s", "TG tok/s", "total s"):
+        table.add_column(f"{what}\npublished", justify="right", no_wrap=True)
+        table.add_column(f"{what}\ncomputed", justify="right", no_wrap=True)
+    for r in replayed:
+        table.add_row(
+            f"{r.run.prompt:,} + {r.run.generated:,}",
+            f"{r.run.prefill:g}",
+            f"{r.prefill.rate:.1f}",
+            f"{r.run.decode:g}",
+            f"{r.decode.rate:.1f}",
+            f"{r.run.total:g}",
+            f"{r.total:.1f}",
+        )
+    return table
+
+
 def remedy_line(remedy: Remedy) -> str:
     decode = next(r for r in remedy.plan.rates if not r.prompt)
     return f"{remedy.flags}  ({decode.rate:.1f} tok/s predicted at depth 0)"
+
+
+def _replayed(r: Replayed) -> dict[str, Any]:
+    computed = {"prefill": r.prefill.rate, "decode": r.decode.rate, "total": r.total}
+    return {**vars(r.run), "computed": computed}
 
 
 def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
@@ -233,7 +272,12 @@ def to_dict(plan: Plan, title: str, preset: str | None) -> dict[str, Any]:
         "states": list(plan.state_devices),
         "rates": [{**vars(r), "seconds": dict(r.seconds), "share": r.share} for r in plan.rates],
         "published": [
-            {**vars(p), "share_of_roofline": share} for p, share in published(plan, preset)
+            {
+                **vars(p),
+                "share_of_roofline": share,
+                "runs": [_replayed(r) for r in plan.replayed if r.run in p.runs],
+            }
+            for p, share in published(plan, preset)
         ],
         "sources": sources(plan.machine, plan.used),
     }

@@ -1,10 +1,17 @@
-"""A tape grouped for placing: units, whose tensors share a device, and atoms, which run there.
+"""Groups a tape for placement: units, whose tensors share a device, and atoms, which run there.
 
-A unit is what makes sense only as a whole: a layer's mixer (attention or delta net with its state),
-its router with norms (of a dense model: its feed-forward block), its shared expert, its routed
-experts; the embedding; the head. Tensors that rules pin leave their unit. An atom is a run of ops
-of one unit on one device, as the contract with the executor has it: an op runs where its first
-weight is, one without weights where its first input was made.
+A unit is placed as a whole. Units are:
+
+- a layer's mixer: attention or delta net, with its state
+- its router with norms; in a dense model, its feed-forward block
+- its shared expert
+- its routed experts
+- the embedding
+- the head
+
+Tensors that rules pin leave their unit. An atom is a run of ops of one unit on one device. As in
+`lowering/sections.py`, an op runs where its first weight is; without weights, where its first input
+was made.
 """
 
 from __future__ import annotations
@@ -38,7 +45,7 @@ Key = tuple[int, str]  # layer, role; layer -1 before the first, n_layers behind
 
 @dataclass
 class Unit:
-    """tensors: those that are free to be placed; `pinned` those that rules placed."""
+    """tensors: free to be placed. pinned: placed by rules."""
 
     layer: int
     role: str
@@ -48,8 +55,8 @@ class Unit:
 
 @dataclass
 class Atom:
-    """Consecutive ops of unit number `unit`; pin: the device they are bound to, None for the
-    unit's own. "gpu" is any GPU: the layer's."""
+    """Consecutive ops of unit number `unit`. pin: the device that rules bind them to; None for the
+    unit's device; "gpu" for the layer's GPU."""
 
     unit: int
     layer: int
@@ -60,7 +67,7 @@ class Atom:
 
 @dataclass
 class Grouping:
-    """Units and atoms of a tape in its order; `kinds` of all its tensors."""
+    """Units and atoms of a tape, in its order. kinds: of all its tensors."""
 
     tape: Tape
     n_layers: int
@@ -73,7 +80,7 @@ class Grouping:
 
 
 def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
-    """`tape` in units and atoms, with the tensors of `pinned` on their devices."""
+    """Groups `tape` into units and atoms. pinned: tensor -> device, as the rules have it."""
     grouper = _Grouper(tape, pinned)
     layer = -1
     for op in tape.ops:
@@ -83,7 +90,7 @@ def group_units(tape: Tape, pinned: Mapping[str, str]) -> Grouping:
 
 
 class _Grouper:
-    """Units and atoms of the ops so far. part, pin: the unit's role and the device of the last."""
+    """Units and atoms of the ops so far. _part, _pin: the last op's role and its pinned device."""
 
     def __init__(self, tape: Tape, pinned: Mapping[str, str]) -> None:
         self.n_layers = 1 + max(op.layer for op in tape.ops)
@@ -98,7 +105,7 @@ class _Grouper:
         self._pin: str | None = None
 
     def add(self, op: Op, *, changed: bool) -> None:
-        """changed: whether the op begins a layer or the head."""
+        """Add the next op of the tape. changed: whether it begins a layer or the head."""
         self._part = self._part_of(op, changed)
         layer = self.n_layers if self._part == HEAD else op.layer
         key = (layer, self._part)
@@ -136,7 +143,7 @@ class _Grouper:
 
 
 def _is_bound(op: Op) -> bool:
-    """Whether its first weight says where it runs; all layers share a rope's factors."""
+    """Whether its first weight decides where it runs. Rope's does not: all layers share it."""
     return bool(op.weights) and op.kind != "rope"
 
 
@@ -146,7 +153,7 @@ def _is_tied(tape: Tape) -> bool:
 
 
 def tensor_kinds(tape: Tape) -> dict[str, str]:
-    """Kind of every tensor that the tape reads; an embedding that is the head too is a head."""
+    """The kind of every tensor that the tape reads. A tied embedding is a head."""
     kinds: dict[str, str] = {}
     for op in tape.ops:
         for w in op.weights:

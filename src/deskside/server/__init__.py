@@ -1,1 +1,1 @@
-"""Both ends of the HTTP APIs; so far the client's."""
+"""HTTP APIs: so far only the client."""

@@ -1,31 +1,33 @@
-"""HTTP to an endpoint: requests, server-sent events, and one clear line for all that goes wrong."""
+"""HTTP client for an endpoint: requests and server-sent events. Each failure is one clear line."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from deskside.errors import DesksideError
+from deskside.machine.loopback import is_loopback
 
 if TYPE_CHECKING:
     import httpx
 
 CONNECT_SECONDS = 10.0
-# llama-server's last event repeats the prompt; more than this is no event.
+# Bytes. llama-server's last event repeats the prompt, so events can be long.
 LONGEST_LINE = 64 << 20
 LONGEST_BODY = 64 << 20
-SHOWN = 200  # characters of a foreign answer in an error
+SHOWN = 200  # characters of a server's answer to show in an error
 
 
 class EndpointError(DesksideError):
-    """The endpoint did not do what was asked."""
+    """A request to the endpoint failed."""
 
 
 class HttpError(EndpointError):
-    """It answered with an HTTP error; `status` is its code."""
+    """The endpoint answered with an HTTP error. `status` is its code."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -33,9 +35,9 @@ class HttpError(EndpointError):
 
 
 class Wire:
-    """Requests to the server at `url` (with or without a trailing /v1).
+    """Sends requests to the server at `url`, which may end in /v1.
 
-    seconds: how long it may be silent, prefill included.
+    seconds: how long the server may be silent, prefill included. DesksideError for a bad URL.
     """
 
     def __init__(self, url: str, api_key: str | None = None, seconds: float = 600.0) -> None:
@@ -47,28 +49,37 @@ class Wire:
         self._seconds = seconds
         try:
             parsed = httpx.URL(self.url)
-            if parsed.userinfo or parsed.query:  # a record holds its URL
+            if parsed.userinfo or parsed.query:  # records store the URL
                 raise DesksideError(
-                    "--endpoint: a name, a password or a key in the URL would be recorded; "
-                    "use --api-key"
+                    "--endpoint: the record stores this URL, so a name, password or key must not "
+                    "be in it; use --api-key"
                 )
             if parsed.scheme not in ("http", "https") or not parsed.host:
                 raise httpx.InvalidURL("expected http://HOST:PORT")
             self.host = parsed.host
+        except (httpx.InvalidURL, UnicodeEncodeError) as failure:
+            raise DesksideError(f"--endpoint {url}: {failure}") from None
+        try:
             self._client = httpx.Client(
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
+                trust_env=not is_loopback(self.host),  # a proxy leads elsewhere
             )
-        except (httpx.InvalidURL, UnicodeEncodeError) as failure:
-            raise DesksideError(f"--endpoint {url}: {failure}") from None
+        except UnicodeEncodeError:
+            raise DesksideError("--api-key: holds more than ASCII") from None
+        except (httpx.InvalidURL, ValueError, ImportError, OSError) as failure:
+            raise DesksideError(
+                f"--endpoint {url}: a proxy or certificate of the environment ({_proxies()}) "
+                f"cannot be used: {' '.join(str(failure).split())}"
+            ) from None
         self._failures = httpx.HTTPError, httpx.InvalidURL, httpx.StreamError
 
     def get(self, path: str) -> Any:
-        """The JSON at `path`. HttpError, or EndpointError where nothing or no JSON comes."""
+        """The JSON at `path`. HttpError; EndpointError if no answer comes or it is not JSON."""
         return self._request("GET", path, None)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that answers `body`; errors as in `get`."""
+        """Send `body` as JSON. Returns the JSON of the answer; errors as in `get`."""
         return self._request("POST", path, body)
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -84,9 +95,10 @@ class Wire:
             raise EndpointError(f"{self.url}{path}: answers no JSON: {_shown(data)}") from None
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Server-sent events that answer `body`: (time.perf_counter() at arrival, JSON object).
+        """Send `body` as JSON, and yield the server-sent events of the answer.
 
-        Ends with the stream or with [DONE]. EndpointError for an event that is an error or no JSON.
+        Yields (`time.perf_counter()` at arrival, JSON object), up to [DONE] or the stream's end.
+        EndpointError for an event that reports an error or is not JSON.
         """
         try:
             with self._client.stream("POST", self.url + path, json=body) as response:
@@ -160,8 +172,15 @@ class Wire:
         self._client.close()
 
 
+def _proxies() -> str:
+    """The variables that httpx read."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    found = {name.upper() for name, value in os.environ.items() if name.upper() in names and value}
+    return ", ".join(sorted(found)) or "none is set"
+
+
 def number(data: Any, key: str) -> float | None:
-    """A finite number >= 0 of a foreign object, or None: what it says may be anything."""
+    """`data[key]` if that is a finite number >= 0, else None. data: any JSON."""
     value = data.get(key) if isinstance(data, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -169,19 +188,19 @@ def number(data: Any, key: str) -> float | None:
 
 
 def count(data: Any, key: str) -> int | None:
-    """A whole number >= 0 of a foreign object, or None."""
+    """`data[key]` if that is a whole number >= 0, else None. data: any JSON."""
     value = number(data, key)
     return int(value) if value is not None and value == int(value) else None
 
 
 def words(data: Any, key: str) -> str:
-    """Text of a foreign object, "" where there is none; valid Unicode."""
+    """`data[key]` as valid Unicode if that is text, else "". data: any JSON."""
     value = data.get(key) if isinstance(data, dict) else None
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def _message(data: bytes) -> str:
-    """What an error's body says, in one line."""
+    """The message in an error's body, as one line."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):

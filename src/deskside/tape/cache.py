@@ -118,7 +118,7 @@ class Cache:
     """State of `n_slots` sequences of at most `n_ctx` tokens.
 
     The system gives zeroed memory; a page takes memory only once it is written.
-    held: states, by index, that a backend keeps on its devices. Their `arrays` are empty here.
+    device_states: by index, the states that a backend has on its devices. Their `arrays` are ().
     lengths: how many tokens of each slot's sequence are computed.
     Not thread-safe: threads that share a cache must take turns (`engine.load.Loaded`).
     """
@@ -131,9 +131,9 @@ class Cache:
         n_ctx: int,
         k_type: QuantType,
         v_type: QuantType,
-        held: Mapping[int, DeviceState] | None = None,
+        device_states: Mapping[int, DeviceState] | None = None,
     ) -> None:
-        self.held: Mapping[int, DeviceState] = held or {}
+        self.device_states: Mapping[int, DeviceState] = device_states or {}
         self.states = tuple(states)
         self.n_slots = n_slots
         self.n_ctx = n_ctx
@@ -141,7 +141,8 @@ class Cache:
         self.v_type = v_type
         self.lengths = [0] * n_slots
         self.arrays: list[Arrays] = [
-            () if i in self.held else self._allocate(state) for i, state in enumerate(states)
+            () if i in self.device_states else self._allocate(state)
+            for i, state in enumerate(states)
         ]
 
     def _allocate(self, state: State) -> Arrays:
@@ -153,7 +154,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         own = sum(array.nbytes for arrays in self.arrays for array in arrays)
-        return own + sum(state.nbytes for state in self.held.values())
+        return own + sum(state.nbytes for state in self.device_states.values())
 
     def check(self, batch: Batch) -> None:
         """ValueError if a segment lies outside."""
@@ -208,8 +209,8 @@ class Cache:
             0  # an interruption must not leave a half-restored slot that counts as whole
         )
         for i, parts in zip(self._indices, checkpoint.parts, strict=True):
-            if i in self.held:
-                self.held[i].write(slot, start, n, parts)
+            if i in self.device_states:
+                self.device_states[i].write(slot, start, n, parts)
             else:
                 for array, part in zip(self.arrays[i], parts, strict=True):
                     self._part(i, array[slot], start, n)[...] = part
@@ -222,8 +223,8 @@ class Cache:
             return
         self.lengths[slot] = 0
         for i in self._indices:
-            if i in self.held:
-                self.held[i].copy(source, slot, n)
+            if i in self.device_states:
+                self.device_states[i].copy(source, slot, n)
             else:
                 for array in self.arrays[i]:
                     self._part(i, array[slot], 0, n)[...] = self._part(i, array[source], 0, n)
@@ -234,8 +235,8 @@ class Cache:
         return range(len(self.states))
 
     def _read(self, i: int, slot: int, start: int, end: int) -> Arrays:
-        if i in self.held:
-            return self.held[i].read(slot, start, end)
+        if i in self.device_states:
+            return self.device_states[i].read(slot, start, end)
         return tuple(self._part(i, array[slot], start, end).copy() for array in self.arrays[i])
 
     def _part(self, i: int, array: Any, start: int, end: int) -> Any:
@@ -248,7 +249,7 @@ class Cache:
         for state, arrays in zip(self.states, self.arrays, strict=True):
             if arrays and not isinstance(state, KVState):
                 arrays[0][slot] = 0
-        for held in self.held.values():
+        for held in self.device_states.values():
             held.clear(slot)
 
 

@@ -128,8 +128,9 @@ class Work:
     """One model: the sum of `work` over its tape.
 
     macs: of a token with the weight matrices. head_macs: further ones of a token whose logits are
-    wanted. The embedding table counts one row per token, unless it is the head too. Layers for
-    multi-token prediction are not on the tape and do not count.
+    wanted; head_bytes, a part of dense_bytes, of their matrix. The embedding table counts one row
+    per token, unless it is the head too. Layers for multi-token prediction are not on the tape and
+    do not count.
     """
 
     dense_bytes: int
@@ -137,11 +138,12 @@ class Work:
     experts: tuple[Experts, ...]
     macs: int
     head_macs: int
+    head_bytes: int
     states: tuple[State, ...]
 
     @classmethod
     def of(cls, tape: Tape) -> Work:
-        dense = row = macs = head = 0
+        dense = row = macs = head = head_bytes = 0
         experts = []
         for op in tape.ops:
             one = work(op, tape.states, BatchShape(1))
@@ -153,9 +155,10 @@ class Work:
                 dense += int(one.weights)
             if one.sort in MATRICES and op.outputs[0].per_output:
                 head += int(one.macs)
+                head_bytes += int(one.weights)
             elif one.sort in MATRICES:
                 macs += int(one.macs)
-        return cls(dense, row, tuple(experts), macs, head, tape.states)
+        return cls(dense, row, tuple(experts), macs, head, head_bytes, tape.states)
 
     def state_bytes(self, depth: int, kv: str) -> float:
         """Bytes of state for a sequence's next token, after `depth` positions."""
@@ -183,15 +186,29 @@ class Work:
         return {"bytes": nbytes / n_tokens, "macs": self.macs + self.head_macs / n_tokens}
 
 
+class Limit(NamedTuple):
+    """Tokens per second, and what binds: "bandwidth" or "compute"."""
+
+    rate: float
+    of: str
+
+
 def limit(
     work: dict[str, float], bandwidth: float | None, compute: float | None, *, prefill: bool
-) -> float | None:
-    """Tokens per second that the machine allows; None if the binding limit is unknown.
+) -> Limit | None:
+    """The speed that the machine allows; None if the binding limit is unknown.
 
     bandwidth: bytes per second. compute: int8 multiply-adds per second. Without compute, decode is
     bound by bandwidth and prefill has no useful bound.
     """
     if bandwidth is None or (compute is None and prefill):
         return None
-    reading = bandwidth / work["bytes"]
-    return reading if compute is None else min(reading, compute / work["macs"])
+    if compute is None:
+        return Limit(bandwidth / work["bytes"], "bandwidth")
+    return bound(work, bandwidth, compute)
+
+
+def bound(work: dict[str, float], bandwidth: float, compute: float) -> Limit:
+    """`limit` where both are known."""
+    reading = Limit(bandwidth / work["bytes"], "bandwidth")
+    return min(reading, Limit(compute / work["macs"], "compute"))

@@ -12,6 +12,7 @@ Ops and the order of their `weights` (shapes in ggml order, fastest dimension fi
 | embed        | token ids     | (D, vocab)                   |                                    |
 | rms_norm     | x             | (g,), rows split in groups g | eps                                |
 | linear       | x             | (n_in, n_out)                |                                    |
+| bias         | x             | (n,), added to every row     |                                    |
 | split_gate   | x             |                              | heads, head_dim                    |
 | rope         | x             | optional (n_rot/2,) factors  | heads, head_dim, n_rot, base, neox |
 | attention    | q, k, v       |                              | heads, kv_heads, head_dim, scale   |
@@ -104,13 +105,14 @@ class Op:
 
 @dataclass(frozen=True)
 class Tape:
-    """A recorded forward pass: token ids in, `logits` out."""
+    """A recorded forward pass: token ids in, `logits` out. notes: what of a file it leaves out."""
 
     ops: tuple[Op, ...]
     states: tuple[State, ...]
     logits: Value
     n_vocab: int
     n_ctx_train: int
+    notes: tuple[str, ...] = ()
 
     def weights(self) -> dict[str, TensorInfo]:
         """Every tensor that the tape reads, by name."""
@@ -144,8 +146,10 @@ class TapeBuilder:
     def rms_norm(self, x: Value, w: TensorInfo, eps: float) -> Value:
         return self._op("rms_norm", (x,), x.width, (w,), {"eps": eps})
 
-    def linear(self, x: Value, w: TensorInfo) -> Value:
-        return self._op("linear", (x,), w.n_rows, (w,))
+    def linear(self, x: Value, w: TensorInfo, bias: TensorInfo | None = None) -> Value:
+        """W x, or W x + bias: two ops."""
+        y = self._op("linear", (x,), w.n_rows, (w,))
+        return y if bias is None else self._op("bias", (y,), y.width, (bias,))
 
     def split_gate(self, x: Value, heads: int, head_dim: int) -> tuple[Value, Value]:
         width = heads * head_dim

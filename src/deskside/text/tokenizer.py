@@ -11,6 +11,7 @@ As in llama.cpp, text is not normalised, so decoding returns exactly the text th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ from tokenizers.models import BPE
 from deskside.errors import DesksideError
 
 # tokenizer.ggml.token_type
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+_NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _LAST_TYPE = 6
 
-# Control tokens that end a turn in one chat format or another. A model's eos is often
-# <|endoftext|> while its chats end in another token (or the reverse), so any of these stops.
+# Tokens that end a turn in one chat format or another. A model's eos is often <|endoftext|> while
+# its chats end in another token (or the reverse), so any of these stops, whatever its type.
 STOP_PIECES = frozenset(
     {
         "<|im_end|>",
@@ -36,9 +37,18 @@ STOP_PIECES = frozenset(
         "<|eom_id|>",
         "<|eot|>",
         "<|end|>",
+        "<|return|>",
+        "<|call|>",
         "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }
 )
+# How control tokens are spelled: with bars, which are full-width in DeepSeek's.
+_CONTROL_SPELLING = re.compile(r"<([|\uff5c])[^\s|\uff5c]+\1>")
 
 
 def _word_cut(letters: str, digits: str) -> str:
@@ -82,7 +92,8 @@ _BYTE_OF_CHAR = _byte_of_char()
 class Tokenizer:
     """A byte-level BPE vocabulary.
 
-    pieces: the tokens as the file spells them. types: int array, GGUF token types.
+    pieces: the tokens as the file spells them. types: int array, GGUF token types; what ends an
+    answer or is spelled as a control token is one, whatever the file says.
     bos_id, eos_id: int or None. add_bos: whether `encode` puts bos first by default.
     stop_ids: ids that end an answer. pre: the pre-tokenizer's name.
     """
@@ -100,13 +111,14 @@ class Tokenizer:
         add_bos: bool = False,
     ) -> None:
         self.pieces = pieces
-        self.types = types
         self.pre = pre
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.add_bos = add_bos
-        stops = {i for i in np.flatnonzero(types == CONTROL).tolist() if pieces[i] in STOP_PIECES}
-        self.stop_ids = frozenset(stops | set(stop_ids))
+        named = {i for i, piece in enumerate(pieces) if piece in STOP_PIECES}
+        self.stop_ids = frozenset(named | set(stop_ids))
+        self.types = _with_control(types, pieces, merges, self.stop_ids)
+        types = self.types
 
         model = BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
@@ -198,15 +210,35 @@ class Tokenizer:
         return token
 
 
+def _with_control(
+    types: np.ndarray,
+    pieces: Sequence[str],
+    merges: Sequence[tuple[str, str]],
+    stop_ids: Iterable[int],
+) -> np.ndarray:
+    """`types`, with CONTROL for tokens that end an answer and for those spelled as control tokens.
+
+    Many files call them normal or user-defined. What text can become by merging stays as it is.
+    """
+    merged = {left + right for left, right in merges}
+    normal = np.flatnonzero(types <= _NORMAL).tolist()
+    spelled = [i for i in normal if _CONTROL_SPELLING.fullmatch(pieces[i])]
+    found = [i for i in (*stop_ids, *spelled) if len(pieces[i]) > 1 and pieces[i] not in merged]
+    types = types.copy()
+    types[found] = CONTROL
+    return types
+
+
 def _from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     found = _Metadata(metadata, source)
     pre, pieces = found.pre(), found.pieces()
-    types, merges = found.types(len(pieces)), found.merges()
+    types, merges = found.types(len(pieces)), found.merges(pieces)
     bos_id = found.token_id("bos_token_id", len(pieces))
     add_bos = found.add_bos(pre, bos_id)
     eos_id, *others = (
         found.token_id(f"{name}_token_id", len(pieces)) for name in ("eos", "eot", "eom")
     )
+    stop_ids = [i for i in (eos_id, *others) if i is not None]
     try:
         return Tokenizer(
             pieces,
@@ -215,15 +247,10 @@ def _from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
             pre,
             bos_id=bos_id,
             eos_id=eos_id,
-            stop_ids=[i for i in (eos_id, *others) if i is not None],
+            stop_ids=[*stop_ids, *found.token_ids("eos_token_ids", len(pieces))],
             add_bos=add_bos,
         )
     except Exception as error:  # the type that `tokenizers` raises
-        known = set(pieces)
-        for rank, (left, right) in enumerate(merges):
-            if not known.issuperset((left, right, left + right)):
-                reason = f"entry {rank} ({f'{left} {right}'!r:.60}) names a token not in the list"
-                raise found.fail("merges", reason) from error
         raise DesksideError(f"{source}: {error}") from error
 
 
@@ -251,14 +278,23 @@ class _Metadata:
         return value
 
     def token_id(self, key: str, n_tokens: int) -> int | None:
+        """None where the file has none: -1, or what it became in 32 bits, and other ids outside the
+        vocabulary say that too."""
         value = self.get(key)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise self.fail(key, f"must be an integer, not {value!r:.40}")
-        if not 0 <= value < n_tokens:
-            raise self.fail(key, f"is {value}, outside the {n_tokens} tokens")
-        return int(value)
+        return int(value) if 0 <= value < n_tokens else None
+
+    def token_ids(self, key: str, n_tokens: int) -> list[int]:
+        """A list of ids; Ollama's converter writes all that end an answer."""
+        value = self.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+            raise self.fail(key, f"must be a list of integers, not {value!r:.40}")
+        return [i for i in value.tolist() if 0 <= i < n_tokens]
 
     def pre(self) -> str:
         """The pre-tokenizer's name, of a kind of model that is supported."""
@@ -290,13 +326,15 @@ class _Metadata:
             raise self.fail("token_type", f"must hold integers 0..{_LAST_TYPE}")
         return types
 
-    def merges(self) -> list[tuple[str, str]]:
+    def merges(self, pieces: Iterable[str]) -> list[tuple[str, str]]:
+        """Pairs of tokens; one that names no token of the list can never apply and is left out."""
         merges: list[Any] = [tuple(merge.split(" ")) for merge in self.strings("merges")]
         for rank, merge in enumerate(merges):
             if len(merge) != 2:
                 reason = f"entry {rank} is {' '.join(merge)!r:.60}, not two tokens"
                 raise self.fail("merges", reason)
-        return merges
+        known = set(pieces)
+        return [m for m in merges if known.issuperset((*m, "".join(m)))]
 
     def add_bos(self, pre: str, bos_id: int | None) -> bool:
         add_bos = self.get("add_bos_token")

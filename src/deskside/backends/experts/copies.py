@@ -1,10 +1,11 @@
-"""Single experts on their way from the host's memory to a device.
+"""Copies single experts from the host's memory to a device.
 
-Several threads write a file's bytes into a pinned buffer, and from there they go to the device: on
-CUDA on a stream of its own, beside what computes. They come from the CPU's packed weights, whose
-panels are unpacked on the way, so that no second copy of a model has to be in memory. Where the CPU
-has none (torch runs its part), they are read from the model's file, that is from the page cache
-unless the system needed that memory.
+Several threads write an expert, as the file's bytes, into a pinned buffer. From there it is copied
+to the device. On CUDA the copy runs on its own stream, beside the computation.
+
+The bytes come from the CPU's packed weights: the threads unpack the panels, so no second copy of a
+model is in memory. If torch runs the CPU's part, there are no packed weights. The bytes then come
+from the model's file, usually from the page cache.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from deskside import _native
 from deskside.backends.torch.expert_ops import Matrices
 from deskside.errors import DesksideError
+from deskside.files import read_at
 from deskside.gguf import TensorInfo
 from deskside.lowering.scratch import BORDER
 from deskside.tape import Op
@@ -35,13 +37,14 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Layout:
-    """One expert of a layer in a run of `nbytes`: `parts` are (tensor, start, bytes)."""
+    """How one expert of a layer lies in `nbytes` bytes. parts: (tensor, start, bytes) of each."""
 
     parts: tuple[tuple[TensorInfo, int, int], ...]
     nbytes: int
 
     @classmethod
     def of(cls, op: Op) -> Layout:
+        """The layout of an expert of `op`. Each matrix starts on a border of BORDER bytes."""
         parts, at = [], 0
         for info in op.weights:
             own = info.shape[1] * info.row_bytes
@@ -50,7 +53,7 @@ class Layout:
         return cls(tuple(parts), at)
 
     def matrices(self, memory: Tensor) -> Matrices:
-        """Views of `memory`, uint8 (..., at least nbytes): (..., rows, row_bytes) each."""
+        """gate, up, down as views (..., rows, row_bytes) of `memory`, uint8 (..., >= nbytes)."""
         gate, up, down = (
             memory[..., at : at + n].unflatten(-1, (info.shape[1], info.row_bytes))
             for info, at, n in self.parts
@@ -59,7 +62,7 @@ class Layout:
 
 
 class Source:
-    """One expert's matrices, in the file's bytes. packed: by name, the tensors that the CPU has."""
+    """Reads experts' matrices as the file's bytes. packed: by name, tensors that the CPU has."""
 
     def __init__(self, packed: Mapping[str, _native.Weights] = MappingProxyType({})) -> None:
         self.packed = packed
@@ -67,12 +70,14 @@ class Source:
         self._lock = Lock()  # of _files
 
     def read(self, info: TensorInfo, expert: int, to: Bytes) -> None:
-        """Expert `expert` of a tensor into `to`, uint8 (rows * row_bytes,); DesksideError where its
-        file cannot be read."""
+        """Write expert `expert` of a tensor to `to`, uint8 (rows * row_bytes,).
+
+        DesksideError if its file cannot be read.
+        """
         if (weights := self.packed.get(info.name)) is not None:
             weights.unpack(expert, to.reshape(info.shape[1], info.row_bytes))
         else:
-            self._read(info, info.offset + expert * len(to), to)
+            self._read(info, info.offset + expert * info.matrix_stride, to)
 
     def _read(self, info: TensorInfo, offset: int, to: Bytes) -> None:
         try:
@@ -80,14 +85,11 @@ class Source:
                 if info.path not in self._files:
                     self._files[info.path] = os.open(info.path, os.O_RDONLY)
                 fd = self._files[info.path]
-            done = 0
-            while done < len(to):
-                got = os.preadv(fd, [to[done:].data], offset + done)
-                if got == 0:
-                    raise OSError("ends early: it was cut off after it was opened")
-                done += got
+            read_at(fd, offset, to)
         except OSError as error:
             raise DesksideError(f"{info.path}: tensor {info.name} {error}") from None
+        if info.interleaved:
+            to[:] = info.interleaved.plain(to.reshape(-1, info.row_bytes)).reshape(-1)
 
     def close(self) -> None:
         while self._files:
@@ -98,8 +100,10 @@ class Source:
 
 
 class Copier:
-    """A thread that brings experts to one device, through `slots` buffers of `nbytes` in turn;
-    `n_threads` more fill those."""
+    """A thread that copies experts to one device, through `slots` buffers of `nbytes` in turn.
+
+    `n_threads` more threads fill the buffers.
+    """
 
     def __init__(
         self, device: torch.device, source: Source, nbytes: int, slots: int, n_threads: int
@@ -108,17 +112,18 @@ class Copier:
         self._source = source
         cuda = device.type == "cuda"
         self._host = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=cuda) for _ in range(slots)]
-        self._sent: list[Any] = [None] * slots  # events: the last copy out of a buffer is over
+        self._sent: list[Any] = [None] * slots  # events: the last copy out of a buffer is done
         self._turn = 0
         self._stream = torch.cuda.Stream(device) if cuda else None
         self._worker = ThreadPoolExecutor(1, "deskside-experts")
         self._readers = ThreadPoolExecutor(n_threads, "deskside-unpack")
         self._jobs: list[Future[Any]] = []
 
-    def bring(self, layout: Layout, experts: Sequence[int], target: Tensor) -> Future[Any]:
-        """Copies `experts` side by side into `target`, uint8, once what now uses it is over.
+    def copy(self, layout: Layout, experts: Sequence[int], target: Tensor) -> Future[Any]:
+        """Start to copy `experts`, one after another, to `target`, uint8.
 
-        The result is an event for `arrived`; it raises what went wrong.
+        The copy waits for what is already queued on the device's current stream. The future's
+        result is an event for `arrived`; it raises DesksideError if a file cannot be read.
         """
         buffer = self._turn
         self._turn = (buffer + 1) % len(self._host)
@@ -127,22 +132,22 @@ class Copier:
             after = torch.cuda.Event()
             after.record(torch.cuda.current_stream(self.device))
         self._jobs = [job for job in self._jobs if not job.done()]
-        job = self._worker.submit(self._bring, layout, experts, target, buffer, after)
+        job = self._worker.submit(self._copy, layout, experts, target, buffer, after)
         self._jobs.append(job)
         return job
 
     def arrived(self, event: Any) -> None:
-        """What is computed from now on sees the copy."""
+        """Make the device's current stream wait for the copy. event: a result of `copy`."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def drain(self) -> None:
-        """Wait until no copy is under way; errors are somebody else's to report."""
+        """Wait until no copy is under way. Errors are left to whoever holds the futures."""
         for job in self._jobs:
             job.exception()
         self._jobs = []
 
-    def _bring(
+    def _copy(
         self, layout: Layout, experts: Sequence[int], target: Tensor, buffer: int, after: Any
     ) -> Any:
         host, size = self._host[buffer], layout.nbytes
@@ -156,7 +161,7 @@ class Copier:
 
         jobs = [(i, e, part) for i, e in enumerate(experts) for part in layout.parts]
         reads = [self._readers.submit(read, job) for job in jobs]
-        wait(reads)  # also after an error: nothing may still write to the buffer
+        wait(reads)  # all, also after an error: no thread may still write to the buffer
         for done in reads:
             done.result()
         n = len(experts) * size

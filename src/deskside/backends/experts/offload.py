@@ -1,7 +1,7 @@
-"""What `PlacedBackend` needs to let devices compute experts of the host.
+"""Lets devices compute experts of the host: options, routes, memory, metrics.
 
-A step takes one of up to two routes: small batches with an expert cache, or without any, and large
-ones that stream. Each is a list of sections of its own.
+`PlacedBackend` runs each step by one of up to two routes. Small batches use the expert cache, if
+there is one. Large batches stream, if streaming is on. Each route has its own sections.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from deskside.tape import Tape
 
 @dataclass(frozen=True)
 class OffloadRoute:
-    """Steps of up to `max_tokens` that the routes before it do not take."""
+    """A route for steps of up to `max_tokens` tokens that no earlier route takes."""
 
     offload: Offload | None
     max_tokens: int
@@ -38,11 +38,11 @@ class OffloadRoute:
 
 
 class OffloadedExperts:
-    """The experts of the host that devices compute: options, memory, metrics.
+    """The experts of the host that devices compute: options, routes, memory, metrics.
 
-    Where the host has no layer's experts, or no batch is large enough to stream, options do nothing
-    and take no memory. DesksideError for a device that is not there, or a slot or a cache that
-    holds no expert.
+    The options have no effect, and take no memory, if the host has no layer's experts. The same
+    holds for `stream` if no batch of up to `max_tokens` is large enough.
+    DesksideError for an unknown device, or if a slot or the cache is too small for one expert.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class OffloadedExperts:
             whole = self.stream.host_below <= 1
             offload = Offload(self.stream.device, all=whole)
             self.routes.append(OffloadRoute(offload, max_tokens, streams=True))
-        # Both are refused before anything is read.
+        # computed here, so that bad sizes are refused before anything is read
         self._slot_bytes = self.stream.nbytes(self.layouts) if self.stream else 0
         self._cache_bytes = 0
         if self.cache is not None:
@@ -81,25 +81,28 @@ class OffloadedExperts:
             self._cache_bytes = n * size + table_bytes(experts_of(self.layouts))
 
     def nbytes(self, device: str) -> int:
-        """What all this takes of a device's memory."""
+        """Bytes of a device's memory that slots and cache take."""
         slots = self._slot_bytes if self.stream and self.stream.device == device else 0
         cached = self._cache_bytes if self.cache and self.cache.device == device else 0
         return slots + cached
 
     def host_bytes(self) -> int:
-        """Of the system's memory: buffers on the way, and what emulated devices hold."""
+        """Bytes of the system's memory: staging buffers, and what emulated devices hold."""
         emulated = sum(self.nbytes(d.name) for d in self._devices.values() if d.budget is not None)
         staged = STAGED * self.cache.slots(self.layouts)[1] if self.cache else 0
         return self._slot_bytes + staged + emulated
 
     def expect(self, device: TorchDevice, weights: int, work: int) -> None:
-        """DesksideError unless it fits beside so many bytes of weights and work memory."""
+        """DesksideError unless slots and cache fit on `device`, beside weights and work memory.
+
+        weights, work: their bytes.
+        """
         if own := self.nbytes(device.name):
-            what = f"staging slots and expert cache of {show(own)} beside weights and work memory"
+            what = f"staging slots and expert cache of {show(own)} with weights and work memory"
             device.expect(f"{what}, together", own + weights + work)
 
     def load(self, packed: Mapping[str, Weights], n_threads: int) -> None:
-        """Take the memory, and fill a cache that has a profile. packed: the CPU's weights."""
+        """Allocate slots and cache, and fill a cache that has a profile. packed: CPU's weights."""
         source = Source(packed)
         small = self.routes[0].max_tokens
         if self.cache is not None:
@@ -119,6 +122,7 @@ class OffloadedExperts:
         self.residents = self.streamer = None
 
     def supplier(self, streams: bool) -> Offloads | None:
+        """What supplies experts on the route that streams, or on the other."""
         return self.streamer if streams else self.residents
 
     def begin_step(self) -> None:
@@ -130,13 +134,14 @@ class OffloadedExperts:
             self.residents.end_step()
 
     def drain(self) -> None:
-        """After an error: nothing is under way any more."""
+        """Wait until no copy is under way, after an error."""
         for part in (self.streamer, self.residents):
             if part is not None:
                 part.drain()
 
     @property
     def metrics(self) -> ExpertMetrics:
+        """The counts of both routes."""
         found = self.residents.metrics if self.residents is not None else ExpertMetrics()
         if (s := self.streamer) is None:
             return found

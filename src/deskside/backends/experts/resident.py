@@ -1,10 +1,12 @@
-"""Spare memory of a device holds single experts of layers whose experts the host computes.
+"""The expert cache: spare memory of a device holds single experts of layers on the host.
 
-Of the experts that a batch chooses, the device computes those that it holds and the host the rest,
-at the same time. After a step the hottest experts that were missed take the place of the coldest,
-a few at most: what changes in a step is decided by counts alone, so the same requests lead to the
-same contents. On an emulated device promotions are over when the step is; on CUDA they go on
-beside the next steps, and count from the step on that finds them there.
+Of the experts that a batch selects, the device computes those that it holds. The host computes the
+rest at the same time.
+
+After a step, the hottest experts that were missed are promoted: they are copied to the device, and
+the coldest are evicted for them. Counts alone decide this, so the same requests lead to the same
+contents. On an emulated device, promotions end with the step. On CUDA they run beside the next
+steps; an expert is used from the first step that begins after its copy is done.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ STAGED = 4  # promotions under way at a time
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """`nbytes` of `device`'s memory for single experts.
+    """Options of an expert cache: `nbytes` of `device`'s memory.
 
-    policy: "lfu" keeps those that were chosen most often, where a token counts half after
-    `half_life` tokens; "lru" those that were chosen last. max_promotions: experts that may come in
-    after a step. margin: lfu replaces an expert by one that is so many times as hot, so that two
-    equals do not take turns. profile: by layer, how often a token chooses each expert (0 to 1), as
-    `PlacedBackend.expert_usage` gives it: the hottest are there from the start.
+    policy          "lfu" keeps the experts selected most often, "lru" those selected last
+    max_promotions  limit on the experts promoted after a step
+    half_life       lfu: a token counts half after so many tokens
+    margin          lfu: an expert replaces another only if it is hotter by this factor, so that
+                    two equally hot experts do not take turns
+    profile         by layer, how often a token selects each expert, 0 to 1, as from
+                    `PlacedBackend.expert_usage`; the hottest are loaded at the start
+
+    DesksideError for an unknown policy or a number out of range.
     """
 
     device: str
@@ -52,7 +58,7 @@ class ExpertCache:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise DesksideError(
-                f"expert cache: policy {self.policy!r} is none of {', '.join(POLICIES)}"
+                f"expert cache: unknown policy {self.policy!r}; choose one of {', '.join(POLICIES)}"
             )
         if self.max_promotions < 0 or self.half_life <= 0 or self.margin < 1:
             raise DesksideError(
@@ -61,32 +67,35 @@ class ExpertCache:
             )
 
     def slots(self, layouts: Mapping[int, Layout]) -> tuple[int, int]:
-        """How many experts fit, and the bytes of each; DesksideError where that is none."""
+        """The number of slots, one per expert, and the bytes of each. DesksideError for none."""
         size = max(layout.nbytes for layout in layouts.values())
         experts = experts_of(layouts)
-        table = table_bytes(experts)  # of what is where, on the device too
+        table = table_bytes(experts)  # the table of slots is on the device too
         n = min((self.nbytes - table) // size, sum(experts))
         if n < 1:
             raise DesksideError(
-                f"expert cache: {show(self.nbytes)} of {self.device} hold no expert of "
-                f"{show(size)}; give it at least {show(size + table)}, or none"
+                f"expert cache: {show(self.nbytes)} of {self.device} are too little for an expert "
+                f"of {show(size)}; give it at least {show(size + table)}, or none"
             )
         return n, size
 
 
 def experts_of(layouts: Mapping[int, Layout]) -> list[int]:
-    """How many experts each layer has."""
+    """The number of experts of each layer."""
     return [layout.parts[0][0].shape[2] for layout in layouts.values()]
 
 
 @dataclass(frozen=True)
 class ExpertMetrics:
-    """What happened to experts of the host since a backend was made.
+    """Counts since a backend was made.
 
-    hits, misses: pairs of token and expert that the device, or the host, computed in steps with an
-    expert cache. promotions, evictions, promoted_bytes: experts that came into it and went (those
-    it started with not counted); resident: in it now, of `slots`. streamed, streamed_bytes: experts
-    that passed through staging slots; spared: those that did not have to, for they were resident.
+    hits, misses    pairs of token and expert that the device, or the host, computed in steps with
+                    the expert cache
+    promotions      experts copied into the cache after the start; promoted_bytes: theirs
+    evictions       experts removed from the cache
+    resident        experts in the cache now, of `slots`
+    streamed        experts copied through staging slots; streamed_bytes: theirs
+    spared          experts that streaming did not copy, because they were resident
     """
 
     hits: int = 0
@@ -102,14 +111,15 @@ class ExpertMetrics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the pairs that the device computed; 0 before the first."""
+        """Share of the pairs that the device computed, 0 to 1. 0 before the first pair."""
         return self.hits / max(1, self.hits + self.misses)
 
 
 class Residents(Offloads, Gathers):
-    """The experts that are on a device, which supply their matrices.
+    """The experts that are resident on a device. It supplies their matrices.
 
-    ops: the layers' experts. max_tokens: of the steps that `divide` is called in.
+    ops: the layers' `experts` ops. layouts: by layer. max_tokens: of the steps that call `divide`.
+    DesksideError for a profile whose number of experts is not the model's.
     """
 
     def __init__(
@@ -134,33 +144,36 @@ class Residents(Offloads, Gathers):
             self._pool = torch.zeros(n, size, dtype=torch.uint8, device=device.device)
             self._table = torch.full(shape, -1, dtype=torch.int32, device=device.device)
         cuda = device.device.type == "cuda"
-        # Not pinned: `_upload` must be through with it when it returns.
+        # Not pinned: from pageable memory, `_upload`'s copy is done when it returns.
         self._host_table = torch.full(shape, -1, dtype=torch.int32)
-        # By row and expert; -1 where it is not here.
+        # by row and expert: its slot, or -1 if it is not resident
         self._slot_of: NDArray[np.int32] = self._host_table.numpy()
-        self._owner = np.zeros((n, 2), np.int64)  # the row and expert of a slot that is settled
-        self._settled = np.zeros(n, bool)  # neither free nor on its way
+        self._owner = np.zeros((n, 2), np.int64)  # by slot: its expert's row and id
+        self._settled = np.zeros(n, bool)  # by slot: neither free nor being filled
         self._free = list(range(n - 1, -1, -1))
         self._coming: dict[tuple[int, int], tuple[int, Future[Any]]] = {}
         self._copier = Copier(device.device, source, size, STAGED, n_threads)
-        self.heat = np.zeros(shape)  # lfu: uses, older ones counting less; lru: the last step
+        self.heat = np.zeros(shape)  # lfu: decayed count of uses; lru: the last step
         self.background = cuda  # promotions go on beside the next steps
         self._step = 0
-        self._changed = True  # the host's table, since the device's was made equal to it
-        # A token's use counts half after half_life tokens.
+        self._changed = True  # the host's table differs from the device's
         self._decay = 0.5 ** (1 / options.half_life)
         top_k = max(op.inputs[1].width for op in ops)
         self._chosen = torch.empty(len(ops), max_tokens, top_k, pin_memory=cuda)
-        self._noted: dict[int, tuple[int, int]] = {}  # rows of this step: tokens, top_k
+        self._noted: dict[int, tuple[int, int]] = {}  # rows seen in this step: tokens, top_k
         self._metrics = ExpertMetrics(slots=n)
         self._seed()
 
     @property
     def metrics(self) -> ExpertMetrics:
+        """The counts so far, without those of streaming."""
         return replace(self._metrics, resident=int((self._slot_of >= 0).sum()))
 
     def usage(self) -> dict[int, list[float]]:
-        """By layer, how often a token chose each expert of late: a `profile` for another time."""
+        """By layer, how often a token recently selected each expert, 0 to 1. All 0 for lru.
+
+        It serves as the `profile` of another run.
+        """
         share = self.heat * (1 - self._decay) if self.options.policy == "lfu" else self.heat * 0
         return {
             layer: share[i, : self._n_experts[i]].tolist() for i, layer in enumerate(self._layers)
@@ -188,7 +201,7 @@ class Residents(Offloads, Gathers):
         self._metrics = replace(self._metrics, promotions=0, promoted_bytes=0)
         self._upload()
 
-    # ---- as `Offloads` and `Gathers` -----------------------------------------------------------
+    # ---- `Offloads` and `Gathers` --------------------------------------------------------------
 
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         row = self._row[layer]
@@ -196,14 +209,14 @@ class Residents(Offloads, Gathers):
         to = self._chosen[row] if self.device.device.type == "cuda" else None
         if to is not None:
             to[:n, :top_k].copy_(ids, non_blocking=True)
-        else:  # through NumPy: a device's meter would count the host's memory as its own
+        else:  # through NumPy: an emulated device's meter would count the host's tensor as its own
             self._chosen.numpy()[row, :n, :top_k] = ids.numpy()
         self._noted[row] = (n, top_k)
         there = self.held(layer, ids.long())
         return ids.masked_fill(~there, -1.0), ids.masked_fill(there, -1.0)
 
     def held(self, layer: int, ids: Tensor) -> Tensor:
-        """Whether each of `ids`, int64, is here."""
+        """Whether each of `ids`, int64, is resident: bool of the same shape."""
         return self._table[self._row[layer]][ids] >= 0
 
     def stacks(self, op: Op) -> Matrices:
@@ -219,25 +232,30 @@ class Residents(Offloads, Gathers):
         pass
 
     def slot(self, layer: int, e: int) -> int | None:
+        """The slot of expert `e`; None if it is not resident."""
         slot = int(self._slot_of[self._row[layer], e])
         return slot if slot >= 0 else None
 
     def matrices(self, op: Op, e: int) -> Matrices:
+        """The matrices of expert `e`, which must be resident."""
         return self._layouts[op.layer].matrices(self._pool[self.slot(op.layer, e)])
 
     # ---- between steps --------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """What has arrived since the last step is used in this one."""
+        """Use the experts whose copies are done since the last step."""
         self._noted = {}
         self._take_in(wait=False)
         self._upload()
 
     def end_step(self) -> None:
-        """Count what the step chose, and bring in the hottest of what it missed."""
+        """Count what the step selected, and promote the hottest experts that it missed.
+
+        DesksideError if a copy failed or the device was lost.
+        """
         if not self._noted:
             return
-        if self.device.device.type == "cuda":  # most often the logits have been waited for
+        if self.device.device.type == "cuda":  # short: the logits have usually been waited for
             torch.cuda.current_stream(self.device.device).synchronize()
         self._step += 1
         shape = self.heat.shape
@@ -256,7 +274,7 @@ class Residents(Offloads, Gathers):
             misses=self._metrics.misses + len(flat) - hits,
         )
         self._warm(counts, max(n for n, _ in self._noted.values()))
-        # The hottest first; of equals those that this step wanted more, then by their numbers.
+        # Hottest first, then those that this step selected most, then by layer and id.
         rows, experts = np.nonzero((counts > 0) & ~here)
         order = np.lexsort((-counts[rows, experts], -self.heat[rows, experts]))
         for i in order[: self.options.max_promotions].tolist():
@@ -271,13 +289,13 @@ class Residents(Offloads, Gathers):
         if self.options.policy == "lru":
             self.heat[counts > 0] = self._step
             return
-        # As if the tokens had come one by one, each choosing its share of the counts.
+        # Geometric sum: the tokens count one by one, each with an equal share of the counts.
         kept = self._decay**tokens
         self.heat *= kept
         self.heat += counts * ((1 - kept) / (tokens * (1 - self._decay)))
 
     def _replace(self, at: tuple[int, int]) -> None:
-        """Start to bring an expert in, if that is worth what has to go for it."""
+        """Start to promote an expert, if it is hotter than the one that it would evict."""
         if not self._free:
             heat = np.where(self._settled, self.heat[self._owner[:, 0], self._owner[:, 1]], np.inf)
             slot = int(heat.argmin())
@@ -296,12 +314,14 @@ class Residents(Offloads, Gathers):
         slot = self._free.pop()
         self._owner[slot] = (row, e)
         layout = self._layouts[self._layers[row]]
-        job = self._copier.bring(layout, [e], self._pool[slot])
+        job = self._copier.copy(layout, [e], self._pool[slot])
         self._coming[row, e] = (slot, job)
 
     def _take_in(self, *, wait: bool) -> None:
-        """Use what has arrived (wait: all that is under way); the first error of a copy is raised,
-        when all is put in order."""
+        """Use the experts whose copies are done. wait: wait for all copies first.
+
+        The first error of a copy is raised after all of them have been handled.
+        """
         error: BaseException | None = None
         for at, (slot, job) in list(self._coming.items()):
             if not (wait or job.done()):
@@ -336,7 +356,7 @@ class Residents(Offloads, Gathers):
             raise error
 
     def _upload(self) -> None:
-        """The device's table becomes the host's. After an error that is left to the next step."""
+        """Copy the host's table to the device, if it changed. After an error the next step does."""
         if self._changed:
             with self.device.guard("updating the expert cache"):
                 self._table.copy_(self._host_table)

@@ -1,10 +1,12 @@
-"""Long prompts: experts of the host pass through a device, which computes them.
+"""Streams experts of the host through a device, which computes them: for long prompts.
 
-A batch of many tokens uses every expert of a layer often enough that bringing it to a device takes
-less time than computing it on the host (`plan_stream` has the numbers). Experts pass through a few
-slots of the device's memory, several at a time; while one slot is computed on, the next ones are
-filled. Behind a layer's last experts come the first ones of the next layer, before it is known
-which of them are chosen, if the batch is so large that it must be nearly all.
+In a batch of many tokens, each expert has enough tokens that a copy to the device takes less time
+than computing on the host (`plan/stream.py` has the numbers). Experts are copied to a few staging
+slots in the device's memory, several per slot. While the device computes from one slot, the next
+ones are filled.
+
+After a layer's last experts, the first of the next layer are copied ahead, before its router has
+selected. This happens only if the batch is so large that nearly all of them will be selected.
 """
 
 from __future__ import annotations
@@ -27,16 +29,18 @@ from deskside.errors import DesksideError
 from deskside.lowering.scratch import FEW_PAIRS
 from deskside.tape import Op
 
-SURE = 8  # pairs of token and expert for each expert, from which on all are expected to be chosen
+SURE = 8  # tokens per expert, on average, from which on all experts are expected to be selected
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Batches of at least `min_tokens` have their experts computed on `device`.
+    """In batches of `min_tokens` or more tokens, `device` computes the host's experts.
 
-    slot_bytes: of one staging slot, which holds as many whole experts as fit; there are `slots`.
-    host_below: experts with fewer tokens in a batch are computed on the host at the same time; 0
-    for none. DesksideError for counts that make no sense.
+    slot_bytes  of one staging slot; it holds as many whole experts as fit
+    slots       number of staging slots, at least 2
+    host_below  experts with fewer tokens in a batch stay on the host, at the same time; 0 for none
+
+    DesksideError for counts out of range.
     """
 
     device: str
@@ -53,23 +57,23 @@ class StreamOptions:
             )
 
     def min_batch(self, top_k: int) -> int:
-        """Tokens from which on batches stream: fewer pairs than that are computed another way."""
+        """The smallest batch that streams, in tokens. It has more than FEW_PAIRS pairs."""
         return max(2, self.min_tokens, FEW_PAIRS // top_k + 1)
 
     def nbytes(self, layouts: Mapping[int, Layout]) -> int:
-        """Of the device's memory; DesksideError where a slot is smaller than one expert."""
+        """Bytes of the device's memory. DesksideError if a slot is smaller than one expert."""
         largest = max(layout.nbytes for layout in layouts.values())
         if self.slot_bytes < largest:
             raise DesksideError(
-                f"streaming experts to {self.device}: a slot of {show(self.slot_bytes)} holds no "
-                f"expert of {show(largest)}; give slots of at least that"
+                f"streaming experts to {self.device}: a slot of {show(self.slot_bytes)} is too "
+                f"small for an expert of {show(largest)}; give slots of at least that"
             )
         return self.slots * self.slot_bytes
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Experts of a layer that are or will be side by side in a slot."""
+    """Experts of a layer that are, or will be, one after another in a slot. job: the copy."""
 
     layer: int
     experts: list[int]
@@ -78,7 +82,10 @@ class Fetch:
 
 
 class Streamer(Offloads):
-    """Supplies a device with the experts of one layer after another. layouts: by layer."""
+    """Supplies a device with the experts of one layer after another.
+
+    layouts: by layer. residents: experts on the same device that need no copy; None without cache.
+    """
 
     def __init__(
         self,
@@ -91,7 +98,7 @@ class Streamer(Offloads):
     ) -> None:
         self.options = options
         self.device = device
-        self.experts = self.nbytes = self.resident = 0  # copied, their bytes, spared
+        self.experts = self.nbytes = self.resident = 0  # experts copied, their bytes, spared
         self._layouts = layouts
         self._residents = residents
         with device.guard("making room for staging slots"):
@@ -108,7 +115,7 @@ class Streamer(Offloads):
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         chosen = ids.long()
         n_expert = self._layouts[layer].parts[0][0].shape[2]
-        # Not bincount: its result would be as long as the largest id, and the device would wait.
+        # Not bincount: its result's length depends on the ids, so the host would have to wait.
         counts = torch.zeros(n_expert, dtype=torch.long, device=ids.device)
         counts.scatter_add_(0, chosen.reshape(-1), torch.ones_like(chosen).reshape(-1))
         there = counts[chosen] >= self.options.host_below
@@ -123,19 +130,19 @@ class Streamer(Offloads):
         return self._pass.matrices
 
     def done(self) -> None:
-        """The layer is computed: its last slot is free."""
+        """End the layer: its last slot is free."""
         if self._pass is not None:
             self._pass.done()
         self._pass = None
 
     def drain(self) -> None:
-        """Nothing is under way any more, nor expected."""
+        """Wait until no copy is under way, and forget the layer and what was copied ahead."""
         self._copier.drain()
         self._pass = None
         self._ahead = []
 
     def coming(self, layer: int, experts: Iterable[int]) -> list[list[int]]:
-        """Those that are not resident, in groups of a slot."""
+        """The experts that are not resident, in groups that fill a slot."""
         left = [e for e in experts if not self._is_resident(layer, e)]
         size = self.options.slot_bytes // self._layouts[layer].nbytes
         return [left[i : i + size] for i in range(0, len(left), size)]
@@ -144,16 +151,16 @@ class Streamer(Offloads):
         return self._residents is not None and self._residents.slot(layer, e) is not None
 
     def fetch(self, layer: int, group: list[int]) -> Fetch:
-        """Into the next slot in turn, which must be free."""
+        """Start to copy a group to the next slot in turn, which must be free."""
         slot = self._slots[self._turn]
         self._turn = (self._turn + 1) % len(self._slots)
         layout = self._layouts[layer]
         self.experts += len(group)
         self.nbytes += len(group) * layout.nbytes
-        return Fetch(layer, group, slot, self._copier.bring(layout, group, slot))
+        return Fetch(layer, group, slot, self._copier.copy(layout, group, slot))
 
     def fetch_ahead(self, layer: int) -> bool:
-        """Of the layer behind this one, what it is sure to need; False if there is no more."""
+        """Start to copy the next group of the layer after `layer`. False if there is no more."""
         following = self._following.get(layer)
         if following is None:
             return False
@@ -165,7 +172,7 @@ class Streamer(Offloads):
         return True
 
     def take_ahead(self, layer: int, groups: list[list[int]]) -> list[Fetch]:
-        """What was fetched ahead, if it is what is needed."""
+        """The copies started ahead, if they are what `groups` needs first; else none."""
         ahead, self._ahead = self._ahead, []
         needed = groups[: len(ahead)]
         return (
@@ -174,8 +181,10 @@ class Streamer(Offloads):
 
 
 class _Pass:
-    """A layer's experts on their way through the slots; those of the next layer follow where so
-    many pairs of token and expert leave hardly one of its experts out."""
+    """A layer's experts, passing through the slots. pairs: of token and expert in the batch.
+
+    The next layer's experts follow if there are SURE pairs per expert.
+    """
 
     def __init__(self, streamer: Streamer, op: Op, experts: list[int], pairs: int) -> None:
         self._s = streamer
@@ -193,13 +202,14 @@ class _Pass:
                 break
 
     def _fill(self) -> bool:
-        """A slot is free; False if nothing is to come."""
+        """Start to fill a free slot. False if there is nothing left to copy."""
         if self._left:
             self._fetched.append(self._s.fetch(self._op.layer, self._left.popleft()))
             return True
         return self._sure and self._s.fetch_ahead(self._op.layer)
 
     def matrices(self, e: int) -> Matrices:
+        """The matrices of expert `e`. Waits for its copy. Ask for experts in the given order."""
         s = self._s
         if s._residents is not None and s._is_resident(self._op.layer, e):
             return s._residents.matrices(self._op, e)
@@ -212,7 +222,7 @@ class _Pass:
         return self._layout.matrices(self._current.slot[at:])
 
     def done(self) -> None:
-        """The slot computed on is free."""
+        """Free the slot that was computed from, and start to fill it."""
         if self._current is not None:
             self._current = None
             self._fill()

@@ -1,1 +1,1 @@
-"""The CPU: a program of native steps on packed weights."""
+"""The CPU's backend: a program of native steps on packed weights."""

@@ -1,4 +1,4 @@
-"""Runs a tape on the CPU: lowers it to a native program with the weights packed for its kernels."""
+"""Runs a tape on the CPU: packs the weights for the kernels, and lowers the ops to native calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deskside.backends.native.weights import load
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.gguf.quants import FLOAT_TYPES
-from deskside.lowering.buffers import plan_buffers, stride
+from deskside.lowering.buffers import plan_arena, stride
 from deskside.lowering.steps import NativeOp, Stretch, plan_steps
 from deskside.machine.host import HostOptions
 from deskside.machine.system import available_memory
@@ -26,12 +26,14 @@ NO_PLACE: Place = (0, 0, 0)
 
 
 class CpuBackend:
-    """One native program for a tape, at most `max_tokens` tokens a step.
+    """One native program for a tape, for at most `max_tokens` tokens per step.
 
-    reserve: bytes that must stay free, for a cache.
-    stretches: the parts of the tape that run here, in their order (`run_stretch`); None for all.
-    packed: another backend's `weights`, which serve here too.
-    DesksideError for an instruction set that this machine lacks, or what does not fit.
+    reserve    bytes that must stay free, for a cache
+    stretches  the parts of the tape that run here, in order (`run_stretch`); None for all
+    packed     another backend's `weights`, used here as they are
+
+    DesksideError for an instruction set that this machine lacks, a type without a kernel, or what
+    does not fit.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CpuBackend:
         progress: Progress = silent,
     ) -> None:
         self.tape = tape
+        self._host = host
         self._cache: Cache | None = None
         try:
             _native.choose(host.isa or "")
@@ -55,25 +58,25 @@ class CpuBackend:
         ops = tape.ops if stretches is None else [op for s in stretches for op in s.ops]
         _check_types(w for op in ops for w in op.weights)
         self.steps = plan_steps(tape, stretches)
-        self._ranges: list[tuple[int, int]] = []  # native steps of each stretch
-        offsets, arena = plan_buffers(self.steps, max_tokens, tape.logits)
+        self._ranges: list[tuple[int, int]] = []  # of each stretch: its native steps [begin, end)
+        offsets, biases, arena = plan_arena(self.steps, max_tokens, tape.logits)
         too_large = DesksideError(
-            f"-ub {max_tokens} needs {4 * arena / 1e9:.1f} GB and more of work memory; lower it"
+            f"-ub {max_tokens} needs at least {4 * arena / 1e9:.1f} GB of work memory; lower it"
         )
         if 4 * arena > available_memory():
             raise too_large
         reserve += 4 * arena
         try:
             try:
-                self.program = _native.Program(host.n_threads, max_tokens, arena, host.isa or "")
-            except RuntimeError as error:  # the system's
+                self.program = _native.Program(host.most_threads, max_tokens, arena, host.isa or "")
+            except RuntimeError as error:  # from the system
                 raise DesksideError(
-                    f"-t {host.n_threads}: threads cannot be started: {error}"
+                    f"-t {host.most_threads}: the system starts no more threads: {error}; lower it"
                 ) from None
             self.weights = load(
                 self.steps, host, reserve=reserve, progress=progress, packed=packed or {}
             )
-            lowering = _Lowering(self.program, file, tape, offsets, self.weights)
+            lowering = _Lowering(self.program, file, tape, offsets, biases, self.weights)
             self._lower(lowering)
             self.program.finish()
         except MemoryError:
@@ -82,6 +85,8 @@ class CpuBackend:
             raise DesksideError(f"{file.path}: {error}") from None
         self._offsets = offsets
         self._activations = self.program.activations
+        for name, (at, width, _) in biases.items():
+            self._activations[at : at + width] = file.dequantized(name)
 
     def _lower(self, lowering: _Lowering) -> None:
         n, hops = 0, []
@@ -97,29 +102,34 @@ class CpuBackend:
 
     @property
     def isa(self) -> str:
+        """The instruction set of the kernels."""
         return str(self.program.isa)
 
     @property
     def nbytes(self) -> int:
-        """Work memory: activations and scratch, without weights and cache."""
+        """Bytes of work memory: activations and scratch, without weights and cache."""
         return int(self.program.nbytes)
 
     def run(
         self, batch: Batch, cache: Cache, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
+        """See `Backend.run`."""
         return self._run(batch, cache, out, False)[0]
 
     def profile(self, batch: Batch, cache: Cache) -> tuple[NDArray[np.float32], list[float]]:
-        """As `run`, with the microseconds of each of `steps`."""
+        """As `run`, and the microseconds of each of `steps`."""
         return self._run(batch, cache, None, True)
 
     def run_stretch(self, i: int, batch: Batch, cache: Cache, logits: NDArray[np.float32]) -> None:
-        """Stretch `i` on what `values` holds; the head, if it is in here, writes `logits`."""
+        """Run stretch `i`. Its imports must be in `values`, and its exports are there afterwards.
+
+        logits: written if the stretch has the head. The cache is not advanced.
+        """
         begin, end = self._ranges[i]
         self._call(batch, cache, logits, False, begin, end)
 
     def values(self, value: Value, rows: int) -> NDArray[np.float32]:
-        """A view (rows, width) of a stretch's import or export in the program's memory."""
+        """A stretch's import or export: a view (rows, width) of the program's memory."""
         at, step = self._offsets[value.id], stride(value.width)
         return self._activations[at : at + rows * step].reshape(rows, step)[:, : value.width]
 
@@ -145,11 +155,16 @@ class CpuBackend:
             self._bind(cache)
         cache.check(batch)
         segments = np.array([(s.slot, s.pos, s.n) for s in batch.segments], np.int32)
-        return self.program.run(batch.tokens, segments, batch.outputs, logits, profile, begin, end)
+        threads = self._host.n_threads
+        if any(s.n > 1 for s in batch.segments):
+            threads = self._host.n_threads_batch or threads
+        return self.program.run(
+            batch.tokens, segments, batch.outputs, logits, profile, begin, end, threads
+        )
 
     def _bind(self, cache: Cache) -> None:
         types = (cache.k_type.id, cache.v_type.id)
-        # A state that is held elsewhere has no arrays here: one that nothing reads stands for it.
+        # States on another device have no array here: pass a dummy that is never read.
         self.program.set_states(
             [
                 (*arrays, *types) if len(arrays) == 2 else arrays or (np.zeros(1, np.uint8),)
@@ -163,39 +178,45 @@ def _check_types(weights: Iterable[TensorInfo]) -> None:
     for info in weights:
         if info.type.name not in KERNEL_TYPES:
             raise DesksideError(
-                f"{info.path}: tensor {info.name} has type {info.type.name}, which has no kernel"
+                f"{info.path}: tensor {info.name} has type {info.type.name}, which has no kernel; "
+                f"the types with one are {', '.join(sorted(KERNEL_TYPES))}"
             )
 
 
 @dataclass
 class _Lowering:
-    """Turns ops into calls of the native program; one method a kind."""
+    """Turns ops into calls of the native program: one method per kind."""
 
     program: _native.Program
     file: GGUF
     tape: Tape
     offsets: dict[int, int]
+    biases: dict[str, Place]
     weights: dict[str, _native.Weights]
 
     def place(self, value: Value) -> Place:
         return (self.offsets.get(value.id, 0), value.width, stride(value.width))
 
     def places(self, op: NativeOp) -> list[Place]:
-        """Inputs, then outputs."""
+        """The places of the op's inputs, then of its outputs."""
         return [self.place(v) for v in (*op.inputs, *op.outputs)]
 
     def floats(self, info: TensorInfo) -> NDArray[np.float32]:
-        """A small tensor in float32."""
-        return np.ascontiguousarray(self.file.dequantized(info.name))
+        """A small tensor in float32, in NumPy's order of dimensions."""
+        return np.ascontiguousarray(self.file.dequantized(info))
 
     def embed(self, op: NativeOp) -> None:
         (info,) = op.op.weights
         (out,) = self.places(op)
-        self.program.embed(self.file.raw(info.name), info.type.id, info.row_len, out)
+        self.program.embed(self.file.raw(info), info.type.id, info.row_len, out)
 
     def rms_norm(self, op: NativeOp) -> None:
         x, out = self.places(op)
         self.program.norm(x, out, self.floats(op.op.weights[0]), op.op.attrs["eps"])
+
+    def bias(self, op: NativeOp) -> None:
+        x, out = self.places(op)
+        self.program.add(x, self.biases[op.op.weights[0].name], out)
 
     def gated_norm(self, op: NativeOp) -> None:
         x, z, out = self.places(op)
@@ -211,7 +232,7 @@ class _Lowering:
             up = self.weights[part.up.weights[0].name] if part.up else None
             conv = None
             if part.conv:
-                # The file has a channel's taps side by side; the kernel wants a tap's channels.
+                # the file stores (channels, taps), the kernel reads (taps, channels)
                 taps = np.ascontiguousarray(self.floats(part.conv.weights[0]).T)
                 conv = (taps, part.conv.state)
             to_logits = part.out.id == self.tape.logits.id
@@ -294,7 +315,7 @@ class _Lowering:
 
     @staticmethod
     def hidden(down: TensorInfo, place: Place, top_k: int) -> tuple[Place, Place]:
-        """What lies between the experts' matrices, as floats and as records: one is used."""
+        """The place of the experts' hidden values: as floats, as records. One of them is used."""
         width = top_k * down.row_len
         floats = (place[0], width, width)
         is_float = down.type.name in FLOAT_TYPES
@@ -304,18 +325,22 @@ class _Lowering:
         self.program.take_rows(*self.places(op))
 
 
-# Kept equal to native/isa/matmul.cpp's table by a test.
-LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
-SUPERBLOCK_TYPES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_KS", "IQ4_KSS")
+# A test keeps these equal to the table in native/isa/matmul.cpp.
+LEGACY_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_0", "Q8_0", "IQ4_NL", "MXFP4")
+SUPERBLOCK_TYPES = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+    *("IQ4_K", "IQ5_K", "IQ6_K", "IQ4_KS", "IQ4_KSS", "IQ5_KS"),
+)
 KERNEL_TYPES = frozenset((*FLOAT_TYPES, *LEGACY_TYPES, *SUPERBLOCK_TYPES))
 
 
-# By kind of native op; another kind is an error.
+# By kind of native op.
 LOWERINGS: dict[str, Callable[[_Lowering, NativeOp], None]] = {
     f.__name__: f
     for f in (
         _Lowering.embed,
         _Lowering.rms_norm,
+        _Lowering.bias,
         _Lowering.gated_norm,
         _Lowering.quantize,
         _Lowering.linear,

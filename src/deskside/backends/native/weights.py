@@ -1,9 +1,9 @@
-"""A model's matrices in memory: packed for the kernels, in the order in which a step reads them.
+"""Loads a model's matrices, packed for the kernels, in the order in which a step reads them.
 
-Matrices lie in one arena of huge pages, in panels of 16 rows (native/weights/panel.h). They take
-the bytes of the file, but for the rows that a last panel lacks. Gate and up of a swiglu are
-interleaved panel by panel, so that a thread reads one stream. A tensor is read and packed in
-pieces: there is never a second copy of it.
+Matrices are in one arena of huge pages, in panels of 16 rows (native/weights/panel.h). They take as
+many bytes as in the file, plus the padding of each last panel. A swiglu's gate and up alternate
+panel by panel, so that a thread reads one stream. A tensor is read and packed in pieces, so no
+second copy of it is in memory, unless its rows are interleaved in the file.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
+
 from deskside import _native
 from deskside.errors import DesksideError
-from deskside.lowering.panels import layout, matrices
+from deskside.files import read_at
+from deskside.gguf import TensorInfo
+from deskside.lowering.panels import PanelRange, layout, matrices
 from deskside.lowering.steps import Step
 from deskside.machine import pages
 from deskside.machine.host import HostOptions
@@ -32,11 +36,11 @@ def load(
     progress: Progress = silent,
     packed: Mapping[str, _native.Weights] = MappingProxyType({}),
 ) -> dict[str, _native.Weights]:
-    """All matrices of `steps` by name, with `reserve` bytes left free; those in `packed` as they
-    are.
+    """All matrices of `steps`, by name. `reserve` bytes of memory are left free.
 
-    A system without NUMA is worth a warning only. DesksideError where they do not fit or cannot be
-    read. Whatever fails, Ctrl-C included, nothing is kept, even by those who hold the exception.
+    packed: matrices that are already loaded; they are returned as they are.
+    DesksideError if the matrices do not fit or cannot be read. A system without NUMA only causes a
+    warning. Any failure, Ctrl-C included, frees the memory, even if a caller keeps the exception.
     """
     ranges, total = layout(
         together for together in matrices(steps) if any(t.name not in packed for t in together)
@@ -45,7 +49,7 @@ def load(
     weights = dict(packed)
     files: dict[Path, int] = {}
     done, whole = 0, sum(p.info.nbytes for p in ranges)
-    # What is packed is not read from the file again; a large file must not push the arena out.
+    # Packed tensors are not read again, and a large file's pages must not evict the arena.
     forget = whole > available_memory() // 2
     try:
         for p in ranges:
@@ -54,19 +58,9 @@ def load(
                 files[info.path] = os.open(info.path, os.O_RDONLY)
             fd = files[info.path]
             progress("loading", done, whole)
-            weights[info.name] = arena.from_file(
-                fd,
-                info.offset,
-                info.type.id,
-                info.row_len,
-                p.rows,
-                p.groups,
-                p.at,
-                p.stride,
-                host.n_threads,
-            )
+            weights[info.name] = _packed(arena, fd, p, host.most_threads)
             if forget:
-                os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+                _forget(fd, info)
             done += info.nbytes
         progress("loading", done, whole)
     except BaseException as error:
@@ -83,11 +77,33 @@ def load(
     return weights
 
 
+def _forget(fd: int, info: TensorInfo) -> None:
+    """Let go of the file's pages, but not of those of rows between the matrices."""
+    runs = info.n_matrices if info.stride else 1
+    for i in range(runs):
+        at = info.offset + i * info.matrix_stride
+        os.posix_fadvise(fd, at, info.nbytes // runs, os.POSIX_FADV_DONTNEED)
+
+
+def _packed(arena: _native.Arena, fd: int, p: PanelRange, threads: int) -> _native.Weights:
+    """A tensor's panels from its file. An interleaved one is taken apart in memory first."""
+    info, place = p.info, (p.groups, p.at, p.stride, threads)
+    type_id, n = info.type.id, info.row_len
+    if info.interleaved is None:
+        between = (info.stride,) if info.stride else ()
+        return arena.from_file(fd, info.offset, type_id, n, p.rows, *place, *between)
+    stored = np.empty((info.n_matrices, info.matrix_bytes), np.uint8)
+    for i, matrix in enumerate(stored):
+        read_at(fd, info.offset + i * info.matrix_stride, matrix)
+    data = info.interleaved.plain(stored.reshape(info.n_rows, info.row_bytes))
+    return arena.from_array(data, type_id, n, *place)
+
+
 def _arena(total: int, reserve: int, host: HostOptions) -> _native.Arena:
-    """Memory for `total` bytes of weights."""
+    """Memory for `total` bytes of weights. DesksideError if it does not fit beside `reserve`."""
     free = available_memory()
     huge_pages = host.huge_pages
-    from_pool = huge_pages in pages.RESERVED  # those count as taken already
+    from_pool = huge_pages in pages.RESERVED  # the system counts reserved pages as taken
     if from_pool:
         pages.need_reserved(huge_pages, total)
     needed = reserve + (0 if from_pool else total)
@@ -101,7 +117,7 @@ def _arena(total: int, reserve: int, host: HostOptions) -> _native.Arena:
     try:
         arena = _native.Arena(total, huge_pages, nodes)
     except MemoryError:
-        why = "a limit (ulimit -v, overcommit) refuses them"
+        why = "a limit of the system refuses them; raise ulimit -v or the overcommit limit"
         if from_pool:
             why = f"the reserved pages are not there (--huge-pages {huge_pages})"
         raise DesksideError(f"{sizes}; {why}") from None

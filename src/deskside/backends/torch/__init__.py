@@ -1,1 +1,1 @@
-"""Devices that torch drives: ops, weights, captured sections."""
+"""Torch devices: their ops, weights and captured sections."""

@@ -1,6 +1,4 @@
-"""A device that torch drives: it holds weights as the file's bytes, the states of its ops, and the
-values of a running step.
-"""
+"""A torch device. It holds weights as the file's bytes, states, and the values of a step."""
 
 from __future__ import annotations
 
@@ -29,13 +27,13 @@ from deskside.progress import Progress
 from deskside.tape import KVState, Op, State
 from deskside.tape.cache import state_shapes
 
-COPY = 64 << 20  # bytes of a weight on their way to a device at a time
+COPY = 64 << 20  # bytes of a weight that are copied to a device at a time
 
 Arrays = dict[int, NDArray[np.float32]]  # by a value's id
 
 
 class TorchState:
-    """The arrays of one state in a device's memory, laid out as `cache.py` has them."""
+    """A `DeviceState`: the arrays of one state on a device, in the layouts of `tape/cache.py`."""
 
     def __init__(self, device: TorchDevice, arrays: tuple[Tensor, ...], recurrent: bool) -> None:
         self._device = device
@@ -47,7 +45,7 @@ class TorchState:
         return sum(a.nbytes for a in self.arrays)
 
     def clear(self, slot: int) -> None:
-        # What a lost device held is lost with it.
+        # a lost device has lost its states too
         if self._recurrent and not self._device.lost:
             self.arrays[0][slot] = 0
 
@@ -71,13 +69,13 @@ class TorchState:
 
 
 class TorchDevice:
-    """One device.
+    """One torch device.
 
-    kernels: those to use. graphs: whether single-token steps are captured (`graph.py`); None for on
-    CUDA only.
+    kernels: used instead of torch's ops. graphs: whether steps with one token per sequence are
+    captured (`graph.py`); None: only on CUDA.
     """
 
-    budget: int | None = None  # bytes that it may hold; None for all that is free
+    budget: int | None = None  # limit on its bytes; None for all that is free
 
     def __init__(
         self,
@@ -95,13 +93,17 @@ class TorchDevice:
         self.kernels = kernels
         self._capturing = device.type == "cuda" if graphs is None else graphs
         self.graphs: Graphs | None = None
-        self._parts: dict[int, tuple[Section, ...]] = {}  # by section: those that can be captured
+        # by section: its runs of ops, which are captured each, unless they are of offloaded experts
+        self._parts: dict[int, tuple[Section, ...]] = {}
         self._plans: dict[int, tuple[Sequence[Section], dict[int, Op], Graphs | None]] = {}
         self._work = 0
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Turns a device's failures into one clear line."""
+        """Turn a failure of the device into a DesksideError. doing: what the block does.
+
+        After an error of CUDA the device is lost: every later `guard` raises.
+        """
         try:
             if self.lost:
                 raise self._gone(doing)
@@ -120,17 +122,17 @@ class TorchDevice:
     def _gone(self, doing: str, why: str = "") -> DesksideError:
         return DesksideError(
             f"device {self.name} was lost while {doing}{': ' if why else ''}{why}; "
-            "the sequence is dropped; load the model again, without this device if it stays away"
+            "the sequence is dropped; load the model again, without this device if it fails again"
         )
 
     def free(self) -> int | None:
-        """Bytes that still fit; None where the system's memory is the limit."""
+        """Bytes that still fit. None if the system's memory is the limit."""
         if self.device.type != "cuda":
             return None
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def expect(self, what: str, nbytes: int) -> None:
-        """DesksideError unless `nbytes` more fit."""
+        """DesksideError unless `nbytes` more fit. what: names them in the message."""
         free = self.free()
         if free is not None and nbytes > free:
             total = self.budget if self.budget is not None else free
@@ -141,25 +143,29 @@ class TorchDevice:
             )
 
     def load(self, file: GGUF, infos: Sequence[TensorInfo], work: int, progress: Progress) -> None:
-        """Take the weights in, with `work` bytes left for activations."""
+        """Copy the weights `infos` to the device, and leave `work` bytes for activations.
+
+        DesksideError for a type that torch cannot decode, or if they do not fit.
+        """
         for info in infos:
             if info.type.name not in TYPES:
                 raise DesksideError(
                     f"{info.path}: tensor {info.name} has type {info.type.name}, which device "
-                    f"{self.name} cannot decode"
+                    f"{self.name} cannot decode; place it on the CPU"
                 )
         self._work = work
         whole = sum(info.nbytes for info in infos)
         self.expect("weights and work memory", whole + work)
         done = 0
         for info in infos:
-            raw = file.raw(info.name)
-            if self.name == HOST_TORCH:  # the mapped file serves
+            # (rows, row bytes) of a matrix; (experts, rows, row bytes) of experts'
+            raw = file.matrices(info) if len(info.shape) > 2 else file.raw(info)
+            if self.name == HOST_TORCH:  # no copy: it reads the mapped file
                 self.weights[info.name] = _mapped(raw)
                 continue
             with self.guard(f"loading {info.name}"):
                 held = torch.empty(raw.shape, dtype=torch.uint8, device=self.device)
-                rows = max(1, COPY // info.row_bytes)
+                rows = max(1, COPY // raw[0].nbytes)
                 for i in range(0, len(raw), rows):
                     progress(f"loading to {self.name}", done, whole)
                     held[i : i + rows].copy_(_mapped(raw[i : i + rows]))
@@ -170,10 +176,13 @@ class TorchDevice:
     def hold(
         self, state: State, n_slots: int, n_ctx: int, k_type: QuantType, v_type: QuantType
     ) -> TorchState:
-        """Zeroed memory for a state."""
+        """Allocate zeroed memory for a state: `n_slots` sequences of `n_ctx` tokens.
+
+        DesksideError if it does not fit.
+        """
         for _, _, graphs in self._plans.values():
             if graphs is not None:
-                graphs.drop()  # they belong to another cache
+                graphs.drop()  # they point to the previous cache
         kv = isinstance(state, KVState)
         kind = torch.uint8 if kv else torch.float32
         shapes = state_shapes(state, n_ctx, k_type, v_type)
@@ -184,9 +193,10 @@ class TorchDevice:
         return TorchState(self, arrays, not kv)
 
     def run(self, section: Section, values: dict[int, Tensor], step: TorchStep, rows: int) -> None:
-        """The section's ops on `values`; those made are added, those no longer needed go.
+        """Run the section's ops on `values`, by value id. Outputs are added, unused values removed.
 
-        rows: wanted logits; without any, what is made of them is empty.
+        rows: number of wanted logits. With 0, values of their rows are empty.
+        DesksideError if the device has no room or is lost.
         """
         for part in self._parts.get(id(section), (section,)):
             if (
@@ -228,12 +238,15 @@ class TorchDevice:
                 values.pop(value.id, None)
 
     def beat(self, doing: str) -> None:
-        """For work beside the ops, where the device may be lost too: DesksideError if it is."""
+        """DesksideError if the device is lost. Called by work beside the ops, such as copies."""
         if self.lost:
             raise self._gone(doing)
 
     def plan(self, sections: Sequence[Section]) -> None:
-        """Learn when a value can be forgotten: after its last use, exports once they are sent."""
+        """Prepare for a route's `sections`: find the last use of each value, and make new graphs.
+
+        A value is removed after its last use, an export after it is sent.
+        """
         if id(sections) not in self._plans:
             uses = last_uses(sections).items()
             last = {value: op for (device, value), op in uses if device == self.name}
@@ -267,7 +280,7 @@ class TorchDevice:
         return free is None or free + self._idle() >= self._work
 
     def _idle(self) -> int:
-        """Bytes that torch keeps for later allocations: they count as free."""
+        """Bytes that torch's allocator keeps for later: they count as free."""
         if self.device.type != "cuda":
             return 0
         reserved = torch.cuda.memory_reserved(self.device)
@@ -277,7 +290,10 @@ class TorchDevice:
         warnings.warn(f"device {self.name} runs without graphs: {why}", stacklevel=2)
 
     def send(self, section: Section, values: dict[int, Tensor]) -> Callable[[], Arrays]:
-        """A section's exports, to the host; those not used again here are forgotten."""
+        """Start to copy a section's exports to the host. The function returned waits for them.
+
+        Exports that the device does not use again are removed from `values`.
+        """
         wait = self._download({v.id: values[v.id] for v in section.exports})
         for v in section.exports:
             if any(self._last[v.id] is op for op in section.ops):
@@ -285,19 +301,19 @@ class TorchDevice:
         return wait
 
     def upload(self, arrays: Arrays) -> dict[int, Tensor]:
-        """Values to the device, in one transfer."""
+        """Copy values, by id, to the device in one transfer."""
         offsets, total = _offsets({i: a.size for i, a in arrays.items()})
         staged = torch.empty(total, pin_memory=self.device.type == "cuda")
         for i, a in arrays.items():
             staged[offsets[i] : offsets[i] + a.size] = torch.from_numpy(a.reshape(-1))
         with self.guard("receiving values"):
             flat = torch.empty(total, device=self.device)
-            # Pinned memory is handed out again only when the copy is over: torch sees to that.
+            # torch reuses pinned memory only after the copy is done
             flat.copy_(staged, non_blocking=True)
             return {i: flat[offsets[i] :][: a.size].view(a.shape) for i, a in arrays.items()}
 
     def _download(self, values: Mapping[int, Tensor]) -> Callable[[], Arrays]:
-        """Values to the host, in one transfer; the function returned waits for it."""
+        """Start to copy values to the host in one transfer. The function returned waits for it."""
         offsets, total = _offsets({i: t.numel() for i, t in values.items()})
         with self.guard("sending values"):
             flat = torch.empty(total, device=self.device)
@@ -326,25 +342,29 @@ class TorchDevice:
 
 
 def _is_offloaded(op: Op) -> bool:
-    """Whether the op is of offloaded experts: the host keeps books at every run, no graph can."""
+    """Whether the op is of offloaded experts. No graph can run it: the host counts its experts."""
     return op.kind in EXPERT_OPS
 
 
 def show(nbytes: int) -> str:
-    """Bytes for a message: exact, with the size in MiB."""
+    """`nbytes` as text for a message: in MiB, and exact."""
     return f"{nbytes / (1 << 20):.1f} MiB ({nbytes} bytes)"
 
 
 def _offsets(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
+    """Where each value starts in one transfer, and the total length, in floats.
+
+    Values start on cache lines. sizes: floats, by value id.
+    """
     offsets, total = {}, 0
     for i, size in sizes.items():
         offsets[i] = total
-        total += -(-size // LINE) * LINE  # values in one transfer start on cache lines
+        total += -(-size // LINE) * LINE
     return offsets, total
 
 
 def _mapped(raw: NDArray[np.uint8]) -> Tensor:
-    """A view of file bytes. Their mapping is read-only, which torch cannot express: it warns."""
+    """A view of file bytes. Their mapping is read-only; torch has no such tensors and warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(raw)

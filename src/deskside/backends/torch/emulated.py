@@ -1,6 +1,6 @@
-"""`emu0:96GiB`: a device emulated by torch on the CPU, within a budget of bytes.
+"""Emulates a device such as `emu0:96GiB`: torch computes on the CPU, within a budget of bytes.
 
-Every byte that torch allocates for it is counted, and it fails where a real one would.
+Every byte that torch allocates for it is counted. Beyond the budget it fails, as a real device.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from deskside.errors import DesksideError
 
 
 class OutOfBudget(Exception):
-    """An emulated device holds more than it may: by `args[0]` bytes."""
+    """An emulated device exceeds its budget by `args[0]` bytes."""
 
 
 class Meter(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the live bytes of all storages that were made while it was active."""
+    """Counts the live bytes of all storages that torch makes while it is active.
+
+    OutOfBudget as soon as they exceed `budget`.
+    """
 
     def __init__(self, budget: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]
 
 
 class EmulatedDevice(TorchDevice):
-    """budget: bytes that it may hold."""
+    """A device on the CPU that may hold `budget` bytes."""
 
     budget: int
 

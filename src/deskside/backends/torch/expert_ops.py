@@ -1,8 +1,8 @@
-"""Routed experts that a device computes for the host: the ops, and what supplies their matrices.
+"""Routed experts that a device computes for the host: the ops, and the suppliers of their matrices.
 
-`sections._offloaded` has the ops. A device's part of a layer's experts is computed exactly as the
-`experts` op computes it: the same products for the same tokens, added in the same order, so on
-torch alone it changes no bit who computes what.
+`lowering/sections.py` makes these ops. They compute exactly what the `experts` op computes: the
+same products for the same tokens, added in the same order. So if torch runs the host's part too,
+the result has the same bits, whichever device computes an expert.
 """
 
 from __future__ import annotations
@@ -21,47 +21,55 @@ Matrices = tuple[Tensor, Tensor, Tensor]  # gate, up, down of one expert: uint8 
 
 
 class Divides(Protocol):
-    """What decides which of the chosen experts a device computes."""
+    """Decides which of the selected experts a device computes."""
 
     def divide(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (tokens, top_k) -> those computed there, and those that the host computes; -1 for
-        the others."""
+        """Split ids, float32 (tokens, top_k), into the device's and the host's part.
+
+        Each part has the shape of ids, with -1 for pairs of the other part.
+        """
         ...
 
 
 class Supplies(Protocol):
-    """What has experts' matrices where they are computed, for the time of a step."""
+    """Supplies experts' matrices on the device that computes them, during a step."""
 
     def each(self, op: Op, experts: list[int], pairs: int) -> Callable[[int], Matrices]:
-        """Gives the matrices of `experts`, asked for in that order; each until the next, the last
-        until `done`. pairs: of token and expert."""
+        """A function that returns the matrices of an expert. Call it in the order of `experts`.
+
+        An expert's matrices are valid until the next call, the last until `done`. pairs: the number
+        of pairs of token and expert.
+        """
         ...
 
-    def done(self) -> None: ...
+    def done(self) -> None:
+        """End the layer: its matrices are no longer used."""
+        ...
 
 
 @runtime_checkable
 class Gathers(Supplies, Protocol):
-    """What has them all in one place, so that few tokens need not wait for their experts' numbers.
+    """Supplies all experts' matrices as one stack, indexed on the device.
 
-    A class that does must name this one as its base: `_few` asks for that.
+    So the host need not wait for the ids, which a step of few tokens could not afford. A class that
+    does this must have this one as its base: `_few` asks for that.
     """
 
     def stacks(self, op: Op) -> Matrices:
-        """gate, up, down of all that is here: uint8 (n, rows, row_bytes) each."""
+        """gate, up, down of all experts that are here: uint8 (n, rows, row_bytes) each."""
         ...
 
     def places(self, layer: int, ids: Tensor) -> Tensor:
-        """The place in `stacks` of every id (any for -1), int64 of its shape."""
+        """The index into `stacks` of every id: int64 of its shape. For -1, any valid index."""
         ...
 
 
 class Offloads(Divides, Supplies, Protocol):
-    """What a step's offloaded experts need."""
+    """Decides and supplies: all that the ops of offloaded experts need."""
 
 
 class HostExperts(Gathers):
-    """The host's own weights, for `expert_pairs`."""
+    """Supplies the host's own weights, for `expert_pairs`."""
 
     def __init__(self, step: TorchStep) -> None:
         self.step = step
@@ -84,10 +92,12 @@ class HostExperts(Gathers):
 
 
 def expert_divide(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """Split the ids (tokens, top_k) into the device's and the host's; -1 stands for the other's."""
     return list(step.offload.divide(op.layer, inputs[0]))
 
 
 def expert_offload(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """The device's part of a layer, summed over a token's experts: (tokens, rows)."""
     x, ids, p = inputs
     if _few(step.offload, ids):
         return [(p[:, :, None] * _gathered_terms(op, x, ids, step.offload)).sum(1)]
@@ -98,23 +108,28 @@ def expert_offload(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor
 
 
 def expert_offload_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """The device's part of a layer, by pair: (tokens, top_k * rows), 0 for the host's pairs."""
     x, ids = inputs
     return [_pairs(op, x, ids, step, step.offload)]
 
 
 def expert_pairs(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """The host's part of a layer, by pair: (tokens, top_k * rows), 0 for the device's pairs."""
     x, ids = inputs
     return [_pairs(op, x, ids, step, HostExperts(step))]
 
 
 def expert_merge(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
-    """Of a pair's two terms one is 0; the sum goes as in `torch_ops._sum_experts`."""
+    """Sum both parts over a token's experts: (tokens, rows). One of a pair's two terms is 0.
+
+    The order of the sum is that of `ops._sum_experts`.
+    """
     there, here, ids, p = inputs
     n, top_k = ids.shape
     y = (there + here).reshape(n, top_k, -1)
     if n * top_k <= FEW_PAIRS:
         return [(p[:, :, None] * y).sum(1)]
-    order = ids.argsort(dim=1)  # a token has an expert once
+    order = ids.argsort(dim=1)  # unique: a token has an expert at most once
     out = y.new_zeros(n, y.shape[2])
     token = torch.arange(n, device=y.device)
     for j in range(top_k):
@@ -128,7 +143,7 @@ def _few(supplier: Supplies, ids: Tensor) -> TypeGuard[Gathers]:
 
 
 def _pairs(op: Op, x: Tensor, ids: Tensor, step: TorchStep, supplier: Supplies) -> Tensor:
-    """Every pair's W_down h, or 0 for the id -1: (tokens, top_k * rows)."""
+    """W_down h of every pair, 0 for the id -1: (tokens, top_k * rows)."""
     if _few(supplier, ids):
         return _gathered_terms(op, x, ids, supplier).reshape(len(x), -1)
     out = x.new_zeros(*ids.shape, op.weights[2].shape[1])
@@ -138,8 +153,11 @@ def _pairs(op: Op, x: Tensor, ids: Tensor, step: TorchStep, supplier: Supplies) 
 
 
 def _gathered_terms(op: Op, x: Tensor, ids: Tensor, supplier: Gathers) -> Tensor:
-    """(tokens, top_k, rows). Pairs that are not computed here take some matrix, whatever it holds:
-    then shapes do not depend on the ids, and nothing waits."""
+    """W_down h of every pair, 0 for the id -1: (tokens, top_k, rows).
+
+    Pairs with the id -1 use some matrix, and their result is dropped. So shapes do not depend on
+    the ids, and the host need not wait for them.
+    """
     n, top_k = ids.shape
     down = op.weights[2]
     stacks = supplier.stacks(op)
@@ -158,7 +176,7 @@ def _gathered_terms(op: Op, x: Tensor, ids: Tensor, supplier: Gathers) -> Tensor
 def _terms(
     op: Op, x: Tensor, ids: Tensor, step: TorchStep, supplier: Supplies
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, their slots, W_down h) expert by expert, in the order of their numbers."""
+    """(tokens, their slots in top_k, W_down h (n, rows)), expert by expert, by ascending id."""
     gate, up, down = op.weights
     parts = by_expert(ids)
     matrices = supplier.each(op, [e for e, _, _ in parts], ids.numel())

@@ -1,15 +1,15 @@
-"""A section captured once and replayed: no Python between its ops, one launch on CUDA.
+"""Captures a section once and replays it: no Python between its ops, one launch on CUDA.
 
-A step of one token a sequence has shapes that follow from its `Shape` alone, and reads what the
-batch says from `ops.BatchTensors`. So a section of it is run once as it is (which compiles
-kernels and sets libraries up), captured the next time, and replayed from then on. All values that
-cross a section's border lie in buffers of the shape, at addresses that do not change.
+In a step with one token per sequence, all shapes follow from its `Shape`. The ops read the batch
+from `ops.BatchTensors`. So a section runs uncaptured at first, which compiles kernels and
+initialises libraries. It is captured the second time, and replayed from then on. Values that cross
+its borders are in buffers, one set per shape, whose addresses do not change.
 
-On CUDA that is a CUDA graph. The tests' device records the calls that torch dispatches
-(tests/torch_record.py) and repeats them on the same memory. It refuses what a capture would: ops
-that wait for the device, and data from the host.
+On CUDA the capture is a CUDA graph. The tests' device records the calls that torch dispatches, and
+repeats them on the same memory (tests/torch_record.py). It refuses what CUDA refuses: ops that wait
+for the device, and data from the host.
 
-Where a capture fails, the section runs as it always did, with one note.
+If a capture fails, the section runs uncaptured, and the user gets one note.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from deskside.lowering.sections import Section
 from deskside.tape import Op, Value
 
 RunOps = Callable[[dict[int, Tensor], TorchStep], None]
-MAX_TOKENS = 8  # of a step that is captured
-MAX_SHAPES = 8  # kept at a time
+MAX_TOKENS = 8  # limit on the tokens of a captured step
+MAX_SHAPES = 8  # limit on the shapes kept; the least recently used goes first
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the shapes of a captured step depend on: sequences (one token each), wanted logits, and
-    a power of 2 that no sequence's length exceeds."""
+    """What the shapes of a captured step depend on.
+
+    tokens: one per sequence. outputs: wanted logits. bucket: as in `ops.BatchTensors`.
+    """
 
     tokens: int
     outputs: int
@@ -44,28 +46,35 @@ class Shape:
 
 
 class Graph(Protocol):
-    """`capture` runs the function once, recorded; `replay` does again what it did to memory."""
+    """One captured section."""
 
-    def capture(self, run: Callable[[], None]) -> None: ...
+    def capture(self, run: Callable[[], None]) -> None:
+        """Record `run` and execute it once. Raises if it cannot be captured."""
+        ...
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Repeat what `run` did to memory."""
+        ...
 
 
 class NewGraph(Protocol):
     """Makes the empty graphs of a device."""
 
     def __call__(self, outside: Sequence[Tensor], states: Sequence[Tensor]) -> Graph:
-        """One that may use these tensors; the second ones are states."""
+        """An empty graph that may use these tensors. states: those that it may change."""
         ...
 
     def renew(self) -> None:
-        """No graph that it made is kept any more, or the making of one failed."""
+        """Release what the graphs share. Called after all are dropped, or a capture failed."""
         ...
 
 
 class CudaGraphs:
-    """Makes CUDA graphs. They share a pool of memory, since they never overlap, and with it the
-    stream that they are captured on (torch's own would be of the first device for all)."""
+    """Makes the CUDA graphs of a device.
+
+    They never overlap, so they share a pool of memory and the stream of their capture. torch's
+    default capture stream is on the first device, whichever device is captured.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,12 +85,12 @@ class CudaGraphs:
         return CudaGraph(self)
 
     def renew(self) -> None:
-        # A pool that a failed capture leaves open, or that no graph holds, takes no other graph.
+        # A new pool: after a failed capture, or once no graph uses it, a pool accepts no graph.
         self.pool = torch.cuda.graph_pool_handle()
 
 
 class CudaGraph:
-    """One section."""
+    """One section as a CUDA graph."""
 
     def __init__(self, maker: CudaGraphs) -> None:
         self._maker = maker
@@ -96,18 +105,18 @@ class CudaGraph:
                     self._graph,
                     pool=maker.pool,
                     stream=maker.stream,
-                    # Other threads may use CUDA meanwhile: only this one's calls are checked.
+                    # other threads may use CUDA meanwhile: check only this thread's calls
                     capture_error_mode="thread_local",
                 ):
                     run()
             except BaseException:
-                # Where the end of a capture fails, torch keeps allocating to its pool.
+                # If the end of a capture fails, torch keeps allocating from the graph's pool.
                 with contextlib.suppress(Exception):
                     torch._C._cuda_endAllocateToPool(maker.device.index or 0, maker.pool)
                 raise
             finally:
-                torch.cuda.set_stream(current)  # which torch leaves where the end fails
-        self.replay()  # capturing has computed nothing
+                torch.cuda.set_stream(current)  # torch does not if the end of the capture fails
+        self.replay()  # a capture computes nothing
 
     def replay(self) -> None:
         with torch.cuda.device(self._maker.device):
@@ -116,14 +125,14 @@ class CudaGraph:
 
 @dataclass(frozen=True)
 class Borders:
-    """Values that a section reads and does not make, and those of its own that are read later."""
+    """needed: values that a section reads from others. kept: its outputs that others read."""
 
     needed: tuple[Value, ...]
     kept: tuple[Value, ...]
 
 
 def borders(section: Section, last: Mapping[int, Op]) -> Borders:
-    """last: by value, the op after which the section's device can forget it."""
+    """The borders of a section. last: by value id, the last op of the device that uses it."""
     made = {v.id: v for op in section.ops for v in op.outputs}
     needed = {v.id: v for op in section.ops for v in op.inputs if v.id not in made}
     own = {op.index for op in section.ops}
@@ -134,20 +143,21 @@ def borders(section: Section, last: Mapping[int, Op]) -> Borders:
 
 @dataclass
 class _Shaped:
-    """What is kept for a shape."""
+    """The buffers and graphs of one shape."""
 
     shape: Shape
     packed: Tensor  # `BatchTensors.packed`, on the device
-    buffers: dict[int, Tensor] = field(default_factory=dict)  # by value that crosses a border
-    seen: set[int] = field(default_factory=set)  # sections that have run once, by id()
-    graphs: dict[int, Graph] = field(default_factory=dict)
+    buffers: dict[int, Tensor] = field(default_factory=dict)  # by id of a value at a border
+    seen: set[int] = field(default_factory=set)  # id() of sections that have run once
+    graphs: dict[int, Graph] = field(default_factory=dict)  # by id() of a section
 
 
 class Graphs:
     """The captured sections of one device, for one cache at a time.
 
-    room(): whether what the device holds leaves the work memory of the largest step; asked after
-    each capture. note(why): told once, of the first section that cannot be captured.
+    sections, last: as in `borders`.
+    room(): whether the work memory of the largest step still fits; called after each capture.
+    note(why): called once, for the first section that cannot be captured.
     """
 
     def __init__(
@@ -166,7 +176,7 @@ class Graphs:
         self._room = room
         self._note = note
         self._noted = False
-        # Sections, by id(), with a number of tokens at which they cannot be captured.
+        # (id() of a section, tokens of a step) that cannot be captured
         self._never: set[tuple[int, int]] = set()
         self._full = False
         self._shapes: dict[Shape, _Shaped] = {}
@@ -175,7 +185,7 @@ class Graphs:
         self.captures = self.replays = 0
 
     def drop(self) -> None:
-        """Forget all graphs, and their memory: the cache that they point to is replaced."""
+        """Free all graphs and buffers. Call it when the cache that they point to is replaced."""
         self._shapes.clear()
         self._states, self._now, self._full = (), None, False
         self._new_graph.renew()
@@ -183,10 +193,10 @@ class Graphs:
     def run(
         self, section: Section, values: dict[int, Tensor], step: TorchStep, ops: RunOps
     ) -> bool:
-        """Run the section on `values`, to which what it makes is added; False if it is not to run
-        as a graph, and nothing was done.
+        """Run the section as a graph and add its outputs to `values`, by value id.
 
-        ops(values, step) runs the section's ops as they are, and adds to `values`.
+        Returns False and does nothing if it must run uncaptured.
+        ops(values, step) runs the section's ops uncaptured and adds their outputs to `values`.
         """
         n = len(step.batch.tokens)
         if n > MAX_TOKENS or not bucket_of(step.batch):
@@ -213,7 +223,7 @@ class Graphs:
         return True
 
     def _begin(self, step: TorchStep) -> _Shaped:
-        """What belongs to the step's shape; once a step, its tensors say what the batch says."""
+        """The buffers and graphs of the step's shape. The batch is copied there once per step."""
         if self._now is not None and self._now[0]() is step:
             return self._now[1]
         states = tuple(a for i in sorted(step.states) for a in step.states[i])
@@ -226,7 +236,7 @@ class Graphs:
         shaped = self._shapes.pop(shape, None)
         if shaped is None:
             shaped = _Shaped(shape, torch.empty_like(packed, device=self._device))
-        self._shapes[shape] = shaped  # the last one used stands last
+        self._shapes[shape] = shaped  # the most recently used is last
         while len(self._shapes) > MAX_SHAPES:
             del self._shapes[next(iter(self._shapes))]
         shaped.packed.copy_(packed)
@@ -240,9 +250,9 @@ class Graphs:
         return shaped.buffers[v.id]
 
     def _capture(self, shaped: _Shaped, section: Section, step: TorchStep, ops: RunOps) -> bool:
-        """Capture and run the section; False if that cannot be, and nothing has changed."""
+        """Capture and run the section. Returns False and changes nothing if that is impossible."""
         border = self._borders[id(section)]
-        # Its own rotations: those of `step` may have been computed outside of the graph.
+        # no cached rotations: those of `step` may have been computed outside the graph
         own = replace(step, _rotations={})
         own.tensors = BatchTensors.of(step.batch, shaped.packed)
 
@@ -258,11 +268,11 @@ class Graphs:
             outside = [*step.weights.values(), *shaped.buffers.values(), shaped.packed]
             graph = self._new_graph([*outside, codebooks(self._device)], self._states)
             graph.capture(run)
-        except Exception as error:  # whatever it is, the section can still run as it is
+        except Exception as error:  # any error: the section can still run uncaptured
             self._never.add((id(section), shaped.shape.tokens))
             self._new_graph.renew()
             first: BaseException = error
-            while first.__context__ is not None:  # the end of a failed capture fails too
+            while first.__context__ is not None:  # the end of a failed capture raises as well
                 first = first.__context__
             self._tell(f"{type(first).__name__}: {' '.join(str(first).split())}")
             return False

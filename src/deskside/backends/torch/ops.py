@@ -1,13 +1,13 @@
-"""Every op on torch in float32, for any torch device: the twins of `backends/reference.py`.
+"""Computes every op in torch, in float32, on any device. `backends/reference.py` defines the ops.
 
-Weights stay the file's bytes and are decoded in pieces of bounded size, where they are used; a
-kernel that multiplies by the bytes themselves takes their place where a device has one (`kernels`).
-Activations that meet quantised weights are rounded to 8 bits per block of 32 as on the CPU, so that
-a model is the same on every device but for the order of its sums.
+Weights stay the file's bytes. They are decoded where they are used, in pieces of bounded size. If
+the device has a kernel that reads the bytes themselves, it is used instead (`kernels.py`).
+Activations for quantised weights are rounded to 8 bits per block of 32, as on the CPU. So devices
+differ only in the order of their sums.
 
-What a batch says, ops read from `BatchTensors` where each sequence has one token. The shapes of
-such a step follow from the number of sequences, of wanted logits and the bucket of positions alone,
-and nothing waits for the device: `torch_graph` captures it.
+If each sequence has one token, ops read the batch from `BatchTensors`. All shapes then follow from
+the number of sequences, the number of wanted logits, and the bucket of positions. Nothing waits for
+the device, so `graph.py` can capture the step.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from deskside.lowering.scratch import FEW_PAIRS, PIECE
 from deskside.tape import Op
 from deskside.tape.cache import Batch
 
-DELTA_BLOCK = 64  # tokens that the delta rule takes at once
+DELTA_BLOCK = 64  # tokens that the delta rule computes at once
 MIN_BUCKET = 256  # positions; see `BatchTensors.bucket`
 
 
 @dataclass(frozen=True)
 class BatchTensors:
-    """A batch on the device, int32. `bucket`: where each sequence has one token, a power of 2 that
-    is no less than the positions of any of them; else 0."""
+    """A batch on the device, int32.
 
-    tokens: Tensor  # (n,), as slots and positions: each token's
-    slots: Tensor
-    positions: Tensor
-    outputs: Tensor  # (wanted logits,)
+    bucket: if each sequence has one token, a power of 2 of at least MIN_BUCKET that no sequence's
+    length exceeds; else 0.
+    """
+
+    tokens: Tensor  # (n,): ids
+    slots: Tensor  # (n,): the slot of each token's sequence
+    positions: Tensor  # (n,): the position of each token
+    outputs: Tensor  # (wanted logits,): their rows
     bucket: int
 
     @staticmethod
     def packed(batch: Batch) -> Tensor:
-        """All four in one array on the host."""
+        """All four tensors in one array on the host, int32 (3 n + wanted logits,)."""
         slots = [np.full(s.n, s.slot, np.int32) for s in batch.segments]
         positions = [np.arange(s.pos, s.pos + s.n, dtype=np.int32) for s in batch.segments]
         parts = [batch.tokens, *slots, *positions, batch.outputs]
@@ -54,12 +57,14 @@ class BatchTensors:
 
     @staticmethod
     def of(batch: Batch, packed: Tensor) -> BatchTensors:
+        """Views of `packed`, which may be on any device."""
         n = len(batch.tokens)
         tokens, slots, positions, outputs = packed.split([n, n, n, len(batch.outputs)])
         return BatchTensors(tokens, slots, positions, outputs, bucket_of(batch))
 
 
 def bucket_of(batch: Batch) -> int:
+    """See `BatchTensors.bucket`."""
     if any(s.n != 1 for s in batch.segments):
         return 0
     longest = 1 + max(s.pos for s in batch.segments)
@@ -68,8 +73,11 @@ def bucket_of(batch: Batch) -> int:
 
 @dataclass
 class TorchStep:
-    """One batch on one device. `states`: the arrays of the device's states, laid out as cache.py
-    has them; `weights`: the file's bytes, uint8 (n_rows, row_bytes)."""
+    """One batch on one device.
+
+    states: by index, the arrays of the device's states, in the layouts of `tape/cache.py`.
+    weights: by name, the file's bytes, uint8 (n_rows, row_bytes).
+    """
 
     batch: Batch
     device: torch.device
@@ -83,16 +91,17 @@ class TorchStep:
 
     @cached_property
     def tensors(self) -> BatchTensors:
-        """Of the batch, on the device."""
+        """The batch's tensors on the device."""
         return BatchTensors.of(self.batch, BatchTensors.packed(self.batch).to(self.device))
 
     def floats(self, info: TensorInfo) -> Tensor:
-        """A small tensor in float32, in NumPy order."""
+        """A small tensor in float32, in NumPy's order of dimensions."""
         data = self.weights[info.name]
         return dequantize(data, info.type, info.row_len).reshape(info.shape[::-1])
 
     def rotation(self, op: Op) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (tokens, 1, n_rot / 2): the same for all layers of a model."""
+        """Cosines and sines of a rope: (tokens, 1, n_rot / 2) each. Layers with equal ropes share
+        them."""
         key = (op.attrs["n_rot"], op.attrs["base"], *(w.name for w in op.weights))
         if key not in self._rotations:
             n_rot = op.size("n_rot")
@@ -106,12 +115,12 @@ class TorchStep:
 
 
 def rounded(x: Tensor, t: QuantType) -> Tensor:
-    """What weights of type t multiply."""
+    """The activations as weights of type t multiply them: rounded to 8 bits if t is quantised."""
     return x if t.name in FLOAT_TYPES else round_to_8_bits(x)
 
 
 def multiply(x: Tensor, w: Tensor, info: TensorInfo, kernels: Kernels) -> Tensor:
-    """x (m, n_in), already rounded, by the rows w of a matrix: (m, rows)."""
+    """x w^T: float32 (m, n_in), already rounded, by uint8 (rows, row_bytes) -> (m, rows)."""
     if kernels.matmul is not None and kernels.takes(w, info):
         return kernels.matmul(x, w, info)
     out = x.new_empty(len(x), len(w))
@@ -140,6 +149,10 @@ def linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
     (x,) = inputs
     (info,) = op.weights
     return [multiply(rounded(x, info.type), step.weights[info.name], info, step.kernels)]
+
+
+def bias(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    return [inputs[0] + step.floats(op.weights[0])]
 
 
 def split_gate(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
@@ -179,7 +192,7 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
         for x, cache, t in ((k, k_cache, step.k_type), (v, v_cache, step.v_type)):
             per_head = x[rows].reshape(seg.n, kv_heads, dim).transpose(0, 1)
             cache[seg.slot, :, seg.pos : seg.pos + seg.n] = encode_cached(per_head, t.name)
-        # (kv_heads, tokens * heads of a group, dim): what reads the same keys stands together.
+        # (kv_heads, tokens * heads of a group, dim): queries of the same keys are in one matrix
         queries = q[rows].reshape(seg.n, kv_heads, heads // kv_heads, dim).transpose(0, 1)
         result = _attend(
             queries.reshape(kv_heads, -1, dim) * op.attrs["scale"],
@@ -194,7 +207,7 @@ def attention(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 
 def _attend_tokens(op: Op, q: Tensor, k: Tensor, v: Tensor, step: TorchStep) -> Tensor:
-    """Attention of one token of each of n sequences: (n, heads * dim), as q."""
+    """Attention if each of n sequences has one token: (n, heads * dim), like q."""
     kv_heads, dim = op.size("kv_heads"), op.size("head_dim")
     assert op.state is not None
     caches, types = step.states[op.state], (step.k_type.name, step.v_type.name)
@@ -226,8 +239,11 @@ def _attend_bucket(
     tensors: BatchTensors,
     bucket: int,
 ) -> Tensor:
-    """Softmax attention of q (n, kv_heads, group, dim), one token a sequence, over all `bucket`
-    positions, those past a token's own masked. In pieces as `_attend`; the first has position 0."""
+    """Softmax attention of q (n, kv_heads, group, dim), one token per sequence: the shape of q.
+
+    All `bucket` positions are computed, and those past a token's own are masked. It runs in pieces,
+    as `_attend`. Each token sees position 0, so after the first piece every maximum is finite.
+    """
     n, kv_heads, group, dim = q.shape
     size = max(64, PIECE // (4 * n * kv_heads * (group + 2 * dim)))
     top = q.new_full((n, kv_heads, group, 1), -torch.inf)
@@ -245,7 +261,7 @@ def _attend_bucket(
         p = scores.sub_(new).exp_()
         kept = (top - new).exp()
         total = total * kept + p.sum(-1, keepdim=True)
-        # What lies past the end may be anything, and 0 times NaN is NaN.
+        # Past the end the cache may hold any bits, and 0 * NaN is NaN: set those values to 0.
         acc = acc * kept + p @ values.masked_fill_(past[:, None, :, None], 0)
         top = new
     return acc / total
@@ -254,8 +270,11 @@ def _attend_bucket(
 def _attend(
     q: Tensor, keys: tuple[Tensor, str], values: tuple[Tensor, str], pos: int, n: int
 ) -> Tensor:
-    """Softmax attention of q (kv_heads, n * group, dim) for n tokens from `pos` on, over pieces of
-    positions: each piece rescales what the earlier ones summed up."""
+    """Softmax attention of q (kv_heads, n * group, dim), n tokens from position `pos` on.
+
+    It runs over pieces of positions. Each piece rescales the sums of the earlier ones to the new
+    maximum (online softmax, https://arxiv.org/abs/1805.02867).
+    """
     heads, rows, dim = q.shape
     end = pos + n
     own = torch.arange(pos, end, device=q.device).repeat_interleave(rows // n)
@@ -349,7 +368,7 @@ def gated_delta(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 def delta_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, slot: Tensor
 ) -> Tensor:
-    """The delta rule for one token of the sequence in `slot` (1,), whose state is changed.
+    """The delta rule for one token of the sequence in `slot` (1,). Its state changes in place.
 
     q, k, v (heads, dim), log decay g and beta (heads,) -> (heads, dim).
     """
@@ -363,15 +382,24 @@ def delta_token(
 def delta_block(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule over a block of n tokens at once.
+    """The delta rule over a block of n tokens at once (docs/MODEL.md).
 
     q, k, v (heads, n, dim), log decay g and beta (heads, n), state s (heads, dim keys, dim values)
     -> outputs (heads, n, dim), the new state.
 
-    With G_t the sum of g up to t, unrolling S_t = e^g_t S_(t-1) + k_t d_t^T gives
-    S_t = e^G_t S_0 + sum_(j<=t) e^(G_t - G_j) k_j d_j^T. Put into d_t = beta_t (v_t - (e^g_t
-    S_(t-1))^T k_t), that is a triangular system for all d: (1 + L) D = beta (V - e^G K S_0), with
-    L_tj = beta_t e^(G_t - G_j) k_t.k_j for j < t. No exponent is positive, for g <= 0.
+    The rule for token t is
+
+        S_t = e^g_t S_(t-1) + k_t d_t^T,  d_t = beta_t (v_t - (e^g_t S_(t-1))^T k_t)
+
+    Let G_t be the sum of g up to t. Unrolling S_t from the state S_0 gives
+
+        S_t = e^G_t S_0 + sum_(j<=t) e^(G_t - G_j) k_j d_j^T
+
+    Put into d_t, this is a triangular system for all d:
+
+        (1 + L) D = beta (V - e^G K S_0),  L_tj = beta_t e^(G_t - G_j) k_t.k_j for j < t
+
+    Since g <= 0, no exponent is positive.
     """
     total = g.cumsum(-1)
     n = g.shape[-1]
@@ -380,7 +408,7 @@ def delta_block(
     from_start = total.exp()[:, :, None]
     system = (beta[:, :, None] * decay * (k @ k.transpose(1, 2))).tril(-1)
     right = beta[:, :, None] * (v - from_start * (k @ s))
-    # unitriangular: the diagonal is taken as 1.
+    # unitriangular: torch takes the diagonal as 1
     d = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     out = from_start * (q @ s) + (decay * (q @ k.transpose(1, 2))) @ d
     to_end = (total[:, -1:] - total).exp()[:, :, None]
@@ -408,7 +436,7 @@ def add(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 
 def route(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
-    """Stable sort: of equal logits the lower index wins."""
+    """See `reference.route`. The sort is stable, so of equal logits the lower index wins."""
     (logits,) = inputs
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     top_k = op.size("top_k")
@@ -429,18 +457,19 @@ def experts(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
 
 
 def expert_linear(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
-    """One matrix of the experts, on its own (see `sections.py`)."""
+    """One matrix of the experts: (tokens, top_k * rows). For matrices on different devices."""
     x, ids = inputs
     return [_per_pair(x, ids, op.weights[0], step)]
 
 
 def expert_sum(op: Op, inputs: list[Tensor], step: TorchStep) -> list[Tensor]:
+    """The last matrix of the experts, summed over a token's experts: (tokens, rows)."""
     h, ids, p = inputs
     return [_sum_experts(h, ids, p, op.weights[0], step)]
 
 
 def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tensor:
-    """W_e x of every token for each of its experts: (tokens, top_k * rows)."""
+    """W_e x for each token and each of its experts: (tokens, top_k * rows)."""
     n, top_k = ids.shape
     rows = info.shape[1]
     w = step.weights[info.name]
@@ -449,16 +478,16 @@ def _per_pair(x: Tensor, ids: Tensor, info: TensorInfo, step: TorchStep) -> Tens
         return step.kernels.pairs(x, w, info, ids, None).reshape(n, -1)
     if n * top_k <= FEW_PAIRS:
         per_pair = x.repeat_interleave(top_k, dim=0)
-        matrices = w.reshape(-1, rows, w.shape[1])
+        matrices = w.reshape(-1, rows, w.shape[-1])
         return gathered(per_pair, ids.reshape(-1).long(), matrices, info).reshape(n, -1)
-    out = x.new_empty(n, top_k, rows)
+    matrices, out = w.reshape(-1, rows, w.shape[-1]), x.new_empty(n, top_k, rows)
     for e, token, slot in by_expert(ids):
-        out[token, slot] = multiply(x[token], w[e * rows : (e + 1) * rows], info, step.kernels)
+        out[token, slot] = multiply(x[token], matrices[e], info, step.kernels)
     return out.reshape(n, -1)
 
 
 def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: TorchStep) -> Tensor:
-    """sum over a token's experts of p_e W_e h_e: h (tokens, top_k * width) -> (tokens, rows)."""
+    """Sum over a token's experts of p_e W_e h_e: h (tokens, top_k * width) -> (tokens, rows)."""
     n, top_k = ids.shape
     rows = info.shape[1]
     w = step.weights[info.name]
@@ -467,21 +496,23 @@ def _sum_experts(h: Tensor, ids: Tensor, p: Tensor, info: TensorInfo, step: Torc
         y = step.kernels.pairs(h, w, info, ids, None).reshape(n, top_k, rows)
         return (p[:, :, None] * y).sum(1)
     if n * top_k <= FEW_PAIRS:
-        matrices = w.reshape(-1, rows, w.shape[1])
+        matrices = w.reshape(-1, rows, w.shape[-1])
         y = gathered(h, ids.reshape(-1).long(), matrices, info).reshape(n, top_k, rows)
         return (p[:, :, None] * y).sum(1)
     h = h.reshape(n, top_k, info.row_len)
-    out = h.new_zeros(n, rows)
+    matrices, out = w.reshape(-1, rows, w.shape[-1]), h.new_zeros(n, rows)
     for e, token, slot in by_expert(ids):
-        y = multiply(h[token, slot], w[e * rows : (e + 1) * rows], info, step.kernels)
-        # An expert has a token once, so the order of the sum is that of the experts' numbers.
+        y = multiply(h[token, slot], matrices[e], info, step.kernels)
+        # a token has an expert at most once, so its sum runs by ascending id of the experts
         out[token] += p[token, slot][:, None] * y
     return out
 
 
 def by_expert(ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, its tokens, their slots) of every expert that is chosen, by its number; ids below 0
-    are left out. Waits for the device."""
+    """(expert, its tokens, their slots in top_k) of every selected expert, by ascending id.
+
+    ids: float32 (tokens, top_k). Ids below 0 are left out. It waits for the device.
+    """
     order = ids.reshape(-1).sort(stable=True).indices
     chosen, counts = ids.long().cpu().unique(return_counts=True)
     parts = order.split(counts.tolist())
@@ -491,8 +522,10 @@ def by_expert(ids: Tensor) -> list[tuple[int, Tensor, Tensor]]:
 
 
 def gathered(x: Tensor, ids: Tensor, matrices: Tensor, info: TensorInfo) -> Tensor:
-    """Row i of x, already rounded, by matrix ids[i] of `matrices` (n, rows, row_bytes):
-    (pairs, rows). Nothing waits."""
+    """Row i of x, already rounded, times matrix ids[i]: (pairs, rows).
+
+    matrices: uint8 (n, rows, row_bytes). It does not wait for the device.
+    """
     rows, pairs = info.shape[1], len(ids)
     out = x.new_empty(pairs, rows)
     step = max(1, PIECE // (4 * info.row_len * pairs))
@@ -515,6 +548,7 @@ OPS: dict[str, Callable[[Op, list[Tensor], TorchStep], list[Tensor]]] = {
         embed,
         rms_norm,
         linear,
+        bias,
         split_gate,
         rope,
         attention,

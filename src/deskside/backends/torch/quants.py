@@ -1,7 +1,7 @@
-"""The quant types on torch: rows of a file's bytes to float32, on the device that holds them.
+"""Decodes the quant types in torch: rows of the file's bytes to float32, on any device.
 
-One decoder a type, the twins of those in `deskside.gguf.quants`, which is the specification: tests
-compare them bit by bit. Blocks are uint8 (N, block_bytes); results float32 (N, block).
+`deskside.gguf.decoders` specifies the types. Here is one decoder per type; tests compare the two
+bit by bit. A decoder takes blocks, uint8 (N, block_bytes), and returns float32 (N, block).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from deskside.gguf.quants import CODEBOOKS, QuantType
+from deskside.gguf.decoders import CODEBOOKS, CODEBOOKS_5, CODEBOOKS_6, E2M1
+from deskside.gguf.quants import QuantType
 
-ROUNDED = 32  # activations are rounded to 8 bits in blocks of as many
+ROUNDED = 32  # activations per block of 8-bit rounding
 
 
 def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
@@ -28,19 +30,25 @@ def dequantize(data: Tensor, t: QuantType, n: int) -> Tensor:
 
 
 def round_to_8_bits(x: Tensor) -> Tensor:
-    """x (m, n) as quantised weights meet it on every device: q d, d = max|x| / 127 per 32 values,
-    q whole, ties to even. The same integers as native/isa/matmul.cpp's `quantize`."""
+    """Round x (m, n) to 8 bits per 32 values, as for quantised weights on every device.
+
+    The result is q d with d = max|x| / 127 and q = x / d rounded to an integer, ties to even. The
+    integers equal those of `quantize` in native/isa/matmul.cpp.
+    """
     blocks = x.reshape(x.shape[0], x.shape[1] // ROUNDED, ROUNDED)
     top = blocks.abs().amax(-1, keepdim=True)
-    some = top <= 1e-30  # such a block counts as zero; NaN and infinity come through as NaN
-    # by a number CUDA multiplies with its reciprocal: other bits
+    some = top <= 1e-30  # such a block counts as zero; NaN and infinity give NaN
+    # A tensor, not a number: CUDA divides by a number through its reciprocal, with other bits.
     max_q = torch.full_like(top, 127.0)
     q = (blocks * (max_q / top).masked_fill(some, 0.0)).round_()
     return (q * (top / max_q).masked_fill(some, 0.0)).reshape(x.shape)
 
 
 def encode_cached(x: Tensor, name: str) -> Tensor:
-    """Keys or values (..., n) to the bytes (..., row_bytes) of a cache of type f16, f32 or q8_0."""
+    """Encode keys or values for a cache: float32 (..., n) -> uint8 (..., row_bytes).
+
+    name: F16, F32 or Q8_0.
+    """
     if name == "F32":
         return x.contiguous().view(torch.uint8)
     if name == "F16":
@@ -55,7 +63,7 @@ def encode_cached(x: Tensor, name: str) -> Tensor:
 
 
 def decode_cached(data: Tensor, name: str) -> Tensor:
-    """The other way: uint8 (..., row_bytes) -> float32 (..., n)."""
+    """Decode keys or values of a cache: uint8 (..., row_bytes) -> float32 (..., n)."""
     if name == "F32":
         return data.view(torch.float32)
     if name == "F16":
@@ -65,7 +73,7 @@ def decode_cached(data: Tensor, name: str) -> Tensor:
 
 
 def _as(b: Tensor, kind: torch.dtype) -> Tensor:
-    """The bytes read as another type."""
+    """The bytes, read as another type."""
     return b.contiguous().view(kind)
 
 
@@ -87,15 +95,22 @@ def _bits(qh: Tensor, shifts: int, width: int) -> Tensor:
     return (qh[:, None, :] >> by) & ((1 << width) - 1)
 
 
-def _codes(index: Tensor) -> Tensor:
-    """Entries of both codebooks, one after another."""
-    return codebooks(index.device)[index.to(torch.int32)]
+# All codebooks lie one after another; those of 4 bits come first.
+_CODEBOOKS = (CODEBOOKS, CODEBOOKS_5, CODEBOOKS_6, E2M1)
+_FIVE = CODEBOOKS.size
+_SIX = _FIVE + CODEBOOKS_5.size
+_E2M1 = _SIX + CODEBOOKS_6.size
+
+
+def _codes(index: Tensor, at: int = 0) -> Tensor:
+    """Entries of a type's codebooks, which start at `at`."""
+    return codebooks(index.device)[index.to(torch.int32) + at]
 
 
 @cache
 def codebooks(device: torch.device) -> Tensor:
-    """Both codebooks, float32 (32,). Kept on the device: a graph could not fetch them."""
-    return torch.from_numpy(CODEBOOKS.reshape(-1)).to(device)
+    """All codebooks, float32 (240,). Kept on the device: a graph cannot copy from the host."""
+    return torch.from_numpy(np.concatenate([c.reshape(-1) for c in _CODEBOOKS])).to(device)
 
 
 def _plain(kind: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -111,7 +126,7 @@ def _q4_1(b: Tensor) -> Tensor:
 
 
 def _fifth_bit(qh: Tensor) -> Tensor:
-    """Bit j of the 32-bit word belongs to element j; 0 or 16."""
+    """The fifth bit of each element, as 0 or 16: (N, 4) bytes -> (N, 32). Bit j is element j's."""
     by = torch.arange(8, dtype=torch.uint8, device=qh.device)
     return (((qh[:, :, None] >> by) & 1) << 4).reshape(-1, 32)
 
@@ -126,8 +141,31 @@ def _q5_1(b: Tensor) -> Tensor:
     return _f16(b[:, :2]) * q.to(torch.float32) + _f16(b[:, 2:4])
 
 
+def _q6_0(b: Tensor) -> Tensor:
+    high = _bits(b[:, 2:10], 4, 2)
+    # not by a list of indices: they would be copied to the device each time
+    high = torch.stack([high[:, 0], high[:, 2], high[:, 1], high[:, 3]], 1).reshape(-1, 32)
+    q = _nibbles(b[:, 10:]) | high << 4
+    return _f16(b[:, :2]) * (q.to(torch.float32) - 32)
+
+
 def _q8_0(b: Tensor) -> Tensor:
     return _f16(b[:, :2]) * _as(b[:, 2:], torch.int8).to(torch.float32)
+
+
+def _q2_k(b: Tensor) -> Tensor:
+    d = _f16(b[:, 80:82]) * (b[:, :16] & 15).to(torch.float32)
+    m = _f16(b[:, 82:]) * (b[:, :16] >> 4).to(torch.float32)
+    q = _bits(b[:, 16:80].reshape(-1, 32), 4, 2).reshape(-1, 16, 16)
+    return d[:, :, None] * q.to(torch.float32) - m[:, :, None]
+
+
+def _q3_k(b: Tensor) -> Tensor:
+    sc = _nibbles(b[:, 96:104]) | _bits(b[:, 104:108], 4, 2).reshape(-1, 16) << 4
+    d = _f16(b[:, 108:]) * (sc.to(torch.float32) - 32)
+    low = _bits(b[:, 32:96].reshape(-1, 32), 4, 2).reshape(-1, 8, 32)
+    q = (low | _bits(b[:, :32], 8, 1) << 2).to(torch.float32) - 4
+    return d[:, :, None] * q.reshape(-1, 16, 16)
 
 
 def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,10 +182,13 @@ def _q4_k(b: Tensor) -> Tensor:
     return d * q.to(torch.float32) - m
 
 
+def _five_bits(qs: Tensor, qh: Tensor) -> Tensor:
+    return _nibbles(qs.reshape(-1, 4, 32)).reshape(-1, 8, 32) | _bits(qh, 8, 1) << 4
+
+
 def _q5_k(b: Tensor) -> Tensor:
     d, m = _k_scales(b)
-    q = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return d * (q | _bits(b[:, 16:48], 8, 1) << 4).to(torch.float32) - m
+    return d * _five_bits(b[:, 48:], b[:, 16:48]).to(torch.float32) - m
 
 
 def _q6_k(b: Tensor) -> Tensor:
@@ -162,11 +203,48 @@ def _iq4_nl(b: Tensor) -> Tensor:
     return _f16(b[:, :2]) * _codes(_nibbles(b[:, 2:]))
 
 
+def _six_bit_scales(low: Tensor, high: Tensor) -> Tensor:
+    four = torch.stack([low & 15, low >> 4], -1).flatten(1)
+    by = torch.arange(0, 8, 2, dtype=torch.uint8, device=high.device)
+    two = ((high[:, :, None] >> by) & 3).flatten(1)
+    return (four | two << 4).to(torch.float32) - 32
+
+
 def _iq4_xs(b: Tensor) -> Tensor:
-    low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], -1).reshape(-1, 8)
-    high = (_words(b[:, 2:4]) >> torch.arange(0, 16, 2, device=b.device)) & 3
-    d = _f16(b[:, :2]) * ((low | high << 4).to(torch.float32) - 32)
+    d = _f16(b[:, :2]) * _six_bit_scales(b[:, 4:8], b[:, 2:4])
     return d[:, :, None] * _codes(_nibbles(b[:, 8:].reshape(-1, 8, 16)))
+
+
+def _selectors(extra: Tensor) -> Tensor:
+    by = torch.arange(8, dtype=torch.uint8, device=extra.device)
+    return ((extra[:, :, None] >> by) & 1).reshape(-1, 16, 1)
+
+
+def _iq4_k(b: Tensor) -> Tensor:
+    d = _f16(b[:, :2]) * _six_bit_scales(b[:, 8:16], b[:, 4:8])
+    q = _nibbles(b[:, 16:].reshape(-1, 8, 16)).reshape(-1, 16, 16)
+    return d[:, :, None] * _codes(q | _selectors(b[:, 2:4]) << 4)
+
+
+def _iq5_k(b: Tensor) -> Tensor:
+    d = _f16(b[:, :2]) * _six_bit_scales(b[:, 8:16], b[:, 4:8])
+    q = _five_bits(b[:, 16:144], b[:, 144:]).reshape(-1, 16, 16)
+    return d[:, :, None] * _codes(q | _selectors(b[:, 2:4]) << 5, _FIVE)
+
+
+def _iq6_k(b: Tensor) -> Tensor:
+    d = _f16(b[:, :2]) * _as(b[:, 4:20], torch.int8).to(torch.float32)
+    low = _nibbles(b[:, 20:148].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    high = _bits(b[:, 148:].reshape(-1, 32), 4, 2).reshape(-1, 8, 32)
+    q = (low | high << 4).reshape(-1, 16, 16)
+    return d[:, :, None] * _codes(q | _selectors(b[:, 2:4]) << 6, _SIX)
+
+
+def _mxfp4(b: Tensor) -> Tensor:
+    e = b[:, :1].to(torch.int32)
+    # 2^(e - 128); the two smallest are below float32's normal range
+    bits = torch.where(e < 2, (e + 1) << 21, (e - 1) << 23)
+    return bits.view(torch.float32) * _codes(_nibbles(b[:, 1:]), _E2M1)
 
 
 def _scaled_codes(d: Tensor, s: Tensor, qs: Tensor) -> Tensor:
@@ -179,13 +257,20 @@ def _iq4_ks(b: Tensor, d: Tensor) -> Tensor:
 
 
 def _iq4_kss(b: Tensor, d: Tensor) -> Tensor:
-    """See `quants.unpack_kss`."""
+    """See `decoders.unpack_kss`."""
     words = _words(b).reshape(-1, 8, 8)
     bits = (words & 1) << torch.arange(8, device=b.device, dtype=torch.int32)
     v = words & 0xFFFE
     w = v ^ (v >> 1)
     qs = torch.stack([w & 255, w >> 8], -1).reshape(-1, 8, 16)
     return _scaled_codes(d, bits.sum(-1, dtype=torch.int32), qs)
+
+
+def _iq5_ks(b: Tensor, d: Tensor) -> Tensor:
+    s = b[:, :8]
+    dl = d * ((s & 254).to(torch.float32) - 127)
+    q = _five_bits(b[:, 8:136], b[:, 136:]) | ((s & 1) << 5)[:, :, None]
+    return dl[:, :, None] * _codes(q, _FIVE)
 
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -196,15 +281,23 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
+    "Q6_0": _q6_0,
     "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "IQ4_K": _iq4_k,
+    "IQ5_K": _iq5_k,
+    "IQ6_K": _iq6_k,
+    "MXFP4": _mxfp4,
 }
 _ROW_SCALED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "IQ4_KS": _iq4_ks,
     "IQ4_KSS": _iq4_kss,
+    "IQ5_KS": _iq5_ks,
 }
 TYPES = frozenset(_DECODERS) | frozenset(_ROW_SCALED)

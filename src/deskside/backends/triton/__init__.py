@@ -1,1 +1,1 @@
-"""Triton's kernels for quantised weights."""
+"""Triton kernels: quantised weights, and the ops of decode that carry state."""

@@ -1,9 +1,11 @@
-"""The GPU's quantised ops: checks, launch shapes, launches. The kernels are in `triton_matmul` and
-`triton_sequence`, the decoders in `triton_decode`. Needs the extra `gpu` (torch, triton).
+"""Launches the Triton kernels: checks the inputs and selects launch shapes.
 
-Tensors are on one CUDA device and contiguous; weights are the file's own bytes, uint8. Nothing here
-waits for the device. With TRITON_INTERPRET=1 in the environment before this module is imported, all
-of it runs on the CPU in Triton's interpreter: that is how the tests get their values.
+The kernels are in `matmul.py` and `sequence.py`, the decoders in `decode.py`. They need the extra
+`gpu` (torch, triton).
+
+Tensors must be contiguous and on one CUDA device. Weights are the file's own bytes, uint8. Nothing
+here waits for the device. If TRITON_INTERPRET=1 is set before the import, everything runs on the
+CPU in Triton's interpreter. The tests compute their values that way.
 """
 
 from __future__ import annotations
@@ -24,22 +26,22 @@ from deskside.backends.triton.decode import PAIR
 from deskside.errors import DesksideError
 from deskside.gguf.quants import quant_type
 
-# Up to so many rows of activations are multiplied in float32, without tensor cores. From three rows
-# on those need fewer instructions a weight, even with most of their 16 columns empty.
+# Up to so many rows of activations, `matvec` multiplies in float32. From three rows on, tensor
+# cores need fewer instructions per weight, even with most of their 16 columns empty.
 FEW_ROWS = 2
-# Up to so many tokens, pairs of token and expert are treated one by one: few share an expert.
+# Up to so many tokens, each pair of token and expert is computed alone: few share an expert.
 FEW_TOKENS = 8
-# How tl.dot multiplies: float16 operands hold every code of a 4- to 8-bit type with its scale to
-# 2^-11; BF16 weights do not fit float16's range; F32 is what routers are kept in.
+# How tl.dot multiplies; other types use float16. It holds a code of up to 8 bits times its scale to
+# a relative error of 2^-11. BF16 weights exceed float16's range. F32 needs its precision: routers.
 PRECISION = {"F32": "tf32x3", "BF16": "tf32"}
 KV_TYPES = {"f16": "F16", "q8_0": "Q8_0", "f32": "F32"}
-SPLIT = 512  # positions that a part of attention is worth, see `attention_splits`
+SPLIT = 512  # positions per split of attention, see `attention_splits`
 MAX_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a kernel is compiled for: its constexpr arguments and the compiler's options."""
+    """How a kernel is compiled: its constexpr arguments and the compiler's options."""
 
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
@@ -52,17 +54,18 @@ def power_of_2_part(n: int, limit: int) -> int:
 
 
 def up_to_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 @lru_cache(maxsize=256)
 def weight_constants(type_name: str, n_in: int) -> dict[str, Any]:
-    """TYPE, PAIR, N_IN and ROW_BYTES of a matrix; DesksideError where it has no kernel."""
+    """TYPE, PAIR, N_IN and ROW_BYTES of a matrix. DesksideError if it has no kernel."""
     t = quant_type(type_name)
     if t.name not in PAIR:
         raise DesksideError(
             f"{t.name} has no GPU kernel; these have: {', '.join(PAIR)}. "
-            "Place such tensors on the CPU, or quantise them anew"
+            "Place such tensors on the CPU, or quantise the model to one of these types"
         )
     if n_in <= 0 or n_in % 32:
         raise DesksideError(f"GPU kernels need rows of a multiple of 32 weights, not {n_in}")
@@ -72,7 +75,10 @@ def weight_constants(type_name: str, n_in: int) -> dict[str, Any]:
 def matvec_config(
     type_name: str, n_in: int, rows: int, *, share: int = 1, grouped: bool = False, fused: bool
 ) -> Config:
-    """One warp with a few rows of w, so that nothing crosses warps. `rows`: at most FEW_ROWS."""
+    """How `matvec` is compiled: one warp per few rows of w, so that no sum crosses warps.
+
+    rows: of activations, at most FEW_ROWS.
+    """
     return Config(
         weight_constants(type_name, n_in)
         | {
@@ -90,10 +96,10 @@ def matvec_config(
 def matmul_config(
     type_name: str, n_in: int, rows: int, *, share: int = 1, grouped: bool = False, fused: bool
 ) -> Config:
-    """`rows`: how many rows of activations meet a matrix, on average where there are many.
+    """How `matmul` is compiled. rows: of activations per matrix; for experts their mean.
 
-    Up to 16 rows of one matrix are decode: many small CTAs, so that all of the GPU reads. What
-    GROUPS there are, is what fits into registers (docs/TRITON.md has the numbers).
+    Up to 16 rows and one matrix is decode: there are many small CTAs, so that the whole GPU reads.
+    GROUPS is what fits into registers (docs/TRITON.md has the numbers).
     """
     constants = weight_constants(type_name, n_in)
     few = rows <= 16 and not grouped
@@ -116,7 +122,10 @@ def matmul_config(
 
 
 def matmul(x: torch.Tensor, w: torch.Tensor, type_name: str, n_in: int, n_out: int) -> torch.Tensor:
-    """y = x W^T: float32 (rows, n_in), uint8 (n_out, row bytes) -> float32 (rows, n_out)."""
+    """y = x W^T: float32 (rows, n_in), uint8 (n_out, row bytes) -> float32 (rows, n_out).
+
+    DesksideError for a type without a kernel, or tensors of another shape, type or alignment.
+    """
     constants = weight_constants(type_name, n_in)
     _check_input(x, n_in)
     _check_weight(w, 1, n_out, constants["ROW_BYTES"], type_name)
@@ -146,12 +155,15 @@ def experts_matmul(
     ids: torch.Tensor,
     up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Every pair of a token and a chosen expert, in one launch; pairs are numbered token by token.
+    """Computes all pairs of a token and a selected expert, in one launch.
 
-    x: float32 (tokens, n_in), or (pairs, n_in) where each pair has its own row. w and up: uint8
-    (experts, n_out, row bytes); ids: integer (tokens, chosen) -> float32 (pairs, n_out): x W^T of
-    the pair's expert, or silu(x W^T) (x Up^T); NaN where its id is not one of the experts, for to
-    raise the host would have to wait.
+    x      float32 (tokens, n_in), or (pairs, n_in) if each pair has its own row
+    w, up  uint8 (experts, n_out, row bytes)
+    ids    numbers (tokens, chosen); pair token * chosen + i has the expert ids[token, i]
+
+    Returns float32 (pairs, n_out): x W^T with the pair's expert, or silu(x W^T) * (x Up^T) with
+    `up`. The result is NaN if an id is not one of the experts: to raise, the host would have to
+    wait. DesksideError as `matmul`.
     """
     constants = weight_constants(type_name, n_in)
     _check_input(x, n_in)
@@ -160,7 +172,10 @@ def experts_matmul(
     tokens, chosen = ids.shape
     pairs = tokens * chosen
     if len(x) not in (tokens, pairs):
-        raise DesksideError(f"experts of {tokens} tokens, {chosen} each, got {len(x)} rows")
+        raise DesksideError(
+            f"experts of {tokens} tokens, {chosen} each, need {tokens} or {pairs} rows of "
+            f"activations, not {len(x)}"
+        )
     y = torch.empty((pairs, n_out), dtype=torch.float32, device=x.device)
     fused, share = up is not None, pairs // max(len(x), 1)
     if pairs == 0:
@@ -172,7 +187,7 @@ def experts_matmul(
         few = (x, w, up, expert, y, pairs, n_out, len(w))
         _launch(triton_matmul.matvec, grid, config, *few)
         return y
-    y.fill_(torch.nan)  # for pairs in no tile
+    y.fill_(torch.nan)  # pairs without a valid expert are in no tile
     mean = -(-pairs // len(w))
     config = matmul_config(type_name, n_in, mean, share=share, grouped=True, fused=fused)
     order, tiles = sort_pairs(expert, len(w), config.constants["BLOCK_M"])
@@ -186,12 +201,12 @@ def experts_matmul(
 def sort_pairs(
     expert: torch.Tensor, n_experts: int, block_m: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs sorted by expert, and the tiles of at most `block_m` of them that a grid works on.
+    """Sorts pairs by expert, and cuts them in tiles of at most `block_m` pairs of one expert.
 
-    expert: int32 (pairs,) -> order int32 (pairs,), tiles int32 (at most needed, 3): expert,
-    first and last + 1 place in the order. Pairs of experts that there are not come last, in no
-    tile. How many tiles are needed depends on the ids, which only the device knows, so there are as
-    many as could be; those left over are empty.
+    expert: int32 (pairs,) -> order int32 (pairs,), tiles int32 (max_tiles, 3). A tile is its
+    expert and its range [first, last) in `order`. Pairs without a valid expert come last, in no
+    tile. The number of tiles needed depends on the ids, which only the device knows. So there are
+    as many as could be needed, and the rest are empty.
     """
     known = (expert >= 0) & (expert < n_experts)
     expert = torch.where(known, expert, n_experts).long()
@@ -225,10 +240,15 @@ def delta_step(
     k_heads: int,
     eps: float,
 ) -> torch.Tensor:
-    """The tape's `gated_delta` for one token of each of n sequences; `state` changes in place.
+    """The op `gated_delta` for one token of each of n sequences. `state` changes in place.
 
-    qkv: (n, (2 k_heads + v_heads) dim); a, b: (n, v_heads); ssm_a, dt_bias: (v_heads,); state:
-    float32 (slots, v_heads, dim, dim); slots: int32 (n,), all different -> (n, v_heads dim).
+    qkv             float32 (n, (2 k_heads + v_heads) dim)
+    a, b            float32 (n, v_heads)
+    ssm_a, dt_bias  float32 (v_heads,)
+    state           float32 (slots, v_heads, dim keys, dim values)
+    slots           int32 (n,), all different
+
+    Returns float32 (n, v_heads dim). The formula is in `sequence.delta_step`.
     """
     _, v_heads, dim, _ = state.shape
     _check_input(qkv, (2 * k_heads + v_heads) * dim)
@@ -244,7 +264,10 @@ def delta_step(
 
 
 def attention_config(k_type: str, v_type: str, group: int, dim: int) -> Config:
-    """The cache's types by their names on the command line (f16, q8_0, f32)."""
+    """How `attend` is compiled. k_type, v_type: as on the command line: f16, q8_0 or f32.
+
+    group: query heads per KV head. dim: of a head.
+    """
     k, v = (weight_constants(KV_TYPES[t], dim) for t in (k_type, v_type))
     return Config(
         {
@@ -261,7 +284,7 @@ def attention_config(k_type: str, v_type: str, group: int, dim: int) -> Config:
 
 
 def attention_splits(longest: int) -> int:
-    """Parts that the positions are shared out to: from lengths the host knows."""
+    """The number of splits of attention over `longest` positions."""
     return min(MAX_SPLITS, max(1, -(-longest // SPLIT)))
 
 
@@ -278,10 +301,15 @@ def decode_attention(
     scale: float,
     splits: int,
 ) -> torch.Tensor:
-    """softmax(scale q K^T) V for one token of each of n sequences, whose k and v are stored.
+    """softmax(scale q K^T) V for one token of each of n sequences. Its k and v are already stored.
 
-    q: float32 (n, heads dim); k, v: uint8 (slots, kv_heads, n_ctx, bytes of a row), as `cache`
-    lays them out; slots, lengths: int32 (n,), lengths at least 1 -> float32 (n, heads dim).
+    q        float32 (n, heads dim)
+    k, v     uint8 (slots, kv_heads, n_ctx, bytes of a row), as in `tape/cache.py`
+    slots    int32 (n,)
+    lengths  int32 (n,): positions to attend to, at least 1; the token's own is the last
+    splits   parts of the positions that are computed in parallel
+
+    Returns float32 (n, heads dim).
     """
     n, kv_heads, n_ctx = len(q), k.shape[1], k.shape[2]
     group = q.shape[1] // (dim * kv_heads)
@@ -325,7 +353,7 @@ _LAUNCHING: ContextVar[Callable[[Callable[..., None], tuple[Any, ...]], None]] =
 
 @contextmanager
 def launches(to: Callable[[Callable[..., None], tuple[Any, ...]], None]) -> Iterator[None]:
-    """In the block every launch is handed to `to(run, args)`, which may make it: run(*args)."""
+    """In this context, `to(run, args)` replaces each launch. It may launch with run(*args)."""
     token = _LAUNCHING.set(to)
     try:
         yield
@@ -342,9 +370,10 @@ def _grid(m_tiles: int, n_out: int, config: Config) -> tuple[int, int, int]:
 
 
 def _scaled(x: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows divided by a power of 2, largest magnitude below 1, and those powers.
+    """Scale each row by a power of 2 to magnitudes below 1, in float16. Returns rows and powers.
 
-    float16 ends at 65504, and activations before `down` pass that. Powers of 2 round nothing.
+    float16 ends at 65504, and the activations that `down` reads can exceed it. Division by a power
+    of 2 is exact.
     """
     if config.constants["PRECISION"] != "f16":
         return x, x.new_ones(len(x))
@@ -356,7 +385,7 @@ def _scaled(x: torch.Tensor, config: Config) -> tuple[torch.Tensor, torch.Tensor
 def _check_input(x: torch.Tensor, width: int) -> None:
     if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != width or not x.is_contiguous():
         raise DesksideError(
-            f"a GPU kernel's input is contiguous float32 (rows, {width}), "
+            f"a GPU kernel's input must be contiguous float32 (rows, {width}), "
             f"not {x.dtype} {tuple(x.shape)}"
         )
 
@@ -365,6 +394,6 @@ def _check_weight(w: torch.Tensor, experts: int, n_out: int, row_bytes: int, nam
     size = experts * n_out * row_bytes
     if w.dtype != torch.uint8 or w.numel() != size or not w.is_contiguous() or w.data_ptr() % 4:
         raise DesksideError(
-            f"{experts} x {n_out} rows of {name} are {size} contiguous bytes, aligned to 4, "
+            f"{experts} x {n_out} rows of {name} must be {size} contiguous bytes, aligned to 4, "
             f"not {w.dtype} {tuple(w.shape)}"
         )

@@ -1,13 +1,14 @@
 """Triton kernels: activations times quantised weights, dequantised in registers.
 
-`matvec` is for few rows of activations: every CTA owns some rows of w and streams them once, on
-the ordinary cores in float32, because reading w is all that costs. `matmul` is for many: tiles of
-w are dequantised once for BLOCK_M rows of activations and multiplied on the tensor cores, which
-sum in float32. Both work on one matrix, or, GROUPED, on the matrices of many experts, each row of
-activations (a *pair* of token and chosen expert) with its own; and both can be FUSED: two matrices
-of one input, y = silu(gate) up.
+`matvec` is for few rows of activations, where reading w is the only cost. Every CTA reads some rows
+of w once, and multiplies in float32 without tensor cores. `matmul` is for many rows. It dequantises
+a tile of w once for BLOCK_M rows of activations, and multiplies on tensor cores, which sum in
+float32.
 
-Rows past `n_out` repeat the last one and are not stored. Pointers to weights are uint8, aligned to
+Both have two options. GROUPED: each row of activations, a *pair* of token and selected expert, has
+its own matrix. FUSED: two matrices have the same input, and y = silu(gate) * up.
+
+Rows past `n_out` repeat the last row and are not stored. Pointers to weights are uint8, aligned to
 4 bytes, without padding between rows or experts.
 """
 
@@ -25,9 +26,9 @@ def _silu(x):
 @triton.jit
 def matvec(
     x_ptr,  # float32 (rows, N_IN)
-    w_ptr,  # uint8 (experts, n_out, ROW_BYTES); the gate where FUSED
-    up_ptr,  # as w_ptr where FUSED, else not read
-    expert_ptr,  # int32 (pairs,): each pair's expert where GROUPED, else not read
+    w_ptr,  # uint8 (experts, n_out, ROW_BYTES); the gate if FUSED
+    up_ptr,  # as w_ptr if FUSED, else not read
+    expert_ptr,  # int32 (pairs,): each pair's expert if GROUPED, else not read
     y_ptr,  # float32 (rows or pairs, n_out)
     n_rows,
     n_out,
@@ -36,16 +37,16 @@ def matvec(
     PAIR: tl.constexpr,
     N_IN: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    ROWS: tl.constexpr,  # rows of x at once, a power of 2; 1 where GROUPED
-    SHARE: tl.constexpr,  # pairs that read one row of x, where GROUPED
+    ROWS: tl.constexpr,  # rows of x at once, a power of 2; 1 if GROUPED
+    SHARE: tl.constexpr,  # pairs that read one row of x, if GROUPED
     GROUPED: tl.constexpr,
     FUSED: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,  # of 16 lanes, at once
+    GROUPS: tl.constexpr,  # groups at once
 ):
-    """Grid: (n_out / BLOCK_N, pairs or 1). Sums stay apart per lane until the end.
+    """Grid: (n_out / BLOCK_N, pairs or 1). Each lane has its own sum until the end.
 
-    A pair whose expert is none of 0 .. n_experts - 1 gets NaN, and no weight is read for it.
+    A pair without a valid expert, 0 to n_experts - 1, gives NaN and reads no weight.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None, None]
     offset = tl.minimum(n, n_out - 1).to(tl.int64) * ROW_BYTES
@@ -92,11 +93,11 @@ def _sum_lanes(acc):
 @triton.jit
 def matmul(
     x_ptr,  # (rows, N_IN): float16, each row divided by its power of 2, or float32
-    scale_ptr,  # float32 (rows,): those powers
-    w_ptr,  # uint8 (experts, n_out, ROW_BYTES); the gate where FUSED
-    up_ptr,  # as w_ptr where FUSED, else not read
-    tile_ptr,  # int32 (tiles, 3) where GROUPED: expert, first and last + 1 of its sorted pairs
-    order_ptr,  # int32 (pairs,) where GROUPED: the pairs sorted by expert
+    scale_ptr,  # float32 (rows,): these powers
+    w_ptr,  # uint8 (experts, n_out, ROW_BYTES); the gate if FUSED
+    up_ptr,  # as w_ptr if FUSED, else not read
+    tile_ptr,  # int32 (tiles, 3) if GROUPED: expert, its sorted pairs [first, last)
+    order_ptr,  # int32 (pairs,) if GROUPED: the pairs sorted by expert
     y_ptr,  # float32 (rows or pairs, n_out)
     n_rows,
     n_out,
@@ -110,13 +111,12 @@ def matmul(
     PRECISION: tl.constexpr,  # "f16", or tl.dot's input_precision for float32
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,  # of 16 lanes, at once
+    GROUPS: tl.constexpr,  # groups at once
 ):
-    """Grid: (tiles of rows, n_out / BLOCK_N), so that CTAs side by side share a tile of w in L2.
+    """Grid: (tiles of rows, n_out / BLOCK_N). Neighbouring CTAs then share a tile of w in L2.
 
-    Tiles of y are computed transposed, w x^T: as the left operand each warp has rows of w of its
-    own and decodes them where they are used, in registers; as the right one, every warp would
-    need, and decode, all of them.
+    Tiles of y are computed transposed: w x^T. As the left operand, w is split over the warps, and
+    each decodes its own rows in registers. As the right operand, every warp would decode all rows.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -166,7 +166,7 @@ def matmul(
 
 @triton.jit
 def _dot(w, x, acc, PRECISION: tl.constexpr):
-    """acc + w x^T, w as decoded: (BLOCK_N, GROUPS, 16)."""
+    """acc + w x^T, with w as decoded: (BLOCK_N, GROUPS, 16)."""
     w = w.reshape(w.shape[0], x.shape[1])
     if PRECISION == "f16":
         return tl.dot(w.to(tl.float16), tl.trans(x), acc)

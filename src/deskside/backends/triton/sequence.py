@@ -1,4 +1,4 @@
-"""Triton kernels of decode with a memory: the gated delta net's state, attention over a cache."""
+"""Triton kernels for decode with state: the gated delta rule, and attention over a KV cache."""
 
 import triton
 import triton.language as tl
@@ -18,19 +18,21 @@ def delta_step(
     b_ptr,
     ssm_a_ptr,  # float32 (v_heads,), as dt_bias
     dt_bias_ptr,
-    slot_ptr,  # int32 (n,): where each sequence's state is; all different
+    slot_ptr,  # int32 (n,): the slot of each sequence's state; all different
     state_ptr,  # float32 (slots, v_heads, DIM keys, DIM values), updated in place
     out_ptr,  # float32 (n, v_heads DIM)
     k_heads,
     v_heads,
     eps,
     DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,  # columns of the state a CTA; they do not depend on each other
+    COLUMNS: tl.constexpr,  # columns of the state per CTA; columns are independent
 ):
     """One token of each sequence. Grid: (DIM / COLUMNS, v_heads, n).
 
-    The gated delta rule in one pass (docs/MODEL.md): with p = S^T k and r = S^T q of the old S,
-    delta = beta (v - e^g p), o = e^g r + delta (k q), S <- e^g S + k delta^T.
+    The gated delta rule in one pass over the state (docs/MODEL.md). With p = S^T k and r = S^T q of
+    the old S:
+
+        delta = beta (v - e^g p),  o = e^g r + delta (k . q),  S <- e^g S + k delta^T
     """
     head = tl.program_id(1)
     token = tl.program_id(2)
@@ -66,7 +68,7 @@ def attend(
     k_ptr,  # uint8 (slots, kv_heads, n_ctx, K_BYTES)
     v_ptr,  # uint8 (slots, kv_heads, n_ctx, V_BYTES)
     slot_ptr,  # int32 (n,)
-    length_ptr,  # int32 (n,): positions to attend to, the token's own the last
+    length_ptr,  # int32 (n,): positions to attend to; the token's own is the last
     part_ptr,  # float32 (n, kv_heads, splits, GROUP, DIM): sums of e^(s - max) v
     stats_ptr,  # float32 (n, kv_heads, splits, GROUP, 2): max, sum of e^(s - max)
     kv_heads,
@@ -76,12 +78,15 @@ def attend(
     V_TYPE: tl.constexpr,
     K_BYTES: tl.constexpr,
     V_BYTES: tl.constexpr,
-    GROUP: tl.constexpr,  # query heads of a KV head
+    GROUP: tl.constexpr,  # query heads per KV head
     DIM: tl.constexpr,
     TILE: tl.constexpr,  # positions at once
     PRECISION: tl.constexpr,  # "f16", or tl.dot's input_precision for float32
 ):
-    """Grid: (splits, kv_heads, n). Split i takes tiles i, i + splits, ...; `merge` joins them."""
+    """Grid: (splits, kv_heads, n). Split i computes tiles i, i + splits, ...; `merge` joins them.
+
+    Online softmax (https://arxiv.org/abs/1805.02867): a larger maximum rescales the sums so far.
+    """
     PAIR: tl.constexpr = 16
     HEADS: tl.constexpr = max(16, triton.next_power_of_2(GROUP))  # tl.dot needs 16 rows
     split = tl.program_id(0)
@@ -105,7 +110,7 @@ def attend(
     acc1 = tl.zeros((HEADS, DIM // 2), tl.float32)
     for start in range(split * TILE, length, splits * TILE):
         position = start + tl.arange(0, TILE)
-        # Positions past the end repeat the last one, so that nothing unwritten is read.
+        # positions past the end repeat the last one, so that only written positions are read
         row = cache_row + tl.minimum(position, length - 1)[:, None, None]
         k0, k1 = decode(k_ptr + row * K_BYTES, group, i, K_TYPE)
         s = _dot(
@@ -141,7 +146,7 @@ def merge(
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,  # splits, rounded up to a power of 2
 ):
-    """Grid: (GROUP, n kv_heads). A split without positions has max -inf and counts for nothing."""
+    """Grid: (GROUP, n kv_heads). A split without positions has max -inf, so its weight is 0."""
     h = tl.program_id(0)
     head = tl.program_id(1)
     i = tl.arange(0, SPLITS)

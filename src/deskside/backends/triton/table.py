@@ -1,4 +1,4 @@
-"""Triton's kernels as the table that devices of torch ask (`torch/kernels.py`)."""
+"""The table of Triton's kernels for torch devices (`torch/kernels.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deskside.gguf import TensorInfo
 
 
 def triton_kernels() -> Kernels:
-    """They run on CUDA, or in Triton's interpreter (for tests)."""
+    """Triton's kernels. They run on CUDA, or in Triton's interpreter for tests."""
 
     def takes(w: Tensor, info: TensorInfo) -> bool:
         aligned = w.data_ptr() % 4 == 0 and w.is_contiguous()
@@ -23,12 +23,12 @@ def triton_kernels() -> Kernels:
 
     def pairs(x: Tensor, w: Tensor, info: TensorInfo, ids: Tensor, up: Tensor | None) -> Tensor:
         rows = info.shape[1]
-        w, up = (m if m is None else m.view(-1, rows, w.shape[1]) for m in (w, up))
+        w, up = (m if m is None else m.view(-1, rows, w.shape[-1]) for m in (w, up))
         name = info.type.name
         y: Tensor = launch.experts_matmul(x.contiguous(), w, name, info.row_len, rows, ids, up)
         return y
 
-    def fills_tiles(head_dim: int) -> bool:
+    def fills_tiles(head_dim: int) -> bool:  # the kernels' tiles are powers of 2
         return 32 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
 
     def takes_attention(k_type: str, v_type: str, head_dim: int) -> bool:

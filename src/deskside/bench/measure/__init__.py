@@ -1,1 +1,1 @@
-"""What is measured and how: targets, prompts, the loop, what stands beside a figure."""
+"""Measures: targets, prompts, the loop over runs, and the ceilings of the machine."""

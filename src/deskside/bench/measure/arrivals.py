@@ -1,4 +1,4 @@
-"""When the tokens of a stream came, and the clocks of a run that follow."""
+"""Arrival times of a stream's tokens, and the times of a run that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deskside.server.client import number
 
 @dataclass
 class Arrivals:
-    """When tokens came: an event's time and how many of them it brought."""
+    """Arrival times of events, and the number of tokens in each."""
 
     began: float
     events: list[tuple[float, int]] = field(default_factory=list)
@@ -27,11 +27,11 @@ class Arrivals:
 
     @property
     def first(self) -> float | None:
-        """Seconds from the request to the first token."""
+        """Seconds from the request to the first token; None before it."""
         return self.events[0][0] - self.began if self.events else None
 
     def gaps(self) -> list[float]:
-        """Seconds between tokens; those that came together share the time since the last event."""
+        """Seconds between tokens. Tokens of one event share the time since the last event."""
         if not self.events:
             return []
         found = [0.0] * (self.events[0][1] - 1)
@@ -41,10 +41,9 @@ class Arrivals:
 
 
 def timed(came: Arrivals, timings: Any, total: float, n: int | None = None) -> Run:
-    """A run with its clocks: the server's where it tells them, else those of arrival.
+    """A run with its times: those that the server reports, else those of arrival.
 
-    n: tokens generated, if the server says so; where that differs from what arrived, the gaps
-    between tokens are not known.
+    n: generated tokens that the server reports. If fewer or more arrived, the gaps are unknown.
     """
     made = came.n if n is None else n
     gaps = came.gaps() if made == came.n else []

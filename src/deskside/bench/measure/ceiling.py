@@ -1,4 +1,4 @@
-"""How fast the machine allows a run to be: the model's bytes and products under sampled limits."""
+"""Ceilings: the model's bytes and multiply-adds, divided by sampled limits of the machine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from deskside.bench.record import Ceiling, Run
 from deskside.machine import rates
-from deskside.tape.cost import Work
+from deskside.tape.cost import Work, bound
 
-# A sample holds for so many seconds, and for so many times as long as it took: short runs are many,
-# and most of the time should go to them.
+# A sample of the limits stays valid for HOLDS seconds, and for SHARE times as long as it took. So
+# many short runs are not slowed down by sampling.
 HOLDS = 5.0
 SHARE = 10.0
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What decides a target's ceiling; `ubatch` tokens are computed at once in prefill."""
+    """What a target's ceiling depends on. `ubatch`: tokens that prefill computes at once."""
 
     work: Work
     threads: int
@@ -27,36 +27,35 @@ class Roof:
     isa: str = ""
 
     def decode_bytes(self, depth: float) -> float:
-        """Bytes that a token reads with `depth` tokens in the context."""
-        # A cache of keys and values of one type is the sum of both halves.
+        """Bytes that decode reads per token, with `depth` tokens in the context."""
+        # Average the caches of both types: half of each is keys, half is values.
         kinds = (self.ctk, self.ctv)
         return sum(self.work.decode(round(depth), kind)["bytes"] for kind in kinds) / len(kinds)
 
     def over(self, run: Run, bandwidth: float, compute: float) -> Ceiling:
-        """bandwidth in bytes, compute in int8 multiply-adds per second, both sampled beside it."""
+        """The ceiling of a run.
+
+        bandwidth: bytes per second. compute: int8 multiply-adds per second. Both are sampled close
+        to the run.
+        """
         found = Ceiling(bandwidth=bandwidth, compute=compute)
         if run.generated_tokens > 1:
             depth = run.depth + run.generated_tokens / 2
-            macs = self.work.macs + self.work.head_macs
             found.decode_bytes = self.decode_bytes(depth)
-            found.decode_rate, found.decode_limit = _min_rate(
-                bandwidth / found.decode_bytes, compute / macs
-            )
+            needed = {
+                "bytes": found.decode_bytes,
+                "macs": self.work.macs + self.work.head_macs,
+            }
+            found.decode_rate, found.decode_limit = bound(needed, bandwidth, compute)
         if run.prompt_tokens:
             needed = self.work.prefill(run.prompt_tokens, self.ubatch)
             found.prefill_macs = needed["macs"]
-            found.prefill_rate, found.prefill_limit = _min_rate(
-                bandwidth / needed["bytes"], compute / needed["macs"]
-            )
+            found.prefill_rate, found.prefill_limit = bound(needed, bandwidth, compute)
         return found
 
 
-def _min_rate(reading: float, multiplying: float) -> tuple[float, str]:
-    return min((reading, "bandwidth"), (multiplying, "compute"))
-
-
 class Limits:
-    """The machine's limits as last sampled; nothing else may run meanwhile."""
+    """The last sample of the machine's limits. Nothing else may run during a sample."""
 
     def __init__(self, threads: int, isa: str = "") -> None:
         self._threads, self._isa = threads, isa
@@ -64,7 +63,7 @@ class Limits:
         self.bandwidth = self.compute = 0.0
 
     def refresh(self) -> None:
-        """Sample again, unless that has been done just now."""
+        """Sample again, unless the last sample is still valid."""
         began = time.monotonic()
         if began < self._until:
             return

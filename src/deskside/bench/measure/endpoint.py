@@ -1,8 +1,7 @@
-"""An engine behind HTTP: llama-server's own API where there is one, else the one of OpenAI.
+"""Measures a server: over llama-server's own API if it has that, else over OpenAI's.
 
-Which clock a run has is in its `clock`: "server" where the last event has llama-server's `timings`,
-else "stream", arrival here. The gaps between tokens and the time to the first are always those of
-arrival.
+A run's `clock` is "server" if the last event has llama-server's `timings`, else "stream": arrival
+here. Gaps between tokens, and the time to the first token, are always those of arrival.
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from deskside.bench.measure import answers
 from deskside.bench.measure.arrivals import Arrivals, timed
 from deskside.bench.measure.ceiling import Roof
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.text import Token
-from deskside.bench.record import ModelFile, Run, Target
+from deskside.bench.predict import slices
+from deskside.bench.record import ModelFile, Part, Run, Target
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF
@@ -31,16 +31,16 @@ from deskside.server.client import EndpointError, HttpError, Wire, count, words
 from deskside.tape.cost import Work
 
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
-# llama-server's, vLLM's and SGLang's fields beyond OpenAI's.
+# Request fields of llama-server, vLLM and SGLang that OpenAI's API lacks.
 EXTENSIONS = ("top_k", "min_p", "repeat_penalty", "repetition_penalty", "ignore_eos")
-# Events of an answer that may bring no token: its role, its reason to end, its usage.
+# Most events of an answer without a token, such as its role, its stop reason and its usage.
 ENDS = 4
-# Characters of the two prompts that tell how many tokens a text has.
+# Characters of two prompts. From their token counts follow the characters per token.
 SAMPLES = (300, 2100)
 
 
 class Endpoint:
-    """What the two sorts of server share; `connect` finds out which one it is."""
+    """What both kinds of server share. `connect` finds out which kind it is."""
 
     own = False
 
@@ -52,6 +52,8 @@ class Endpoint:
         self.limit = f"{wire.url} has a context of {n_ctx}"
         self.local = is_local(wire.host)
         self.files: list[ModelFile] = []
+        self.random = False
+        self.part: Part | None = None
         self.options: dict[str, Any] = {}
         self._roof: Roof | None = None
 
@@ -64,16 +66,21 @@ class Endpoint:
             options=self.options,
             files=self.files,
             n_ctx=self.n_ctx,
+            random=self.random,
+            part=self.part,
         )
 
     def roof(self) -> Roof | None:
         return self._roof
 
     def serves(self, path: Path, *, sha: bool, progress: Progress) -> None:
-        """Say that the server on this machine serves this file: its hash, and the ceiling of
-        decode and prefill with an f16 cache and all cores."""
+        """Note that the server runs here and serves the file `path`.
+
+        That gives the hash and the ceilings. Ceilings assume an f16 cache and all cores.
+        """
         file = GGUF.open(path)
         self.files = hashed(file.paths, sha, progress)
+        self.random, self.part = slices.is_random(file), slices.part(file)
         self._roof = Roof(Work.of(build_tape(file)), usable_cores(), 512, "f16", "f16")
 
     def _expect_at_most(self, asked: int | None, came: int) -> None:
@@ -92,7 +99,7 @@ class Endpoint:
 
 
 class LlamaServer(Endpoint):
-    """llama-server's `/completion`: prompts as token ids, its clocks, a cache that can be off."""
+    """llama-server's `/completion`: takes token ids, reports times, can switch its cache off."""
 
     caches = False
 
@@ -105,7 +112,7 @@ class LlamaServer(Endpoint):
         return list(ids)
 
     def learn(self, sample: str) -> None:
-        """It counts tokens itself."""
+        """Do nothing, because the server tokenizes."""
 
     def run(
         self,
@@ -156,13 +163,13 @@ class LlamaServer(Endpoint):
             )
         cut = last.get("truncated") is True
         run.stop_reason = "context" if cut else STOPS.get(words(last, "stop_type"), "")
-        run.output = _digest(text)
-        # Tokens inside a character are not all streamed: then the text says what they were.
+        answers.note(run, text, params.max_tokens or run.generated_tokens)
+        # The server does not stream all tokens inside a character. Then tokenize the text.
         return run, ids if len(ids) == run.generated_tokens else self.encode(text, False)
 
 
 class OpenAIServer(Endpoint):
-    """`/v1/completions`, or `/v1/chat/completions`: prompts as text, counted by the server."""
+    """`/v1/completions` or `/v1/chat/completions`: takes text, and counts its tokens."""
 
     caches = True
 
@@ -174,7 +181,7 @@ class OpenAIServer(Endpoint):
         self.options = {"api": self.path}
 
     def learn(self, sample: str) -> None:
-        """Find out which API answers, which fields it takes, and how long its tokens are."""
+        """Find out which API answers, which fields it accepts, and its characters per token."""
         counts: list[int | None] = []
         for size in SAMPLES:
             answer = self._first(sample[:size]) if not counts else self._ask(sample[:size])
@@ -182,14 +189,14 @@ class OpenAIServer(Endpoint):
         short, long = counts
         if short is None or long is None or long <= short:
             raise EndpointError(
-                f"{self.wire.url}: tells no usage.prompt_tokens, so prompts cannot be counted"
+                f"{self.wire.url}: reports no usage.prompt_tokens, so prompts cannot be counted"
             )
         self._chars = (SAMPLES[1] - SAMPLES[0]) / (long - short)
         self._overhead = max(0, round(short - SAMPLES[0] / self._chars))
         self.options = {"api": self.path, "extensions": self._extended}
 
     def _first(self, text: str) -> dict[str, Any]:
-        """The first answer that one of the APIs gives, with all fields or with OpenAI's alone."""
+        """The first answer of one of the APIs, with all fields or with OpenAI's only."""
         refusal: HttpError | None = None
         for self.path in ("/v1/completions", "/v1/chat/completions"):
             for self._extended in (True, False):
@@ -212,7 +219,7 @@ class OpenAIServer(Endpoint):
         n = round(len(text) / self._chars)
         borders = [round(i * self._chars) for i in range(n)] + [len(text)]
         pieces: list[Token] = [text[a:b] for a, b in itertools.pairwise(borders)]
-        blank: list[Token] = [""] * self._overhead  # the server's own: bos, a chat template
+        blank: list[Token] = [""] * self._overhead  # tokens that the server adds: bos, a template
         return blank + pieces if first else pieces
 
     def _body(self, prompt: Sequence[Token], params: SamplingParams) -> dict[str, Any]:
@@ -245,8 +252,8 @@ class OpenAIServer(Endpoint):
             "stream_options": {"include_usage": True},
         }
         began = perf_counter()
-        # Events with text, and all that have a choice: a token's text may be empty, and so may
-        # that of an event that only begins or ends the answer.
+        # Count events with text, and all events with a choice. A token's text may be empty, as may
+        # the text of an event that only begins or ends the answer.
         spoken, chosen = Arrivals(began), Arrivals(began)
         text, reason = "", ""
         usage: Any = None
@@ -281,7 +288,7 @@ class OpenAIServer(Endpoint):
         run.cached_tokens = count(details, "cached_tokens") or 0
         run.prompt_tokens = (len(prompt) if asked is None else asked) - run.cached_tokens
         run.stop_reason = reason
-        run.output = _digest(text)
+        answers.note(run, text, params.max_tokens or run.generated_tokens)
         return run, [text]
 
 
@@ -294,9 +301,10 @@ def connect(
     sha: bool = True,
     progress: Progress = silent,
 ) -> LlamaServer | OpenAIServer:
-    """The endpoint at `url`, as the sort of server that it is; EndpointError if none answers.
+    """Connect to the server at `url`, and find out its kind. EndpointError if none answers.
 
-    model: which of its models; needed where it has several. seconds: how long it may be silent.
+    model: needed if the server has several models. seconds: how long it may be silent.
+    sha: hash the model file, if the server runs on this machine.
     """
     wire = Wire(url, api_key, seconds)
     props = _props(wire)
@@ -312,12 +320,12 @@ def connect(
         try:
             server.serves(Path(path), sha=sha, progress=progress)
         except DesksideError:
-            server.files = []  # a model that deskside cannot read: no ceiling is known
+            server.files = []  # deskside cannot read this model, so there is no ceiling
     return server
 
 
 def _props(wire: Wire) -> dict[str, Any] | None:
-    """What llama-server says of itself; None from another server."""
+    """The properties that llama-server reports; None from another server."""
     try:
         props = wire.get("/props")
     except HttpError as failure:
@@ -333,12 +341,12 @@ def _props(wire: Wire) -> dict[str, Any] | None:
 
 
 def _model(wire: Wire, name: str | None) -> tuple[str, int | None]:
-    """Name and context of the model to ask for."""
+    """Name of the model to ask for, and its context in tokens; None if unknown."""
     try:
         answer = wire.get("/v1/models")
     except HttpError as failure:
         if name is not None and failure.status in (404, 405, 501):
-            return name, None  # a server need not list what it has
+            return name, None  # servers need not list their models
         raise
     listed = answer.get("data") if isinstance(answer, dict) else None
     models = {words(m, "id"): m for m in listed} if isinstance(listed, list) else {}
@@ -355,17 +363,13 @@ def _model(wire: Wire, name: str | None) -> tuple[str, int | None]:
 
 
 def is_local(host: str) -> bool:
-    """Whether a URL's host is this machine, by its name."""
+    """Whether the name of a URL's host means this machine."""
     return host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
 
 
 def _sampling(params: SamplingParams, *more: str) -> dict[str, Any]:
     names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", *more)
     return {name: getattr(params, name) for name in names}
-
-
-def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()
 
 
 def is_url(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""SHA-256 of model files, remembered: 200 GB are not read again for every record."""
+"""SHA-256 of model files. A cache avoids reading 200 GB again for every record."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deskside.progress import Progress, silent
 
 
 def cache_file() -> Path:
-    """Where hashes are remembered, under the user's cache directory."""
+    """The file that caches hashes, in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "deskside" / "hashes.json"
 
 
 def hashed(paths: Sequence[Path], sha: bool = True, progress: Progress = silent) -> list[ModelFile]:
-    """The files with their sizes and, with `sha`, their SHA-256.
+    """The sizes in bytes of files, and with `sha` their SHA-256.
 
-    A file of the same path, size and time of change as one that was hashed before is not read.
+    A file is not read again if its path, size and modification time are cached.
     """
     known = _read() if sha else {}
     sizes = [path.stat().st_size for path in paths]
@@ -49,7 +49,7 @@ def _key(path: Path) -> str:
 
 
 def _read() -> dict[str, str]:
-    """What is remembered; nothing where the file is not there or not as it was written."""
+    """The cached hashes; empty if the cache is missing or damaged."""
     try:
         return msgspec.json.decode(cache_file().read_bytes(), type=dict[str, str])
     except (OSError, ValueError):
@@ -57,7 +57,7 @@ def _read() -> dict[str, str]:
 
 
 def _write(known: dict[str, str]) -> None:
-    """Remember; a cache that cannot be written is no failure of what was asked."""
+    """Write the cache. Ignores a cache that cannot be written."""
     path = cache_file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The loop: every item of a workload on every target, in turn, and a record saved after each."""
+"""Runs every item of a workload on every target, by turns, and saves the record after each run."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from typing import Any
 
 import msgspec
 
-from deskside import __version__
+import deskside
+from deskside import __version__, _native
 from deskside.bench.measure.ceiling import Limits
 from deskside.bench.measure.targets import TargetRunner
 from deskside.bench.measure.text import Corpus, Token, exactly, fresh, part, text_of_part, tokens_of
 from deskside.bench.record import Record, Run, Target
 from deskside.bench.workload import Item, Workload, fit_context
 from deskside.errors import DesksideError
-from deskside.machine import watch
+from deskside.machine import environment, watch
 from deskside.machine.watch import Host
 from deskside.progress import Progress, silent
 
-SAMPLE = 4000  # characters that a target is shown beforehand
-MAX_FAILURES = 3  # in a row, until it makes no sense to go on
-# Seconds between two looks at the progress bar: drawing it takes time from a decoding thread.
+PACKAGE = Path(deskside.__file__).parent
+SAMPLE = 4000  # characters that a target sees before the first run
+MAX_FAILURES = 3  # failed runs in a row that end the measurement
+# Seconds between two updates of the progress bar, because drawing slows a decoding thread.
 BETWEEN = 1.0
-# How many tokens of a prompt take as long as a generated one, until a run has told.
+# Prompt tokens that take as long as one generated token, until a run has measured it.
 USUAL_RATIO = 12.0
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """A run to make. `index` counts the plan's entries: the sides of a pair have the same one.
+    """A run to make.
 
-    key: decides the text. part: of the tree, for an item that stands for all of it. before: the
-    run whose prompt and answer this one continues.
+    index: place in the plan; both sides of a pair have the same one.
+    key: decides the text of the prompt.
+    part: which part of the tree to read, for an item that reads all of it.
+    before: the run whose prompt and answer this one continues.
     """
 
     index: int
@@ -53,9 +57,9 @@ class PlannedRun:
 
 
 def plan(workload: Workload, sides: Sequence[str], seed: str, parts: int = 0) -> list[PlannedRun]:
-    """The runs in their order. parts: prompts that the tree is read in.
+    """The runs in their order. parts: number of prompts that read the tree.
 
-    Two sides take turns, and which one is first changes with every pair and every round.
+    Two sides take turns. The side that runs first changes with every pair and every round.
     """
     listed: list[tuple[Item, int | None]] = []
     for item in workload.items:
@@ -85,12 +89,12 @@ def characterise(
     command: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Record:
-    """Run a workload on the targets, by side; the record is in `out` after every run.
+    """Run a workload on the targets, by side. Saves the record in `out` after every run.
 
-    resume: a record of the same workload and targets: only what it lacks, or what failed in it, is
-    run. DesksideError before anything runs if an item is too long for a target, or if the record to
-    resume is of something else; and if the runs cannot go on, as when an endpoint is gone.
-    Interrupted (KeyboardInterrupt), the run at hand is lost and those before it are in `out`.
+    resume: a record of the same workload and targets; only missing and failed runs are made.
+    DesksideError before the first run, if an item is too long for a target or the record to resume
+    does not match. DesksideError later, if runs cannot continue, as when an endpoint is gone.
+    KeyboardInterrupt loses only the current run.
     """
     shortest = min(targets.values(), key=lambda t: t.n_ctx or float("inf"))
     fitted, skipped = fit_context(workload, shortest.n_ctx, shortest.limit)
@@ -108,6 +112,8 @@ def characterise(
             seed=seed,
             created=_now(),
             deskside=__version__,
+            commit=environment.commit(PACKAGE) or "",
+            compiler=str(getattr(_native, "compiler", "")),
         )
     else:
         record = resume
@@ -120,7 +126,7 @@ def characterise(
 
 
 class _Session:
-    """One sitting: what the targets hold, and the record as it grows."""
+    """One session of runs: the state of the targets, and the record so far."""
 
     def __init__(
         self,
@@ -137,18 +143,18 @@ class _Session:
         self.limits = {
             side: Limits(roof.threads, roof.isa) for side, roof in self.roofs.items() if roof
         }
-        # A cache that cannot be switched off may know the prompts of another sitting.
+        # A cache that cannot be switched off may hold prompts of another session.
         self.salt = record.created if any(t.caches for t in targets.values()) else ""
         self.trees: dict[str, list[Token]] = {}
         runs = plan(workload, list(targets), f"{record.seed}{self.salt}", self._parts())
         done = {(run.index, run.side) for run in record.runs if run.ok}
         self.runs = [planned for planned in runs if (planned.index, planned.side) not in done]
-        self.said: dict[PlannedRun, list[Token]] = {}  # prompt and answer of a side's last run
+        self.said: dict[PlannedRun, list[Token]] = {}  # prompt and answer of each side's last run
         self.bar = _Bar(progress, runs, self.runs)
         self.failures = 0
 
     def _parts(self) -> int:
-        """Prompts that the tree takes on the side whose tokens are most; 0 where none is read."""
+        """Prompts that read the tree, on the side with the most tokens; 0 if no item reads it."""
         items = [item for item in self.workload.items if item.tree]
         if not items:
             return 0
@@ -178,7 +184,7 @@ class _Session:
                 self.failures = 0
 
     def _run(self, planned: PlannedRun) -> Run:
-        """What became of it; a failure is a run, too."""
+        """Make one run and record it. A failure is recorded as a run, too."""
         target = self.targets[planned.side]
         limits = self.limits.get(planned.side)
         if limits is not None:
@@ -192,7 +198,7 @@ class _Session:
         except DesksideError as failure:
             run = Run(index=planned.index, name=planned.name, error=str(failure))
         run.started, run.load = started, seen.load
-        run.gaps = [round(gap, 6) for gap in run.gaps]  # no clock here tells more; files stay small
+        run.gaps = [round(gap, 6) for gap in run.gaps]  # clocks are no finer; keeps files small
         roof = self.roofs[planned.side]
         if run.ok and roof is not None and limits is not None:
             run.ceiling = roof.over(run, limits.bandwidth, limits.compute)
@@ -221,10 +227,10 @@ class _Session:
         return said + exactly(item.prompt, self.corpus.shuffled(planned.key), encode)
 
     def _said(self, planned: PlannedRun) -> list[Token]:
-        """Prompt and answer of the run that is continued.
+        """Prompt and answer of the run that `planned` continues.
 
-        In a record that is resumed it may have been run before: then it runs again, unrecorded, so
-        that the conversation, and what a cache holds, is there.
+        In a resumed record, that run may be from an earlier session. Then it runs again, without a
+        record, to restore the conversation and the cache.
         """
         if planned not in self.said:
             if planned in self.runs:
@@ -239,7 +245,7 @@ class _Session:
         except DesksideError:
             raise DesksideError(f"{planned.name}: {error}; {hint}") from None
         if planned.before is not None and planned.before not in self.said:
-            return  # it was not even tried
+            return  # the run was not tried
         self.failures += 1
         if self.failures == MAX_FAILURES:
             raise DesksideError(
@@ -258,18 +264,18 @@ class _Session:
 
 
 def kept(out: Path) -> str:
-    """How many runs are safe, and how to go on, for people."""
+    """A message that says how many runs are saved and how to continue."""
     try:
         runs = Record.load(out).runs
     except (OSError, DesksideError):
         runs = []
     n = sum(run.ok for run in runs)
     count = f"{n} run{'s are' if n != 1 else ' is'} in {out}"
-    return f"{count}; deskside bench --resume {out} goes on" if n else "nothing was measured yet"
+    return f"{count}; deskside bench --resume {out} continues" if n else "nothing was measured yet"
 
 
 class _Bar:
-    """Progress in units of a prompt's token, so that a bar can tell the time left."""
+    """Progress in units of one prompt token, so that the bar can show the time left."""
 
     def __init__(
         self, progress: Progress, runs: Sequence[PlannedRun], left: Sequence[PlannedRun]
@@ -315,14 +321,14 @@ class _Bar:
 
 
 def _machine(targets: Mapping[str, TargetRunner]) -> Host:
-    """This machine, if anything is measured on it; of another one nothing is known."""
+    """Facts about this machine if a target runs on it, else no facts."""
     return watch.describe() if any(t.local for t in targets.values()) else Host()
 
 
 def _expect_same(
     record: Record, workload: Mapping[str, Any], targets: Mapping[str, Target], seed: int, out: Path
 ) -> None:
-    """DesksideError names what is not as it was when the record was begun."""
+    """DesksideError names what changed since the record was begun."""
 
     def check(what: str, was: Any, now: Any) -> None:
         if was != now:
@@ -336,7 +342,8 @@ def _expect_same(
     for key in sorted(keys - {"skipped", "items"}):
         check(f"workload.{key}", record.workload.get(key), workload.get(key))
     items = record.workload.get("items")
-    both = itertools.zip_longest(items if isinstance(items, list) else [], workload["items"])
+    recorded = [_complete(item) for item in items] if isinstance(items, list) else []
+    both = itertools.zip_longest(recorded, workload["items"])
     for i, (was, now) in enumerate(both):
         check(f"workload.items[{i}]", was, now)
     check("sides", sorted(record.targets), sorted(targets))
@@ -349,8 +356,16 @@ def _expect_same(
         check_files(record.targets[side], target, str(out))
 
 
+def _complete(item: Any) -> Any:
+    """An item of a record with the defaults of fields that came after it."""
+    try:
+        return msgspec.to_builtins(msgspec.convert(item, Item))
+    except msgspec.ValidationError:
+        return item
+
+
 def check_files(old: Target, new: Target, source: str) -> None:
-    """DesksideError if a model's files are not those that were measured, by hash where known."""
+    """DesksideError if the model files changed. Compares hashes if both are known."""
     for was, now in zip(old.files, new.files, strict=False):
         hashes = (was.sha256, now.sha256)
         if was.nbytes != now.nbytes or (all(hashes) and len(set(hashes)) > 1):

@@ -1,8 +1,8 @@
-"""Time of each sort of step, in a decode step and in a batch of prefill, beside its work.
+"""Times each kind of step, in decode and in prefill, beside its bytes and multiply-adds.
 
-Steps run between barriers and hold several ops (lowering/steps.py); steps whose ops have the same
-names are one row. Bytes are those of `cost.work`, products those with weight matrices: the rows of
-decode add up to `cost.Work`, those of prefill have states besides.
+A step runs between two barriers and holds several ops (lowering/steps.py). Steps with ops of the
+same names are one row. Bytes are those of `cost.work`. Multiply-adds are those with weight
+matrices. The rows of decode add up to `cost.Work`; the rows of prefill also count states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deskside.tape.cost import MATRICES, BatchShape, work
 REPEATS = 9
 SEED = 0
 
-# By role: a piece of the names of matrices that end a block, what they and the others are called.
+# By role: a part of the name of the matrix that ends a block, its label, the others' label.
 PROJECTIONS = ("_out", "out-projection", "in-projections")
 FEED_FORWARD = ("_down", "down", "gate and up")
 SIDES = {
@@ -36,7 +36,7 @@ SIDES = {
     Role.SHARED: FEED_FORWARD,
     Role.FFN: FEED_FORWARD,
 }
-# Other ops that have work worth a name; what remains is done row by row.
+# Labels of other ops that take time. All remaining ops work row by row.
 OPS = {
     "attention": "attention",
     "gated_delta": "delta net",
@@ -54,14 +54,13 @@ class _Row:
 
 
 def profile(llm: LLM, depth: int, progress: Progress = silent) -> list[OpProfile]:
-    """Rows for a decode step behind `depth` tokens and for a batch of prefill as large as fits.
+    """Profile one decode step at `depth` tokens, and the largest batch of prefill that fits.
 
-    Forgets what the model's cache holds. DesksideError if the context is too short or the backend
-    has no steps.
+    Clears the model's cache. DesksideError if the context is too short or the backend has no steps.
     """
     backend = llm.backend
     if not isinstance(backend, CpuBackend):
-        raise DesksideError("--profile: only the cpu backend has steps to time")
+        raise DesksideError("--profile: only the cpu backend can time its steps")
     if not 0 < depth < llm.ctx:
         raise DesksideError(f"--profile: a depth of {depth} does not fit the context of {llm.ctx}")
     ordinary = np.flatnonzero(~llm.tokenizer.banned(llm.tape.n_vocab))
@@ -92,9 +91,9 @@ def _run(llm: LLM, backend: CpuBackend, tokens: np.ndarray, at: int, n: int) -> 
 def _timed(
     llm: LLM, backend: CpuBackend, tokens: np.ndarray, at: int, n: int, progress: Progress
 ) -> list[float]:
-    """Seconds of each step, the median of REPEATS; the first time of all is not counted.
+    """Seconds of each step: the median of REPEATS, after one pass that does not count.
 
-    The recurrent state goes on meanwhile and is of no use afterwards.
+    Every pass advances the recurrent state, so the state is useless afterwards.
     """
     taken = []
     for i in range(REPEATS + 1):
@@ -123,7 +122,7 @@ def _rows(
 
 
 def name(step: Step) -> str:
-    """What a step does: the names of its ops, those of rows together one name."""
+    """The label of a step: the labels of its ops. All row-wise ops share one label."""
     names: dict[str, None] = {}
     for op in step.ops:
         parts = [p.op.weights[0] for p in op.parts] + [p.up.weights[0] for p in op.parts if p.up]
@@ -141,8 +140,10 @@ def _matrix(weight: TensorInfo) -> str:
 
 
 def _tape_ops(native: NativeOp) -> list[Op]:
-    """What of the tape a native op carries out; nothing where it only helps another one, as
-    rounding, storing and merging do."""
+    """The tape ops that a native op computes.
+
+    Empty for native ops that only help another one: rounding, storing, merging.
+    """
     if native.parts:
         return [op for p in native.parts for op in (p.op, p.up, p.conv) if op]
     if native.kind == "experts_up":

@@ -1,19 +1,20 @@
-"""What can be measured: the protocol, and an engine in this process."""
+"""Targets that can be measured: the protocol, and an engine in this process."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 from deskside import __version__
 from deskside.backends.native.program import CpuBackend
+from deskside.bench.measure import answers
 from deskside.bench.measure.ceiling import Roof
 from deskside.bench.measure.hashes import hashed
 from deskside.bench.measure.text import Token
+from deskside.bench.predict import slices
 from deskside.bench.record import Run, Target
 from deskside.bench.workload import Workload, fit_context
 from deskside.engine import LLM
@@ -30,16 +31,17 @@ from deskside.tape.cache import cache_bytes, kv_type
 from deskside.tape.cost import Work
 from deskside.text.prompt import Prompt
 
-OPENED = 2  # tokens of "<think>\n", behind which a thinking model's prompt ends
+OPENED = 2  # tokens of "<think>\n", which ends the prompt of a thinking model
 
 
 class TargetRunner(Protocol):
-    """Something that generates text, one prompt at a time.
+    """An engine that generates text, one prompt at a time.
 
-    n_ctx      tokens that a context may hold, None if unknown; `limit` says why no more
-    own        it runs in this process
-    local      it runs on this machine
-    caches     it may answer from a cache that cannot be switched off
+    n_ctx      most tokens of a context; None if unknown
+    limit      why the context is no longer, to show to the user
+    own        whether it runs in this process
+    local      whether it runs on this machine
+    caches     whether it may use a cache that cannot be switched off
     """
 
     n_ctx: int | None
@@ -49,16 +51,16 @@ class TargetRunner(Protocol):
     caches: bool
 
     def describe(self) -> Target:
-        """What it is, for the record."""
+        """The description for the record."""
 
     def roof(self) -> Roof | None:
-        """What decides its ceiling; None where that is not known."""
+        """What its ceiling depends on; None if unknown."""
 
     def learn(self, sample: str) -> None:
-        """Take note of some of the text that prompts are cut from, before any is."""
+        """See a sample of the text, before the first prompt is cut from it."""
 
     def encode(self, text: str, first: bool) -> list[Token]:
-        """Plain text as tokens; `first` at the beginning of a prompt."""
+        """Tokenize plain text. first: whether it begins a prompt."""
 
     def run(
         self,
@@ -69,22 +71,23 @@ class TargetRunner(Protocol):
         thinks: bool,
         on_token: Callable[[], None],
     ) -> tuple[Run, list[Token]]:
-        """Generate `params.max_tokens` tokens: a run with its clocks, and the answer.
+        """Generate `params.max_tokens` tokens. Returns a run with its times, and the answer.
 
-        reuse: whether a cache may hold what the prompt begins with; else all is computed. thinks:
-        whether a later prompt may leave out the beginning of the answer.
-        on_token is called as tokens arrive and must return at once. DesksideError: the run failed.
+        reuse: whether to use a cache of the prompt's beginning; else all of it is computed.
+        thinks: whether a later prompt may leave out the beginning of the answer.
+        on_token: called for each token; it must return at once.
+        DesksideError if the run failed.
         """
 
     def check(self) -> None:
-        """DesksideError if it cannot run anything more."""
+        """DesksideError if the target can run nothing more."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its resources."""
 
 
 class InProcess:
-    """An engine in this process, on the path that serves: `LLM.stream`."""
+    """An engine in this process, measured through `LLM.stream`, as users call it."""
 
     own = local = True
     caches = False
@@ -98,8 +101,10 @@ class InProcess:
         progress: Progress = silent,
         **options: Any,
     ) -> None:
-        """Loads the model. limit: why its context is no larger; sha: hash its files; options: of
-        `EngineConfig`."""
+        """Load the model.
+
+        limit: why its context is no longer. sha: hash its files. options: fields of `EngineConfig`.
+        """
         file = path if isinstance(path, GGUF) else GGUF.open(path)
         self._files = hashed(file.paths, sha, progress)
         began = time.perf_counter()
@@ -137,6 +142,7 @@ class InProcess:
                 "model": self._path,
                 "ctx": llm.ctx,
                 "threads": config.n_threads if threads else None,
+                **({"threads_batch": config.n_threads_batch} if config.threads_batch > 0 else {}),
                 "ubatch": llm.ubatch,
                 "ctk": config.ctk,
                 "ctv": config.ctv,
@@ -144,7 +150,7 @@ class InProcess:
                 "numa": config.numa,
                 "huge_pages": config.huge_pages,
                 "backend": config.backend,
-                **config.placing(),
+                **config.placement_options(),
             },
             files=self._files,
             architecture=str(llm.file.get("general.architecture", "")),
@@ -154,18 +160,21 @@ class InProcess:
             load_seconds=self._load_seconds,
             n_ctx=llm.ctx,
             resident_bytes=self._resident,
+            random=slices.is_random(llm.file),
+            part=slices.part(llm.file),
         )
 
     def roof(self) -> Roof | None:
         llm, config = self.llm, self.llm.config
         if not isinstance(llm.backend, CpuBackend):
-            return None  # NumPy and other devices have other limits
+            return None  # the limits of NumPy and of other devices are not known here
         isa = llm.backend.isa
         work = Work.of(llm.tape)
-        return Roof(work, config.n_threads, llm.ubatch, config.ctk, config.ctv, isa)
+        threads = max(config.n_threads, config.n_threads_batch)
+        return Roof(work, threads, llm.ubatch, config.ctk, config.ctv, isa)
 
     def learn(self, sample: str) -> None:
-        """Its tokenizer is here."""
+        """Do nothing, because the tokenizer is in this process."""
 
     def encode(self, text: str, first: bool) -> list[Token]:
         ids = self.llm.tokenize(text, special=False, add_bos=None if first else False)
@@ -192,7 +201,7 @@ class InProcess:
             text.append(chunk.text)
             if chunk.token is None:
                 continue
-            # The engine's own clock, so that gaps add up to its decode time.
+            # Use the engine's clock, so that the gaps add up to its decode time.
             if len(stream.tokens) > 1:
                 gaps.append(stream.timings.decode_seconds - reached)
                 reached = stream.timings.decode_seconds
@@ -213,12 +222,12 @@ class InProcess:
             gaps=gaps,
             clock="engine",
             stop_reason=stream.stop_reason,
-            output=sha256("".join(text).encode("utf-8", "replace")).hexdigest(),
         )
+        answers.note(run, "".join(text), params.max_tokens or run.generated_tokens)
         return run, list(stream.tokens)
 
     def check(self) -> None:
-        """What runs in this process can run again."""
+        """Do nothing, because an engine in this process can always run again."""
 
     def close(self) -> None:
         del self.llm
@@ -233,10 +242,10 @@ def load(
     progress: Progress = silent,
     **options: Any,
 ) -> InProcess:
-    """A model with a context that is as long as the workload needs.
+    """Load a model with the context that the workload needs.
 
-    Where the model or the memory does not allow that, the longest that they do, or a DesksideError
-    that names the item, as the workload says. beside: another model that must fit, too.
+    If model or memory do not allow that context, the longest possible one is used. Or, if the
+    workload says so, DesksideError names the item. beside: another model that must fit, too.
     """
     config = EngineConfig(**options)
     other = None if beside is None else build_tape(beside)
@@ -248,16 +257,16 @@ def load(
 
 
 def context_room(tape: Tape, config: EngineConfig, beside: Tape | None = None) -> tuple[int, str]:
-    """Tokens that a context may hold, and why no more: -c, the model, or the free memory.
+    """Most tokens of a context, and why no more: -c, the model, or the free memory.
 
-    beside: a second model with the same options, whose memory is shared out alike. DesksideError if
-    not even the weights fit together.
+    beside: a second model with the same options, which gets the same context. DesksideError if the
+    weights of both do not fit.
     """
     own = tape.n_ctx_train
     if config.ctx:
         return config.ctx, f"-c {config.ctx} was given"
     if config.devices is not None:
-        return own, f"the model's context is {own}"  # what does not fit, the planner refuses
+        return own, f"the model's context is {own}"  # the planner checks the memory
     tapes = [tape] if beside is None else [tape, beside]
     free = available_memory()
     weights = sum(w.nbytes for t in tapes for w in t.weights().values())

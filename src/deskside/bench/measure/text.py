@@ -1,7 +1,7 @@
-"""Prompts of exactly so many tokens, cut from real text.
+"""Cuts prompts with an exact number of tokens from real text.
 
-A token is an `int` of a vocabulary, or, for an endpoint that takes only text, a `str` of as many
-characters as its tokens have on average: such prompts are exact but for what the average misses.
+A token is the `int` of a vocabulary. For an endpoint that takes only text, a token is a `str` with
+the average number of characters per token; the length of such prompts is approximate.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from deskside.bench.workload import STDLIB
 from deskside.errors import DesksideError
 
 Token = int | str
-# Text to tokens; `first` for the beginning of a prompt, where a bos token may belong.
+# Tokenizes text. The second argument says whether it begins a prompt, where bos may be needed.
 Encode = Callable[[str, bool], list[Token]]
 
 NONCE_TOKENS = 16
 LARGEST_FILE = 4 << 20  # bytes; larger files are data
-# Folders of the standard library's own that hold no library, or not only Python's.
+# Folders beside the standard library that are not part of it.
 _LEFT_OUT = frozenset({"test", "tests", "site-packages", "dist-packages", "idlelib"})
-_CHARS_A_TOKEN = 4  # to begin with; more is read where that is too few
+_CHARS_A_TOKEN = 4  # first guess; if it is too low, more text is read
 
 
 class Corpus:
@@ -37,7 +37,10 @@ class Corpus:
 
     @classmethod
     def of(cls, text: str) -> Corpus:
-        """A workload's `text`: "stdlib" or a directory. DesksideError if nothing is there."""
+        """The corpus of a workload's `text`. DesksideError if it holds no text.
+
+        text: "stdlib" or a directory.
+        """
         if text == STDLIB:
             root = Path(sysconfig.get_path("stdlib"))
             files = [p for p in _walk(root, _LEFT_OUT) if p.suffix == ".py"]
@@ -53,18 +56,18 @@ class Corpus:
         return corpus
 
     def digest(self) -> str:
-        """SHA-256 of the names and sizes: whether prompts of a seed are the same again."""
+        """SHA-256 of names and sizes. If it is equal, a seed gives the same prompts."""
         listed = "".join(f"{self._name(p)} {p.stat().st_size}\n" for p in self.files)
         return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
 
     def shuffled(self, key: str) -> Iterator[str]:
-        """Text without end: the files in an order that `key` decides, over and over."""
+        """Endless text: all files, again and again, in an order that `key` decides."""
         files = list(self.files)
         random.Random(key).shuffle(files)
         return map(self._read, itertools.cycle(files))
 
     def sample(self, n: int, key: str) -> str:
-        """n characters of `shuffled`."""
+        """The first n characters of `shuffled`."""
         text = ""
         for piece in self.shuffled(key):
             text += piece
@@ -73,7 +76,7 @@ class Corpus:
         return text[:n]
 
     def in_order(self) -> Iterator[str]:
-        """Every file once, under its name."""
+        """Yield every file once, each after its name."""
         return map(self._read, self.files)
 
     def _read(self, path: Path) -> str:
@@ -86,7 +89,7 @@ class Corpus:
 
 
 def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
-    """All files that are not hidden, nor below a hidden folder or one of `left_out`."""
+    """All files, except hidden ones and those in hidden folders or in `left_out`."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f[0] != "." and f not in left_out]
@@ -95,7 +98,7 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether the file is neither empty nor data. One that cannot be read is left out."""
+    """Whether the file holds text. Empty, binary and unreadable files do not."""
     try:
         if not path.is_file() or not 0 < path.stat().st_size <= LARGEST_FILE:
             return False
@@ -106,7 +109,7 @@ def _is_text(path: Path) -> bool:
     if b"\0" in beginning:
         return False
     try:
-        # a character may be cut by the end of what was read
+        # The end of the part that was read may cut a character.
         beginning[: -4 or None].decode("utf-8")
     except UnicodeDecodeError:
         return False
@@ -114,12 +117,12 @@ def _is_text(path: Path) -> bool:
 
 
 def nonce(key: str, encode: Encode) -> list[Token]:
-    """The beginning of a prompt that no cache knows: NONCE_TOKENS tokens, decided by `key`."""
+    """NONCE_TOKENS tokens that `key` decides. They begin a prompt, so that no cache knows it."""
     return encode(hashlib.sha512(key.encode()).hexdigest(), True)[:NONCE_TOKENS]
 
 
 def exactly(n: int, pieces: Iterable[str], encode: Encode) -> list[Token]:
-    """The first n tokens of a text without end."""
+    """The first n tokens of an endless text."""
     text, wanted = "", _CHARS_A_TOKEN * n
     for piece in pieces:
         text += piece
@@ -133,16 +136,16 @@ def exactly(n: int, pieces: Iterable[str], encode: Encode) -> list[Token]:
 
 
 def fresh(n: int, key: str, corpus: Corpus, encode: Encode) -> list[Token]:
-    """n tokens that begin with a nonce; `key` decides nonce and text."""
+    """n tokens that begin with a nonce. `key` decides both nonce and text."""
     start = nonce(key, encode)[:n]
     rest = n - len(start)
     return start + (exactly(rest, corpus.shuffled(key), encode) if rest else [])
 
 
 def part(n: int, i: int, key: str, tree: list[Token], encode: Encode) -> list[Token]:
-    """The i-th of the prompts of n tokens that together read the whole tree; the last is shorter.
+    """The i-th prompt of those that together read the tree, n tokens each. The last is shorter.
 
-    Each begins with a nonce, so that it holds n - NONCE_TOKENS tokens of the tree.
+    A prompt begins with a nonce, so it holds n - NONCE_TOKENS tokens of the tree.
     """
     step = text_of_part(n)
     return nonce(f"{key} {i}", encode) + tree[i * step : (i + 1) * step]

@@ -1,1 +1,1 @@
-"""Speed of a model from slices of it, before its download."""
+"""Predicts the speed of a model from slices of it, before its download."""

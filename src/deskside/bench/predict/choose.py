@@ -1,4 +1,4 @@
-"""Which slices of a model to measure: what memory and disk hold."""
+"""Chooses slices of a model that fit memory and disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from deskside.errors import DesksideError
 from deskside.machine.system import available_memory
 from deskside.machine.watch import WORK_BYTES
 
-# What must stay free beside all engines.
+# Bytes of memory to leave free.
 RESERVE = 2_000_000_000
-# `auto` writes no more than this for the sake of deeper slices alone.
+# Most bytes of files that `auto` writes to get deeper slices.
 AUTO_BYTES = 64_000_000_000
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What will be measured. `groups` are indices of `every`: slices that memory holds at once."""
+    """The slices to measure. `groups`: indices into `every` of slices that fit memory together."""
 
     slices: tuple[Slice, ...]
     check: Slice | None
@@ -32,7 +32,7 @@ class Choice:
 
     @property
     def together(self) -> bool:
-        """Whether all slices of the fit are in memory at once, so that rounds are pairs."""
+        """Whether memory holds all slices of the fit at once, so that their rounds are paired."""
         return set(range(len(self.slices))) <= set(self.groups[0])
 
     @property
@@ -53,11 +53,13 @@ def choose(
     memory: int | None = None,
     disk: int | None = None,
 ) -> Choice:
-    """Slices that fit; memory and disk in bytes, by default what is free.
+    """Choose slices that fit. memory, disk: in bytes; None = what is free.
 
-    auto: three slices of 1, 2 and 3 periods, or of as many times more as memory holds all at once;
-    with all experts if the deepest slice fits, else with a half, a quarter and so on; two slices
-    where three never fit. DesksideError where nothing fits, or for layers that make no slice.
+    auto takes three slices of 1, 2 and 3 periods, or a multiple of these that memory holds at once.
+    It takes two slices if three never fit. If the deepest slice does not fit with all experts, it
+    tries half of them, a quarter, and so on.
+
+    DesksideError if nothing fits, and for layers that make no slice.
     """
     whole = full(preset)
     room = (available_memory() if memory is None else memory) - RESERVE
@@ -99,12 +101,12 @@ def choose(
 
 
 def _memory(s: Slice) -> int:
-    """Bytes that an engine takes. Pages of the file are let go of where memory is short."""
+    """Bytes that an engine takes, without mapped pages, which the kernel can drop."""
     return s.weights + WORK_BYTES
 
 
 def _groups(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
-    """Neighbours together as far as there is room."""
+    """Group neighbouring slices, as many as fit `room` bytes."""
     groups: list[list[int]] = []
     for i, size in enumerate(sizes):
         if groups and sum(sizes[j] for j in groups[-1]) + size <= room:
@@ -143,7 +145,7 @@ def _auto(
             if not fits(made(periods, count)):
                 continue
             times = 1
-            while True:  # deeper slices, where they cost nothing but the writing
+            while True:  # deeper slices, as long as they only cost time to write
                 deeper = made([p * (times + 1) for p in periods], count)
                 written = disk_needed(list(deeper), folder)
                 enough = sum(map(_memory, deeper)) <= room and written <= AUTO_BYTES

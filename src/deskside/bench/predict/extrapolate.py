@@ -1,7 +1,7 @@
-"""From the times of a few slices to the time of the whole model: T = head + layers * layer.
+"""Extrapolates the times of a few slices to the whole model: T = head + layers * layer.
 
-The head (and whatever else is done once a step) is half of a short slice's bytes, so time is never
-scaled by the number of layers alone: the two are told apart by slices of different depth.
+"Head" is all that runs once per step. It may be half of a short slice's bytes, so time must not be
+scaled by the number of layers alone. Slices of different depth tell head and layers apart.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds. `low` and `high` bound a 95 % interval of `seconds`.
+    """Seconds at full depth. `low` and `high` bound a 95 % interval of `seconds`.
 
-    misfit: the largest difference, as a share, between a slice and what the others say of it;
-    None for two slices, through which any line goes.
+    misfit: the largest relative difference between a slice and its prediction from the others; None
+    for two slices, because a line through two points always fits.
     """
 
     head: float
@@ -35,10 +35,10 @@ class Estimate:
 
 
 def fit(layers: Floats, seconds: Floats, use: NDArray[np.bool_] | None = None) -> Floats:
-    """Weighted least squares of lines: (..., 2), head and layer, for seconds (..., k).
+    """Fit lines by weighted least squares. Returns (..., 2): head and layer, in seconds.
 
-    Timings scatter in proportion to their length, so the weight is 1 / seconds². use: which
-    slices count, bool (..., k).
+    layers: (k,) or (..., k). seconds: (..., k). use: bool (..., k), slices that count.
+    The weight is 1 / seconds², because timings scatter in proportion to their length.
     """
     w = 1 / seconds**2
     if use is not None:
@@ -54,13 +54,14 @@ def fit(layers: Floats, seconds: Floats, use: NDArray[np.bool_] | None = None) -
 def extrapolate(
     layers: Sequence[float], samples: Sequence[Sequence[float]], target: float, *, paired: bool
 ) -> Estimate:
-    """The time at `target` layers; `samples` are the slices' seconds, round by round.
+    """Estimate the time at `target` layers. samples: seconds of each slice, round by round.
 
-    A slice counts with the median of its rounds. The interval is the bootstrap's over rounds
-    (paired: round i of all slices was measured at one time, and is drawn for all), where each
-    resample also leaves out a slice at random: what the choice of slices changes is uncertainty
-    too, and far beyond the deepest slice it is the larger part. No deeper model is faster than the
-    deepest slice.
+    A slice counts with the median of its rounds. The interval is a bootstrap over rounds. `paired`
+    means that round i of all slices was measured at one time, so a resample draws it for all.
+
+    Each resample also leaves out one slice at random, because the choice of slices adds
+    uncertainty. Far beyond the deepest slice this is the larger part. The estimate is never faster
+    than the deepest slice.
     """
     x = np.array(layers, np.float64)
     rounds = [np.array(s, np.float64) for s in samples]
@@ -74,7 +75,7 @@ def extrapolate(
         lines = fit(x, np.broadcast_to(y, (k, k)), use)
         misfit = float((np.abs(lines[:, 0] + lines[:, 1] * x - y) / y).max())
 
-    rng = np.random.default_rng(0)  # the same samples give the same interval
+    rng = np.random.default_rng(0)  # so that the same samples give the same interval
     shared = rng.integers(len(rounds[0]), size=(RESAMPLES, len(rounds[0])))
     drawn = np.stack(
         [

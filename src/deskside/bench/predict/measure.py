@@ -1,16 +1,17 @@
-"""Before the download: the speed of a large model on this machine, from slices of it.
+"""Predicts the speed of a large model on this machine from slices of it, before its download.
 
-Slices with random weights at true shapes and a few whole periods of layers are measured, decode
-and prefill, in interleaved rounds; a line through their times (`extrapolate`) gives the time of the
-full depth, for a machine with this one's cores and bandwidth and memory enough. Beside every figure
-stands what bandwidth and arithmetic allow (`cost`).
+A slice has random weights, true shapes and a few whole periods of layers. Decode and prefill of the
+slices are measured in interleaved rounds. A line through the times (`extrapolate`) gives the time
+at full depth. It holds for a machine with these cores, this bandwidth and enough memory. Each
+figure stands beside its ceiling from bandwidth and arithmetic (`cost`).
 
-Fewer experts make room where a period of layers does not fit. Decode reads as many experts a token
-as ever; only the router's rows are fewer, and the layers' time is scaled by the bytes (of prefill:
-by the products) that go with them. Two things change that no figure here corrects: the experts lie
-closer together, so the TLB reaches more of them and a cache may keep some from token to token; and
-in prefill each expert gets more of the prompt's tokens, so its weights are read for more of them.
-Prefill from fewer experts is too fast therefore, the more so the shorter the prompt.
+If a period of layers does not fit, slices have fewer experts. Decode still reads as many experts
+per token; only the router has fewer rows. The time of a layer is scaled by the missing bytes, or
+for prefill by the missing multiply-adds. Two effects are not corrected:
+
+- Experts lie closer together. So the TLB reaches more of them, and caches may keep some of them.
+- In prefill, each expert gets more tokens, so its weights are read for more tokens. So prefill from
+  fewer experts is too fast, above all for short prompts.
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ from deskside.tape.cache import kv_type
 from deskside.tape.cost import Work, limit
 from deskside.text.tokenizer import CONTROL, UNUSED
 
-# A slice so far off the others' line, as a share, is worth a note.
+# Relative distance of a slice from the others' line that is worth a note.
 MISFIT = 0.05
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """depths: tokens in the context when decoding begins, ascending; the prompt of the first is
-    timed as prefill. generate: tokens per sample. The rest are options of the engine."""
+    """How to measure slices. DesksideError for a bad value.
+
+    depths: tokens in the context when decoding begins, ascending. The first is also the length of
+    the prompt that is timed as prefill.
+    generate: tokens to decode per sample.
+    repeats: rounds.
+    The others are options of the engine.
+    """
 
     depths: tuple[int, ...] = (512,)
     generate: int = 32
@@ -81,19 +88,19 @@ class PredictOptions:
 
     @property
     def ctx(self) -> int:
-        """Tokens of context that are needed."""
+        """Tokens of context that the samples need."""
         return self.depths[-1] + self.generate + 2
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is measured: names of the estimates."""
+        """Names of the measured quantities."""
         decode = (f"decode at {d}" for d in self.depths)
         return (f"prefill of {self.depths[0]}", *decode)
 
 
 @dataclass
 class Measured:
-    """One slice: `seconds` by kind (a prompt, or a decoded token), round by round."""
+    """A measured slice. `seconds`: by kind (a prompt, or a decoded token), one per round."""
 
     slice: Slice
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -104,13 +111,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Figure:
-    """One kind of step at full depth; all rates are tokens per second.
+    """The prediction for one kind of step at full depth. Rates are tokens per second.
 
-    depth           tokens in the context, 0 for prefill
-    tokens          of one step, whose seconds `estimate` has
-    scale           a layer of the full model over a slice's, where experts were left out
+    depth           tokens in the context; 0 for prefill
+    tokens          tokens of one step, whose seconds are in `estimate`
+    scale           work of a full layer over that of a slice's layer with fewer experts
     low, high       95 % interval of `rate`
-    check_*         the same for the slice of --check, that was also `measured`
+    check_*         the same for the slice of --check
+    measured        measured rate of the slice of --check
     error           check_rate / measured - 1
     """
 
@@ -134,7 +142,7 @@ class Figure:
 class Prediction:
     preset: str
     layers: int
-    nbytes: int  # of the whole model's file
+    nbytes: int  # size of the whole model's file
     choice: Choice
     options: PredictOptions
     cpu: str
@@ -147,9 +155,10 @@ class Prediction:
     notes: list[str]
 
     def ceiling(self, slice_: Slice, figure: Figure) -> float | None:
-        """What the machine allows a slice, tokens per second."""
+        """Most tokens per second that the machine allows a slice; None if unknown."""
         work = _work(slice_.work, self.options, figure.depth)
-        return limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
+        found = limit(work, self.bandwidth, self.compute, prefill=not figure.depth)
+        return found and found.rate
 
     def save(self, path: Path) -> None:
         write_whole(path, json.dumps(asdict(self), indent=1))
@@ -167,15 +176,16 @@ def predict(
     say: Callable[[str], None] = lambda text: None,
     progress: Progress = silent,
 ) -> Prediction:
-    """Write what is missing of the slices, measure them, extrapolate.
+    """Write the slices that are missing, measure all, and extrapolate.
 
-    check: layers of one more slice that takes no part in the fit, to be predicted and measured.
-    keep: leave files that were written in the cache folder. say: is told sizes before anything is
-    written. DesksideError for a shortfall of memory or disk, and for values that make no slice.
+    layers: of the slices, or "auto". experts: fewer experts per layer.
+    check: layers of one more slice, which is predicted and measured but not part of the fit.
+    keep: keep new slices in the cache folder. say: called with sizes before anything is written.
+    DesksideError if memory or disk do not suffice, and for values that make no slice.
     """
     options = options or PredictOptions()
     folder = folder or cache_folder()
-    full(preset)  # is it known?
+    full(preset)  # raises if the preset is not known
     max_ctx = PRESETS[preset]["max_position_embeddings"]
     if options.ctx > max_ctx:
         raise DesksideError(f"--depths {options.depths[-1]}: {preset} has a context of {max_ctx}")
@@ -185,6 +195,8 @@ def predict(
         what = "to be written" if s in missing else "in the cache"
         say(f"{s.name}: {s.nbytes / 1e9:.2f} GB, {what}")
     say(choice.order)
+    for line in EngineConfig(threads=options.threads).notes:
+        say(line)
     try:
         for s in missing:
             write(s, folder, progress)
@@ -198,8 +210,10 @@ def predict(
 
 
 class _Runner:
-    """Measures the slices, group by group; with several groups forwards, then backwards, so that a
-    drift of the machine falls on all alike."""
+    """Measures the slices, group by group.
+
+    Several groups run forwards, then backwards, so that a drift of the machine hits all alike.
+    """
 
     def __init__(
         self, choice: Choice, options: PredictOptions, folder: Path, progress: Progress
@@ -238,7 +252,7 @@ class _Runner:
         if set(self._loaded) == set(group):
             return
         self._loaded.clear()
-        gc.collect()  # a model and its last stream hold each other
+        gc.collect()  # a model and its last stream reference each other
         o = self.options
         for i in group:
             llm = LLM(
@@ -254,7 +268,7 @@ class _Runner:
             self._loaded[i] = llm
             self.threads = llm.config.n_threads
             self.isa = str(getattr(llm.backend, "isa", ""))
-            _times(llm, o, np.random.default_rng(0))  # warms up: pages, caches, clocks
+            _times(llm, o, np.random.default_rng(0))  # warms up pages, caches, clocks
 
     def _limits(self) -> None:
         self.bandwidth.append(rates.bandwidth(self.threads))
@@ -315,6 +329,7 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
         scale = _scale(choice.slices[0], options, depth)
         samples = [m.seconds[kind] for m in runner.measured[:n]]
         layers = [s.layers for s in choice.slices]
+        ceiling = limit(work, bandwidth, compute, prefill=not depth)
         estimate = extrapolate(layers, samples, whole.layers * scale, paired=choice.together)
         figure = Figure(
             kind,
@@ -325,7 +340,7 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
             rate=tokens / estimate.seconds,
             low=tokens / estimate.high,
             high=tokens / estimate.low,
-            ceiling=limit(work, bandwidth, compute, prefill=not depth),
+            ceiling=ceiling and ceiling.rate,
         )
         figures.append(_checked(figure, choice, runner, samples) if choice.check else figure)
     return Prediction(
@@ -346,14 +361,14 @@ def _result(preset: str, choice: Choice, options: PredictOptions, runner: _Runne
 
 
 def _work(work: Work, options: PredictOptions, depth: int) -> dict[str, float]:
-    """Bytes and MACs a token; depth 0 stands for the prefill."""
+    """Bytes and multiply-adds per token at a depth; depth 0 means prefill."""
     if not depth:
         return work.prefill(options.depths[0], options.ubatch)
     return work.decode(depth + options.generate // 2, options.kv)
 
 
 def _scale(cut: Slice, options: PredictOptions, depth: int) -> float:
-    """A layer of the full model over one of the slices, in bytes (prefill: in products)."""
+    """Work of a full layer over that of a slice's layer: bytes, or for prefill multiply-adds."""
     if cut.experts is None:
         return 1.0
     key = "bytes" if depth else "macs"
@@ -385,29 +400,29 @@ def _checked(
 
 
 def _notes(whole: Slice, choice: Choice, figures: Sequence[Figure]) -> list[str]:
-    """What a reader of the figures must know."""
+    """Notes that the reader of the figures needs."""
     notes = []
     if whole.weights + watch.WORK_BYTES > total_memory():
         notes.append(
             f"the whole model takes {whole.weights / 1e9:.0f} GB of memory, this machine has "
-            f"{total_memory() / 1e9:.0f} GB: the figures are for one with these cores and this "
-            "bandwidth, and memory enough"
+            f"{total_memory() / 1e9:.0f} GB: the figures are for one with these cores, this "
+            "bandwidth and enough memory"
         )
     if len(choice.slices) == 2:
         notes.append(
-            "two slices: the interval is of the scatter between rounds alone, for nothing tells "
-            "whether time grows in a straight line"
+            "two slices: the interval covers only the scatter between rounds, because two slices "
+            "cannot show whether time grows linearly"
         )
     if choice.slices[0].experts is not None:
         notes.append(
-            f"{choice.slices[0].experts} experts a layer: decode reads as many as ever, from a "
-            "smaller memory; each has more of a prompt's tokens, so prefill is a bound from above"
+            f"{choice.slices[0].experts} experts a layer: decode reads as many per token, but from "
+            "less memory; each gets more tokens of a prompt, so the prefill rate is an upper bound"
         )
     for f in figures:
         if f.estimate.layer <= 0:
-            notes.append(f"{f.kind}: deeper slices took no longer, their times scatter too much")
+            notes.append(f"{f.kind}: deeper slices took no longer; their times scatter too much")
         elif f.estimate.head < 0:
-            notes.append(f"{f.kind}: the head comes out below 0, lost in the scatter of the layers")
+            notes.append(f"{f.kind}: the head's time is below 0, less than the layers' scatter")
         if f.estimate.misfit is not None and f.estimate.misfit > MISFIT:
             notes.append(
                 f"{f.kind}: a slice lies {100 * f.estimate.misfit:.0f} % off the line through the "

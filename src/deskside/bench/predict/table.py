@@ -1,4 +1,4 @@
-"""A prediction as tables on stdout."""
+"""Prints a prediction as tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.table import Table
 
 from deskside.bench.predict.measure import Figure, Prediction
 
-WIDTH = 110  # columns that the widest table needs; piped output has 80 otherwise
+WIDTH = 110  # characters of the widest table; piped output would be cut to 80
 
 
 def show(p: Prediction) -> None:
-    """What was measured, what it says of the check's slice and of the whole model, and notes."""
+    """Print the measured slices, the check, the figures of the whole model, and notes."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH)
     console.print(

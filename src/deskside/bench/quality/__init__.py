@@ -1,1 +1,1 @@
-"""What quantising costs: perplexity, divergence from a reference run."""
+"""Measures what quantizing costs: perplexity, and divergence from a reference run."""

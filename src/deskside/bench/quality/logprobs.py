@@ -1,4 +1,4 @@
-"""The log-probabilities of a run over a text, on disk: what another run is compared with.
+"""Files with the log-probabilities of a run over a text, to compare another run with.
 
 Layout, little endian:
 
@@ -6,25 +6,25 @@ Layout, little endian:
     u32          version, 1
     u32          length of the header
     header       JSON, see `Header`
-    i32          tokens (windows, ctx), a first token that bos replaced included
+    i32          tokens (windows, ctx), with bos where it replaced a first token
     rows         one for each scored position, window after window:
       f32        minus the log-probability of the token that follows in the text
       u32        the most likely token
       f32        step
       u16        codes (n_vocab,)
 
-A row's log-probabilities are `step * code`, less the logarithm of the sum of their exponentials.
-`step` spreads the codes over what lies between the least and the most likely token, at most
-RANGE nats: whatever is less likely than exp(-RANGE) times the best is stored as that. Rounding to
-a code moves a logarithm by step / 2, normalising by as much again, so a log-probability is within
-`step` <= RANGE / 65535 = 0.001 nats. The divergence of the model itself from its own file is of
-second order: at most step ** 2 / 8.
+A row's log-probabilities are `step * code`, minus the logarithm of the sum of their exponentials.
+The codes span the range from the least to the most likely token, at most RANGE nats. A token less
+likely than exp(-RANGE) times the best is stored as that limit.
+
+Rounding to a code changes a logarithm by at most step / 2, and normalising by as much again. So
+the error of a log-probability is at most `step` <= RANGE / 65535 = 0.001 nats. The divergence of a
+model from its own file is of second order: at most step ** 2 / 8.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +53,10 @@ Count = Annotated[int, Meta(ge=1)]
 
 
 class Header(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the rows come from.
+    """The source of the rows.
 
-    model       name of the file; `sha256` is of all its bytes, of a split's files one after another
+    model       name of the model file
+    sha256      of all bytes of the model; for a split model, of its files one after another
     vocabulary  SHA-256 of the tokens' spellings
     first       position of a window's first row; a window has ctx - 1 - first rows
     settings    options of the engine, as used
@@ -96,30 +97,26 @@ class Header(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LogProbWriter:
-    """Writes a file under a temporary name, and under its own once it is complete.
+    """A context manager that writes a file under a temporary name, and renames it when complete.
 
-    A context manager; DesksideError, before anything is written, if the disk lacks the room or the
-    name is that of a file which is something else.
+    DesksideError, before anything is written, if the disk is too full, or if another kind of file
+    has this name.
     """
 
     def __init__(self, path: Path, header: Header, tokens: NDArray[np.int32]) -> None:
         self.path = path
         self.header = header
         self._file = WholeFile(path)
+        target = self._file.target
         try:
-            free = shutil.disk_usage(path.absolute().parent).free
-            other = path.exists() and _beginning(path) != MAGIC
+            other = target.is_plain and path.exists() and _beginning(path) != MAGIC
         except OSError as error:
-            raise self._file.failure(error) from None
+            raise target.failure(error) from None
         if other:
             raise DesksideError(
                 f"{path}: exists, and --save-logits did not write it; name another file"
             )
-        if header.nbytes > free:
-            raise DesksideError(
-                f"{path}: needs {header.nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB "
-                "free; score fewer windows (--chunks)"
-            )
+        target.need_room(header.nbytes, "score fewer windows (--chunks)")
         self._tokens = tokens
         self._left = header.rows
 
@@ -149,15 +146,15 @@ class LogProbWriter:
             self._file.discard()
 
     def write(self, logp: Doubles, targets: NDArray[np.int32]) -> None:
-        """Append rows: log-probabilities (n, n_vocab), and the tokens (n,) of the text."""
+        """Append n rows. logp: (n, n_vocab), in nats. targets: (n,), the tokens of the text."""
         rows = np.empty(len(logp), self.header.row)
         rows["nll"] = -logp[np.arange(len(logp)), targets]
         rows["top"] = logp.argmax(axis=1)
         above = logp - logp.max(axis=1, keepdims=True) + RANGE
-        # Only differences count, so the least likely token that is told apart has code 0.
+        # Only differences count. So code 0 is the least likely token, or the limit of RANGE.
         above -= np.maximum(above.min(axis=1, keepdims=True), 0)
         np.maximum(above, 0, out=above)
-        # As it is read back; a row without differences has nothing to divide.
+        # float32, as it is read back. Avoid 0 / 0 in a row without differences.
         rows["step"] = above.max(axis=1) / _CODES
         step = rows["step"].astype(np.float64)
         step[step == 0] = 1
@@ -175,7 +172,7 @@ def _beginning(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """A file, mapped: `tokens` int32 (windows, ctx), `rows` with the fields of the layout."""
+    """A mapped file. tokens: int32 (windows, ctx). rows: records with the fields of the layout."""
 
     path: Path
     header: Header
@@ -184,7 +181,7 @@ class LogProbs:
 
     @classmethod
     def open(cls, path: Path) -> LogProbs:
-        """DesksideError for a file that is something else, damaged or cut short."""
+        """Map a file. DesksideError if it is another kind of file, damaged or truncated."""
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -203,13 +200,15 @@ class LogProbs:
         shape = (header.windows, header.ctx)
         expected = at + 4 * header.windows * header.ctx + header.rows * header.row_bytes
         if size != expected:
-            raise DesksideError(f"{path}: has {size} bytes, its header says {expected}: cut short?")
+            raise DesksideError(
+                f"{path}: has {size} bytes, its header says {expected}: is it truncated?"
+            )
         tokens = np.memmap(path, "<i4", "r", at, shape)
         rows = np.memmap(path, header.row, "r", at + tokens.nbytes, (header.rows,))
         return cls(path, header, tokens, rows)
 
     def log_probs(self, start: int, end: int) -> Doubles:
-        """Log-probabilities (end - start, n_vocab) of rows, normalised."""
+        """Normalised log-probabilities (end - start, n_vocab) of rows, in nats."""
         rows = self.rows[start:end]
         logp: Doubles = rows["codes"] * rows["step"].astype(np.float64)[:, None]
         peak = logp.max(axis=1, keepdims=True)

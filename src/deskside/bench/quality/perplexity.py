@@ -1,11 +1,13 @@
-"""How well a model predicts a text, and how far its predictions are from those of another run.
+"""Measures how well a model predicts a text, and how far it is from a reference run.
 
-The text is cut and scored as llama.cpp's perplexity tool does it, so that figures compare: the
-tokens of the whole text (control tokens as plain text; bos first if the file asks for it) fall in
-windows of `ctx` tokens, a rest is left out; each window is a fresh sequence, its first token
-replaced by bos if the file asks for it; the positions from ctx // 2 to ctx - 2 are scored, each on
-the token that follows it: ctx - 1 - ctx // 2 predictions, all of which see at least ctx // 2
-tokens before them.
+The text is cut and scored as in llama.cpp's perplexity tool, so that results can be compared:
+
+- Tokenize the whole text, control tokens as plain text, bos first if the file says so.
+- Cut it into windows of `ctx` tokens. Leave out the rest.
+- Compute each window as a new sequence. Replace its first token by bos if the file says so.
+- Score positions ctx // 2 to ctx - 2, each on the token that follows it.
+
+So a window has ctx - 1 - ctx // 2 predictions, each with at least ctx // 2 tokens before it.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from deskside.progress import Progress, silent
 
 WINDOW = 512  # tokens, as in llama.cpp's tool
 MIN_CTX = 8
-# Logits that the engine hands over at once, and elements that are worked on at once in float64:
-# a vocabulary of 248,320 makes 135 rows, and 16.
+# Bytes of logits to compute at once, and elements to process at once in float64. For a vocabulary
+# of 248,320 these are 135 rows and 16 rows.
 LOGITS_BYTES = 128 << 20
 BLOCK = 1 << 22
 
@@ -39,14 +41,14 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Divergence:
-    """This run, Q, against a reference run, P, over the scored positions. Errors are standard
-    errors, as if positions were independent.
+    """This run Q compared with a reference run P, over the scored positions.
 
-    mean .. maximum  of KL(P || Q), nats
-    top1             share of positions whose most likely token is the same
-    dp               of the probability of the text's token, Q's less P's: mean, and root of the
-                     mean square
-    ppl_ratio        perplexity of Q over that of P; the error takes the pairing into account
+    Errors are standard errors that assume independent positions.
+
+    mean .. maximum  of KL(P || Q), in nats
+    top1             share of positions with the same most likely token
+    dp_mean, dp_rms  mean and root mean square of q - p, the probabilities of the text's token
+    ppl_ratio        perplexity of Q over that of P; its error uses the pairing
     """
 
     reference: str
@@ -68,8 +70,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`ppl` is exp of the mean of -log p over `scored` predictions; `error` its standard error by
-    the delta method (ppl times that of the mean). `rate`: tokens computed per second."""
+    """The perplexity of a text.
+
+    ppl: exp of the mean of -log p over `scored` predictions.
+    error: standard error of ppl by the delta method: ppl times the error of the mean.
+    rate: computed tokens per second.
+    """
 
     text: str
     model: str
@@ -85,9 +91,12 @@ class Perplexity:
 
 
 def windows(llm: LLM, text: str, name: str, chunks: int | None = None) -> Ints:
-    """The windows (n, llm.ctx) of a text; at most `chunks` of them. `name` is for errors."""
+    """Cut a text into windows, int32 (n, llm.ctx), at most `chunks` of them.
+
+    name: of the text, for errors. DesksideError if the text or the context is too short.
+    """
     if llm.ctx < MIN_CTX:
-        raise DesksideError(f"-c {llm.ctx} leaves next to nothing to score; use at least {MIN_CTX}")
+        raise DesksideError(f"-c {llm.ctx} leaves too little to score; use at least {MIN_CTX}")
     if chunks is not None and chunks < 1:
         raise DesksideError(f"--chunks {chunks}: expected at least 1")
     if not text.strip():
@@ -124,10 +133,10 @@ def perplexity(
     reference: LogProbs | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
-    """Score the `windows` of the text `name`, as the function of that name makes them.
+    """Score the windows (n, llm.ctx) of the text `name`.
 
-    writer: takes the log-probabilities. reference: is compared with; DesksideError if it is of
-    other tokens or another vocabulary. `progress` has the estimate so far in its label.
+    writer: gets the log-probabilities. reference: a run to compare with; DesksideError if it has
+    another vocabulary or other tokens. progress: its label shows the perplexity so far.
     """
     if reference is not None:
         _check(reference, llm, windows)
@@ -168,7 +177,7 @@ def perplexity(
 
 
 def _predictions(llm: LLM, windows: Ints) -> Iterator[tuple[Doubles, Ints]]:
-    """Log-probabilities of the scored positions, and the tokens that follow, block by block."""
+    """Yield blocks of log-probabilities (n, n_vocab) and of the tokens (n,) that follow."""
     first = windows.shape[1] // 2
     rows = max(1, LOGITS_BYTES // (4 * llm.tape.n_vocab))
     block = max(1, BLOCK // llm.tape.n_vocab)
@@ -182,7 +191,7 @@ def _predictions(llm: LLM, windows: Ints) -> Iterator[tuple[Doubles, Ints]]:
 
 
 class _Compared:
-    """Collects, position by position, what a reference and a run make of the same token."""
+    """Collects the differences between a reference and this run, position by position."""
 
     def __init__(self, reference: LogProbs, n: int) -> None:
         self._reference = reference
@@ -191,7 +200,7 @@ class _Compared:
 
     def add(self, rows: slice, logq: Doubles) -> None:
         logp = self._reference.log_probs(rows.start, rows.stop)
-        # Tiny negative sums are rounding: two normalised distributions have none.
+        # Tiny negative sums are rounding errors; a divergence is never negative.
         self._kl[rows] = np.maximum((np.exp(logp) * (logp - logq)).sum(axis=1), 0)
         self._same[rows] = logq.argmax(axis=1) == self._reference.rows["top"][rows]
 
@@ -226,7 +235,7 @@ def _error(x: Doubles) -> float:
 
 
 def settings(llm: LLM) -> dict[str, Any]:
-    """The engine's options that a result depends on."""
+    """The options of the engine that change the result."""
     return {
         "ctk": llm.config.ctk,
         "ctv": llm.config.ctv,
@@ -237,7 +246,7 @@ def settings(llm: LLM) -> dict[str, Any]:
 
 
 def header(llm: LLM, windows: Ints, name: str, version: str, progress: Progress = silent) -> Header:
-    """What a file with the log-probabilities of this run will say about it."""
+    """The header of a file with the log-probabilities of this run."""
     n, ctx = windows.shape
     return Header(
         model=llm.file.path.name,
@@ -258,7 +267,7 @@ def _vocabulary(llm: LLM) -> str:
 
 
 def _check(reference: LogProbs, llm: LLM, windows: Ints) -> None:
-    """DesksideError unless the reference has this vocabulary and begins with these windows."""
+    """DesksideError if the reference has another vocabulary or does not begin with the windows."""
     was, path = reference.header, reference.path
     if was.n_vocab != llm.tape.n_vocab or was.vocabulary != _vocabulary(llm):
         raise DesksideError(
@@ -282,7 +291,10 @@ def _check(reference: LogProbs, llm: LLM, windows: Ints) -> None:
 
 
 def read_text(path: Path | None, stdin: bytes = b"") -> tuple[str, str]:
-    """A text and its name; None stands for `stdin`. DesksideError where it is not UTF-8."""
+    """Read a text. Returns it and its name. DesksideError if it is not UTF-8.
+
+    path: None = take the bytes of `stdin`.
+    """
     name = "stdin" if path is None else str(path)
     try:
         return (stdin if path is None else path.read_bytes()).decode("utf-8"), name

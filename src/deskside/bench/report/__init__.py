@@ -1,1 +1,1 @@
-"""What a record says, and how it is shown."""
+"""Analyses a record and shows the result."""

@@ -1,7 +1,7 @@
-"""From a record to facts: phases of runs, trends, outliers, gaps, what the machine did meanwhile.
+"""Computes facts from a record: phases of runs, trends, outliers, gaps, disturbances.
 
-Clocks that are missing, zero, negative or absurd count as unknown, so that any record that can be
-read can be summarised.
+Times that are missing, zero, negative or absurd count as unknown. So any record that can be read
+can be summarised.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from deskside.bench.report.stats import (
     theil_sen,
 )
 
-MATERIAL = 0.01  # relative differences below this are of no interest
-# Of prefill: what one expects of a length is off by up to two per cent at the ends of the lengths.
+MATERIAL = 0.01  # smaller relative differences are ignored
+# The same for prefill: at the ends of the lengths, the expected rate is wrong by up to 2 %.
 PREFILL_MATERIAL = 0.03
 STALL = 3.0  # times the median gap of a run
 SPAN = 1.5  # depths from d to at least SPAN * d have a trend
-NEAR = 1.1  # prompts of up to this times the shortest are of one length
-DRIFT = 0.02  # relative; a smaller one is not warned of
-OTHER_CPU = 0.1  # cores that other programs may keep busy
-ABOVE = 1.05  # of the ceiling: samples of memory scatter by some per cent
-SLOWER_CLOCK = 0.95  # of the highest mean frequency of a run
-HUGE = 1e12  # seconds, tokens per second; beyond it and below its inverse a clock is broken
+NEAR = 1.1  # prompts up to this times the shortest have one length
+DRIFT = 0.02  # relative; no warning below it
+OTHER_CPU = 0.1  # cores that other programs may use without a warning
+ABOVE = 1.05  # times the ceiling; samples of bandwidth scatter by some per cent
+SLOWER_CLOCK = 0.95  # times the highest mean frequency of a run
+HUGE = 1e12  # seconds, or tokens per second; above it, and below its inverse, a clock is broken
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def summarise(record: Record) -> Summary:
 
 
 def positive(x: float | None) -> float | None:
-    """None too where no clock can have shown x."""
+    """x, or None if x is not a possible time or rate."""
     return x if x is not None and 1 / HUGE < x < HUGE else None
 
 
@@ -105,7 +105,7 @@ def _row(run: Run) -> Row:
 
 
 def _depth(rows: Sequence[Row]) -> Depth | None:
-    """None where decode was measured at one depth only."""
+    """The trend of decode over depth; None if there is only one depth."""
     decoded = [(row.depth, 1 / row.tg) for row in rows if row.tg]
     depths = [depth for depth, _ in decoded]
     if not decoded or max(depths) < SPAN * max(min(depths), 1):
@@ -115,7 +115,7 @@ def _depth(rows: Sequence[Row]) -> Depth | None:
 
 
 def _expected(rows: Sequence[Row]) -> Callable[[Row], float | None]:
-    """The decode rate that the rows let one expect of a row."""
+    """A function that gives the expected decode rate of a row, from all rows."""
     trend = _depth(rows)
     rates = known(row.tg for row in rows)
     middle = statistics.median(rates) if rates else None
@@ -131,16 +131,16 @@ def _expect_decode(side: Side) -> None:
 
 
 def _residual(row: Row) -> float | None:
-    """Logarithm of the decode rate over the expected one."""
+    """Logarithm of the decode rate divided by the expected one; None if unknown."""
     return math.log(row.tg / row.tg_expected) if row.tg and row.tg_expected else None
 
 
 def _cut_warmup(side: Side) -> Start | None:
-    """Marks the first runs after the cold ones that are slow; None where there is nothing to test.
+    """Mark slow runs after the cold ones as warm-up. Returns None if there is nothing to test.
 
-    The test sees decode rates relative to their trend over depth, so that runs which are slow
-    because they are deep are no warm-up. Where fewer than two runs decode, it sees prefill rates
-    relative to runs of about their length.
+    The test uses decode rates relative to their trend over depth, because a deep run is slow but
+    not warm-up. If fewer than two runs decode, it uses prefill rates relative to runs of similar
+    length.
     """
     warm = [i for i, row in enumerate(side.rows) if row.phase == "steady"]
     rows = [side.rows[i] for i in warm]
@@ -161,7 +161,7 @@ def _cut_warmup(side: Side) -> Start | None:
 
 
 def _prefill_residuals(rows: Sequence[Row]) -> list[float | None]:
-    """Logarithms of prefill rates over those of the runs that are nearest in length."""
+    """Logarithms of prefill rates divided by those of the runs closest in length."""
     chosen = [row for row in rows if row.pp]
     lengths = [math.log(row.run.prompt_tokens) for row in chosen]
     rates = [math.log(row.pp) for row in chosen if row.pp]
@@ -268,7 +268,7 @@ def _warnings(side: Side) -> list[str]:
     rows = side.of(*COUNTED)
     said = []
     if rows and not side.of("steady"):
-        said.append("no run is steady: figures are of cold and warm-up runs")
+        said.append("no run is steady: figures use cold and warm-up runs")
     loads = {row.run.index: row.run.load for row in rows}
     if busy := {i: c for i, load in loads.items() if (c := load.other_cpu or 0.0) > OTHER_CPU}:
         said.append(f"{_runs(busy)}: other programs used up to {max(busy.values()):.2g} cores")
@@ -292,12 +292,12 @@ def _warnings(side: Side) -> list[str]:
             way = "faster" if side.drift.low > 0 else "slower"
             said.append(f"decode became {way} by at least {100 * nearest:.0f} % over the runs")
     if any(row.run.clock == "stream" for row in rows):
-        said.append("times are those of arrival here: network and buffering are part of them")
+        said.append("times are those of arrival here: they include network and buffering")
     return said
 
 
 def _runs(indices: Iterable[int]) -> str:
-    """ "runs 3, 4 and 7 more": five of them are named."""
+    """Text such as "runs 3, 4 and 7 more". It names at most five runs."""
     numbers = sorted(indices)
     named = ", ".join(map(str, numbers[:5]))
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""

@@ -1,8 +1,8 @@
-"""Two sides against each other, from paired runs: two records, or one of `bench --vs`.
+"""Compares two sides by paired runs: two records, or one record of `bench --vs`.
 
-Runs are paired by the name of their workload item and, where it ran several times, by their order.
-Within one record the pairs were interleaved, so that what the machine does to one it does to the
-other; between two records it is not, which is said.
+Runs are paired by the name of their workload item, and by order if it ran several times. Within one
+record the pairs were interleaved, so the machine disturbed both sides alike. Two records lack this,
+and the comparison says so.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from deskside.bench.predict.slices import label
 from deskside.bench.record import Record, Target
 from deskside.bench.report.analysis import summarise
 from deskside.bench.report.facts import Row, Side
+from deskside.bench.report.part import part_of
 from deskside.bench.report.stats import FEWEST, Ratio, median_ratio
 from deskside.errors import DesksideError
 
-THRESHOLD = 0.05  # two sessions on one machine differ by some per cent with nothing changed
+THRESHOLD = 0.05  # relative; two equal sessions on one machine differ by some per cent
 FASTER, SLOWER, SAME = "faster", "slower", "no difference shown"
 TOO_FEW = f"too few pairs (fewer than {FEWEST})"
 
@@ -32,8 +34,12 @@ QUANTITIES: dict[str, tuple[str, bool, Callable[[Row], float | None]]] = {
 
 @dataclass(frozen=True)
 class Quantity:
-    """`ratio` is the candidate's value over the baseline's, the median over pairs; `items` has the
-    same by workload item. `regression`: slower by more than the threshold, interval and all."""
+    """The comparison of one quantity.
+
+    ratio: median over pairs of the candidate's value divided by the baseline's.
+    items: the same, by workload item.
+    regression: whether all of the interval is slower by more than the threshold.
+    """
 
     key: str
     name: str
@@ -62,12 +68,15 @@ class Comparison:
 
 
 def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) -> Comparison:
-    """Of two records `a` is the baseline and `b` the candidate, by side A of each. Of one record,
-    side A is the candidate and B, which it was held against, the baseline. DesksideError where
-    there are no two sides or no pairs."""
+    """Compare records. threshold: relative slow-down that is a regression.
+
+    With two records, side A of `a` is the baseline and side A of `b` the candidate. With one
+    record, side B is the baseline and side A the candidate. DesksideError without two sides or
+    without pairs.
+    """
     if b is None:
         if "A" not in a.targets or "B" not in a.targets:
-            raise DesksideError("the record has one side only; name a second record")
+            raise DesksideError("the record has only one side; name a second record")
         sides = summarise(a).sides
         baseline, candidate = sides["B"], sides["A"]
         targets = (a.targets["B"], a.targets["A"])
@@ -80,8 +89,8 @@ def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) ->
         targets = (a.targets["A"], b.targets["A"])
         warnings = _differences(a, b)
         warnings.append(
-            "two sessions: the intervals do not hold what changed between them; "
-            "bench --vs interleaves"
+            "two sessions: the intervals do not cover what changed between them; "
+            "bench --vs interleaves the runs"
         )
     warnings += _target_differences(*targets)
     for role, side in (("baseline", baseline), ("candidate", candidate)):
@@ -89,7 +98,7 @@ def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) ->
     chosen = [_phases(side, paired=b is None) for side in (baseline, candidate)]
     quantities = [_quantity(key, baseline, candidate, chosen, threshold) for key in QUANTITIES]
     if all(q.ratio is None for q in quantities):
-        raise DesksideError("no run of one side has a counterpart of the same name on the other")
+        raise DesksideError("the two sides have no runs of the same name")
     return Comparison(
         baseline=_label(targets[0]),
         candidate=_label(targets[1]),
@@ -101,12 +110,17 @@ def compare(a: Record, b: Record | None = None, threshold: float = THRESHOLD) ->
 
 
 def _label(target: Target) -> str:
-    return ", ".join(part for part in (target.name, target.engine) if part) or "unnamed"
+    part = part_of(target)
+    slice_ = label(part) if part is not None else ""
+    return ", ".join(text for text in (target.name, slice_, target.engine) if text) or "unnamed"
 
 
 def _phases(side: Side, *, paired: bool) -> set[str]:
-    """Of the runs that count. What warms the machine up warms both runs of an interleaved pair, so
-    there no start is cut off, which would leave to chance which pairs remain."""
+    """The phases of runs that count.
+
+    Interleaved pairs count from the start, because warm-up affects both runs of a pair. To cut it
+    off would leave to chance which pairs remain.
+    """
     warm = {"warm-up", "steady"}
     if paired and any(row.phase in warm for row in side.rows):
         return warm
@@ -134,8 +148,10 @@ def _quantity(
 def _values(
     side: Side, phases: set[str], get: Callable[[Row], float | None]
 ) -> dict[tuple[str, int], float]:
-    """By item and how often it ran before. A run's number counts those that failed, too, so that
-    a failure on one side does not shift the pairs."""
+    """Values by item, and by the number of its earlier runs.
+
+    Failed runs count as earlier runs, too, so that a failure on one side does not shift the pairs.
+    """
     seen: Counter[str] = Counter()
     found = {}
     for row in side.rows:
@@ -157,7 +173,7 @@ def _verdict(ratio: Ratio | None, more_is_faster: bool, threshold: float) -> tup
         return "not measured on both", False
     if ratio.low is None or ratio.high is None or ratio.n < FEWEST:
         return TOO_FEW, False
-    # as a ratio of speeds, whose interval is turned round for times
+    # As a ratio of speeds. For times, the ends of the interval swap.
     low, high = (ratio.low, ratio.high) if more_is_faster else (1 / ratio.high, 1 / ratio.low)
     if low > 1:
         return FASTER, False
@@ -167,7 +183,7 @@ def _verdict(ratio: Ratio | None, more_is_faster: bool, threshold: float) -> tup
 
 
 def _differences(a: Record, b: Record) -> list[str]:
-    """What should be the same in two records and is not."""
+    """Lines that say what differs in two records but should be equal."""
     said = []
     for what in ("cpu", "cores", "memory", "kernel", "governor"):
         was, now = getattr(a.machine, what), getattr(b.machine, what)
@@ -189,7 +205,9 @@ def _target_differences(a: Target, b: Target) -> list[str]:
     elif not all(hashes):
         said.append("the model files cannot be compared: a hash is missing")
     if a.kind == b.kind == "deskside":
-        for key in sorted((a.options.keys() | b.options.keys()) - {"model"}):  # the hashes tell
+        for key in sorted(
+            (a.options.keys() | b.options.keys()) - {"model"}
+        ):  # hashes cover the model
             was, now = a.options.get(key), b.options.get(key)
             if was != now:
                 said.append(f"option {key} differs: {was} and {now}")

@@ -1,5 +1,8 @@
-"""What is said of a record, as plain data: the one source of the Markdown, the HTML, the verdict
-and `deskside compare`. Rates in tokens per second, times in seconds; `analysis` fills them in."""
+"""Facts about a record, as plain data. `analysis` computes them.
+
+Markdown, HTML, the verdict and `deskside compare` all use only these. Rates are tokens per second,
+times are seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from dataclasses import dataclass, field
 from deskside.bench.record import Run
 from deskside.bench.report.stats import Interval, Line, Sample, Start
 
-STABLE = 0.10  # "stable with context": decode changes by less over the measured depths
+STABLE = 0.10  # relative change of decode over the measured depths that counts as stable
 COUNTED = ("cold", "warm-up", "steady")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `phase` is one of
+    """One run. `phase` is one of these:
 
-    failed    its clocks are not used
-    extra     made only to warm up (`Run.warmup`): listed, in no figure
-    cold      the first after loading: kept apart
-    warm-up   found to be slow from the data
-    steady    the rest
+    failed    its times are not used
+    extra     made only to warm up (`Run.warmup`); listed, but in no figure
+    cold      the first after loading; shown separately
+    warm-up   slow at the start, as the data show
+    steady    all others
 
-    `tg_expected` is what the trend over depth says of a run this deep, `odd` why the run is an
-    outlier.
+    tg_expected: decode rate that the trend over depth predicts for this run.
+    odd: why the run is an outlier; empty if it is none.
     """
 
     run: Run
@@ -58,9 +61,13 @@ def share(rate: float | None, ceiling: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Depth:
-    """Decode against depth. The model is seconds a token = t0 + c * depth, which is what reading a
-    cache costs; what is said of rates follows from it. `line` is that of seconds a token,
-    `shallow` and `deep` are the ends of what was measured, in tokens."""
+    """The trend of decode over depth.
+
+    The model is seconds per token = t0 + c * depth, because reading the cache costs time in
+    proportion to depth. Rates follow from it.
+
+    line: of seconds per token. shallow, deep: the smallest and largest measured depth, in tokens.
+    """
 
     line: Line
     shallow: float
@@ -70,7 +77,7 @@ class Depth:
         return _inverse(self.line.at(depth))
 
     def band(self, depth: float) -> Interval | None:
-        """Rates at both ends of the slope's interval."""
+        """Rates at a depth, for both ends of the slope's interval."""
         band = self.line.band(depth)
         if band is None or band.low <= 0:
             return None
@@ -78,7 +85,7 @@ class Depth:
 
     @property
     def per_1k(self) -> float | None:
-        """Tokens per second that 1,000 more tokens of context add, at the median depth."""
+        """Change of the rate, in tokens per second, per 1,000 tokens of depth, at the median."""
         return self._per_1k(self.line.slope)
 
     @property
@@ -104,16 +111,18 @@ class Depth:
         return first / last - 1 if first > 0 and last > 0 else None
 
     def _interval(self, of: Callable[[float], float | None]) -> Interval | None:
-        """Of something that falls as seconds a token rise with depth."""
+        """The interval of `of(slope)`, a function that falls when the slope rises."""
         if self.line.interval is None:
             return None
         low, high = of(self.line.interval.high), of(self.line.interval.low)
         return None if low is None or high is None else Interval(low, high)
 
     def stable(self, within: float = STABLE) -> bool | None:
-        """Whether decode is stable with context: True if the change's 95 % interval lies within
-        ± `within` (a test of equivalence), False if all of it lies outside, None if the runs show
-        neither. That a slope is not significant would be no proof of stability."""
+        """Whether decode is stable with context. This is a test of equivalence.
+
+        True if the 95 % interval of the change lies within ± `within`, False if all of it lies
+        outside, None otherwise. A slope that is not significant would not prove stability.
+        """
         interval = self.change_interval
         if interval is None:
             return None
@@ -128,9 +137,12 @@ def _inverse(seconds: float) -> float | None:
 
 @dataclass(frozen=True)
 class Gaps:
-    """Seconds between consecutive tokens. A stall is a gap of more than three times its run's
-    median; `lost` is the time that stalls took beyond those medians. `curve` is the distribution:
-    (gap, share of the gaps that are no longer)."""
+    """Seconds between consecutive tokens.
+
+    stalls: number of gaps longer than three times the median of their run.
+    lost: time that stalls took beyond those medians.
+    curve: the distribution, as points (gap, share of gaps that are not longer).
+    """
 
     n: int
     p50: float
@@ -144,7 +156,7 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Length:
-    """Runs of about one prompt length (within 10 %) that took nothing from a cache: medians."""
+    """Medians over runs without cached tokens, whose prompts have one length within 10 %."""
 
     tokens: float
     n: int
@@ -164,15 +176,18 @@ class Cache:
 
 @dataclass
 class Side:
-    """`samples` by quantity ("pp", "tg", "ttft", "total") and by "all" (cold, warm-up and steady
-    runs), "cold" or "steady"."""
+    """Facts about one side.
+
+    samples: by quantity ("pp", "tg", "ttft", "total"), then by runs: "all" (cold, warm-up and
+    steady), "cold" or "steady".
+    """
 
     name: str
     rows: list[Row]
-    warmup: Start | None = None  # None where too few runs have a rate
+    warmup: Start | None = None  # None if too few runs have a rate
     samples: dict[tuple[str, str], Sample | None] = field(default_factory=dict)
     depth: Depth | None = None
-    variation: float | None = None  # relative sd of decode about its trend over depth
+    variation: float | None = None  # relative standard deviation of decode from its trend
     drift: Interval | None = None  # relative change of decode from the first run to the last
     lengths: list[Length] = field(default_factory=list)
     gaps: Gaps | None = None
@@ -185,7 +200,7 @@ class Side:
 
     @property
     def basis(self) -> list[Row]:
-        """The runs that figures are of: the steady ones, or all where none is."""
+        """The runs that figures use: the steady ones, or all if there is none."""
         return self.of("steady") or self.of(*COUNTED)
 
 
@@ -195,5 +210,5 @@ class Summary:
 
     @property
     def rows(self) -> list[Row]:
-        """Of all sides, in the order in which the runs were made."""
+        """The runs of all sides, in the order in which they were made."""
         return sorted((r for s in self.sides.values() for r in s.rows), key=lambda r: r.run.index)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nothing of the network."""
+"""Renders a report as one HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from xml.etree import ElementTree as ET
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from deskside.bench.report import plots, tables
+from deskside.bench.report import answers, environment, plots, representative, tables
 from deskside.bench.report.svg import Plot, sample_mark
 from deskside.bench.report.view import View
 
 
 def render(view: View) -> str:
-    environment = Environment(
+    templates = Environment(
         loader=PackageLoader("deskside.bench.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("report.html.jinja")
+    template = templates.get_template("report.html.jinja")
     return template.render(
         view=view,
         tables=tables,
+        answers=answers,
+        environment=environment,
+        representative=representative,
         plots=plots.draw(view.record, view.summary),
         svg=_svg,
         sample_mark=lambda shape, style: Markup(sample_mark(shape, style)),
@@ -31,5 +34,5 @@ def render(view: View) -> str:
 
 
 def _svg(plot: Plot) -> Markup:
-    # ElementTree has escaped all text in it
+    # ElementTree escapes all text.
     return Markup(ET.tostring(plot.root, encoding="unicode"))

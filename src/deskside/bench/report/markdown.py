@@ -1,11 +1,11 @@
-"""A report as Markdown, with the tables of the article that deskside follows."""
+"""Renders a report as Markdown, with the tables of the article that deskside follows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-from deskside.bench.report import tables
+from deskside.bench.report import answers, environment, representative, tables
 from deskside.bench.report.tables import Table
 from deskside.bench.report.view import View
 
@@ -16,9 +16,13 @@ def render(view: View) -> str:
         if len(view.sides) > 1:
             parts.append(f"## {escape(page.heading)}")
         parts.append(table(tables.verdict(page.criteria)))
+        parts.append(table(representative.representative(view.record, page.side)))
+        parts.append(table(representative.published(view.record)))
+        parts.append(table(representative.steady(page.side)))
         parts.append(table(tables.runs(page.side)))
         parts.append(table(tables.statistics(page.side)))
         parts += bullets("What the runs show", page.claims)
+        parts.append(table(answers.table(view.record, page.side)))
         parts += bullets("Outliers (*) and failures", page.odd)
         parts += bullets("Warnings", page.side.warnings)
         parts.append(table(tables.lengths(page.side)))
@@ -28,14 +32,14 @@ def render(view: View) -> str:
         parts += bullets("Of the comparison", view.comparison.warnings)
         parts.append(table(tables.comparison_items(view.comparison)))
     parts.append(table(tables.profile(view.record)))
-    parts.append(table(tables.machine(view.record)))
+    parts.append(table(environment.table(view.record)))
     parts.append("### Repeat it")
     parts.append("\n".join(f"    {escape_code(line)}" for line in view.commands))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def table(t: Table) -> str:
-    """Empty of a table without rows."""
+    """A table in Markdown; "" for a table without rows."""
     if not t.rows:
         return ""
     rule = ["---" if i < t.text else "---:" for i in range(len(t.header))]
@@ -59,7 +63,7 @@ ENTITIES = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
 def escape(text: str) -> str:
-    """On one line, with nothing in it that Markdown or the HTML it allows would act on."""
+    """`text` on one line, without characters that Markdown or HTML would interpret."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape_code(text).translate(ENTITIES))
 
 

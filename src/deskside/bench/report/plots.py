@@ -1,4 +1,4 @@
-"""The plots of a report. Each is None where there is nothing to show."""
+"""The plots of a report. A plot is None if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from deskside.bench.report.facts import COUNTED, Row, Side, Summary
 from deskside.bench.report.svg import Axis, Plot, axis
 from deskside.bench.report.tables import measured_limits, number, percent, roofline
 
-WIDE = 8.0  # values that span this factor are shown on a logarithmic axis
+WIDE = 8.0  # an axis is logarithmic if its values span this factor
 SHAPES = {"cold": "cross", "warm-up": "ring", "steady": "dot"}
 STYLES = ("a", "b")  # of sides
 LIMIT = "limit"
-# The bars of a profile: how many at most, the height of one with its label above it, from the top
-# of that to the foot of the label, of the bar alone; characters of a name.
+# Bars of a profile: most bars; heights of a bar with its label, of the label, of the bar alone;
+# most characters of a name.
 BARS, ROW, LABEL, THICK, LONGEST = 12, 34, 14, 9, 44
 
 
@@ -80,7 +80,7 @@ def prefill(sides: Sequence[Side]) -> Plot | None:
 
 
 def sequence(sides: Sequence[Side]) -> Plot | None:
-    """Decode over what its depth lets expect, run after run: warm-up, drift and outliers."""
+    """Decode relative to its expected rate, run after run. Shows warm-up, drift and outliers."""
     shown = [
         (side, place, row, row.tg / row.tg_expected)
         for side in sides
@@ -92,7 +92,7 @@ def sequence(sides: Sequence[Side]) -> Plot | None:
     plot = Plot(
         "Run after run",
         "Decode speed relative to its trend over depth, in the order of the runs. The line marks "
-        "the end of warm-up where one was found.",
+        "the end of warm-up, if there was any.",
         axis("run", [place for _, place, _, _ in shown]),
         axis("TG over its trend, %", [100.0, *(100 * share for *_, share in shown)]),
     )
@@ -118,8 +118,8 @@ def gaps(sides: Sequence[Side]) -> Plot | None:
     values = [value for value in values if value <= far] or values
     plot = Plot(
         "Gaps between tokens",
-        "Share of the gaps between consecutive tokens that are no longer than so many "
-        "milliseconds, over all steady runs.",
+        "Share of the gaps between consecutive tokens that last at most this many milliseconds, "
+        "over all steady runs.",
         axis("ms, at most", values, log=True),
         Axis("% of gaps", 0, 100),
     )
@@ -146,7 +146,7 @@ def gaps(sides: Sequence[Side]) -> Plot | None:
 
 
 def profile(record: Record, phase: str) -> Plot | None:
-    """Bars of measured time, with a line where the roofline is."""
+    """Bars of measured time, each with a line at its roofline."""
     ops = [op for op in record.profile if op.phase == phase and positive(op.seconds)]
     if not ops:
         return None
@@ -160,19 +160,21 @@ def profile(record: Record, phase: str) -> Plot | None:
         Axis("", 0, len(ops)),
         height=svg.TOP + svg.BOTTOM + ROW * len(ops),
     )
-    start = plot.at_x(0)
+    start, over = plot.at_x(0), False
     for i, op in enumerate(ops):
         text = svg.TOP + ROW * i + LABEL
         top = text + 6
         end = plot.at_x(op.seconds * per)
         bar = plot.element("rect", "bar", x=start, y=top, width=end - start, height=THICK)
         figures = f"{number(op.seconds * per)} {unit}"
-        min_seconds = roofline(op, bandwidth, compute)
-        if min_seconds is not None:
-            figures += f", {percent(min_seconds / op.seconds)}"
-            x = plot.at_x(min_seconds * per)
+        least = roofline(op, bandwidth, compute)
+        if least is not None:
+            figures += f", {percent(least.seconds / op.seconds)}"
+            over = over or least.seconds > op.seconds
+            x = plot.at_x(least.seconds * per)
             plot.element("line", "least", x1=x, x2=x, y1=top - 2, y2=top + THICK + 2)
             plot.note = "line: the least that the machine allows; %: its share of the time taken"
+            plot.note += "; over 100 %: see the table" if over else ""
         ET.SubElement(bar, "title").text = f"{op.name}: {figures}"
         name = op.name if len(op.name) <= LONGEST else f"{op.name[: LONGEST - 1]}…"
         plot.write(start + 2, text, f"{name}: {figures}")

@@ -1,8 +1,7 @@
-"""The statistics of a report. Same data, same result: everything random has a fixed seed.
+"""The statistics of a report. All seeds are fixed, so the same data give the same result.
 
-Nothing here assumes that noise is normal, and nothing is pulled far by a few odd values, for runs
-on a machine that others use too have long tails. Where too few values are there for a 95 %
-interval, there is none.
+Runs on a shared machine have long tails. So the methods do not assume normal noise, and a few odd
+values have little effect. If there are too few values for a 95 % interval, there is none.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ Floats = NDArray[np.float64]
 RESAMPLES = 10_000
 Z = 1.959964  # standard normal quantile of 97.5 %
 ALPHA = 0.05
-# Of fewer pairs or points no 95 % interval of a median exists that holds for any noise: all of n
-# values lie on one side of it with a chance of 2 * 2**-n, which is 6 % for five.
+# With fewer pairs or points, no 95 % interval of a median holds for any noise: all n values lie on
+# one side of the median with probability 2 * 2**-n, which is 6 % for five.
 FEWEST = 6
 OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin 1993)
-MAD_TO_SD = 1.4826  # of normal noise
-CLIP = 4.0  # standard deviations at which one value counts no more
-_CHUNK = 1 << 20  # values resampled at once: bounds memory
+MAD_TO_SD = 1.4826  # for normal noise
+CLIP = 4.0  # standard deviations; a value further away counts as this far
+_CHUNK = 1 << 20  # values to resample at once, which limits memory
 
 
 def _scipy_stats() -> Any:
-    """scipy.stats, loaded when a report is made and not before."""
+    """scipy.stats, loaded only when a report is made."""
     try:
         import scipy.stats
     except ImportError:
@@ -50,8 +49,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is said of a list of values. `sd` is of the sample (n - 1); of one value there is
-    neither it nor an interval."""
+    """Statistics of a list of values.
+
+    sd: of the sample (n - 1). One value has neither an sd nor an interval.
+    """
 
     n: int
     max: float
@@ -66,7 +67,7 @@ class Sample:
 
 
 def sample(values: Sequence[float]) -> Sample | None:
-    """None of no values."""
+    """The statistics of values; None for no values."""
     if not values:
         return None
     x = np.asarray(values, np.float64)
@@ -86,9 +87,9 @@ def sample(values: Sequence[float]) -> Sample | None:
 
 
 def bootstrap(x: Floats, statistic: Callable[..., Floats]) -> Interval | None:
-    """95 % percentile bootstrap interval of a statistic that takes `axis`; None of one value.
+    """95 % percentile bootstrap interval of a statistic that takes `axis`; None for one value.
 
-    With few values it is too narrow: of n = 5 it holds a median about 94 times in 100, of n = 3
+    It is too narrow for few values: for n = 5 it covers a median about 94 times in 100, for n = 3
     about 75 times.
     """
     if len(x) < 2:
@@ -111,7 +112,7 @@ def bootstrap(x: Floats, statistic: Callable[..., Floats]) -> Interval | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of n ratios with its 95 % bootstrap interval; of one ratio there is no interval."""
+    """Median of n ratios, with a 95 % bootstrap interval if n > 1."""
 
     median: float
     low: float | None
@@ -125,7 +126,7 @@ class Ratio:
 
 
 def median_ratio(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Ratio | None:
-    """Ratios within rounds, over the rounds that both have; None where there is no such round."""
+    """Ratios within the rounds that both sides have; None if there is no such round."""
     rounds = sorted(ours.keys() & theirs.keys())
     if not rounds:
         return None
@@ -144,7 +145,7 @@ class Line:
     slope: float
     intercept: float
     interval: Interval | None
-    pivot: tuple[float, float]  # medians of x and y, around which `band` turns the line
+    pivot: tuple[float, float]  # medians of x and y; `band` turns the line around this point
     n: int
 
     def at(self, x: float) -> float:
@@ -162,12 +163,12 @@ class Line:
 
 
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> Line | None:
-    """The median of the slopes of all pairs of points; None where all x are equal.
+    """The line with the median slope of all pairs of points; None if all x are equal.
 
-    Chosen over least squares because outliers are kept: up to 29 % of the points may be wrong
-    before the line follows them. The interval is Sen's (1968): the slopes of those ranks that
-    Kendall's tau, corrected for ties, leaves open; it holds for any noise that is the same at every
-    x, needs no resampling, and is None for fewer than six points.
+    Unlike least squares, it tolerates up to 29 % outliers. The interval is Sen's (1968), between
+    two ranks of the slopes that follow from Kendall's tau, corrected for ties. It needs no
+    resampling, and holds for any noise that is the same at every x. It is None for fewer than six
+    points.
     """
     xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
     i, j = np.triu_indices(len(xs), 1)
@@ -194,15 +195,17 @@ def _sen_interval(slopes: Floats, xs: Floats, ys: Floats) -> Interval | None:
 
     ties = [spread(np.unique(v, return_counts=True)[1]) for v in (xs, ys)]
     variance = spread(np.array([len(xs)])) - sum(ties)
-    rank = int((len(slopes) - Z * max(variance, 0.0) ** 0.5) // 2)  # from one; rounded outwards
+    rank = int((len(slopes) - Z * max(variance, 0.0) ** 0.5) // 2)  # from 1, rounded outwards
     if rank < 1:
         return None
     return Interval(float(slopes[rank - 1]), float(slopes[-rank]))
 
 
 def local_line(x: Sequence[float], y: Sequence[float], near: int = 7) -> list[float]:
-    """At every x the value of a Theil-Sen line through the `near` closest points: what y is
-    expected to be where it changes smoothly with x in no particular form."""
+    """At each x, the value of a Theil-Sen line through the `near` closest points.
+
+    This is the expected y if y changes smoothly with x in no particular form.
+    """
     xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
     expected = []
     for at in xs:
@@ -215,9 +218,8 @@ def local_line(x: Sequence[float], y: Sequence[float], near: int = 7) -> list[fl
 def scores(values: Sequence[float], floor: float = 0.0) -> list[float]:
     """Distances from the median in robust standard deviations (1.4826 MAD, at least `floor`).
 
-    The floor keeps a run that is odd by less than anyone cares about from being called so where
-    all others agree closely. Without one, and where more than half of all values are equal, any
-    other value is infinitely far.
+    If all values agree closely, the floor keeps tiny differences from counting as odd. Without a
+    floor, if more than half of the values are equal, any other value is infinitely far.
     """
     if not values:
         return []
@@ -229,8 +231,10 @@ def scores(values: Sequence[float], floor: float = 0.0) -> list[float]:
 
 
 def outliers(values: Sequence[float], floor: float = 0.0) -> list[int]:
-    """Indices of values with a modified z-score beyond 3.5. Five values at least: of four, two may
-    be a pair by chance, and nobody can tell which pair is odd."""
+    """Indices of values with a modified z-score above 3.5. Needs five values.
+
+    Among four values, two pairs can form by chance, and neither is the odd one.
+    """
     if len(values) < 5:
         return []
     return [i for i, s in enumerate(scores(values, floor)) if abs(s) > OUTLIER]
@@ -238,7 +242,7 @@ def outliers(values: Sequence[float], floor: float = 0.0) -> list[int]:
 
 @dataclass(frozen=True)
 class Start:
-    """The first `count` values are lower than the rest, with probability `p` by chance."""
+    """The first `count` values are lower than the rest. `p`: probability of that by chance."""
 
     count: int
     p: float
@@ -247,16 +251,20 @@ class Start:
 def low_start(
     values: Sequence[float], *, floor: float = 0.0, min_gap: float = 0.0, permutations: int = 4000
 ) -> Start:
-    """How many of the first values, at most half, lie below the others; often none.
+    """Count the first values, at most half, that lie below the others. Often that is 0.
 
-    Every split is tried; its statistic is the difference of the means of both sides over its
-    standard error, with values clipped at 4 robust standard deviations so that an outlier cannot
-    hide or make a start. The largest statistic is compared with those of shuffled values: where
-    their order means nothing, a start is found in 5 % of cases at most, whatever their
-    distribution. A start that is found is cut off, and the rest is tested again, for a warm-up is
-    often a ramp and not a step. `floor` as in `scores`; a start whose median is less than `min_gap`
-    below that of the rest is none. What cannot be found: a start of one among
-    fewer than 20 values, of two among fewer than 7, for chance would put them there too often.
+    Every split into start and rest is tried. Its statistic is the difference of the means divided
+    by its standard error. Values are clipped at 4 robust standard deviations, so that an outlier
+    can neither hide nor make a start.
+
+    The largest statistic is compared with those of shuffled values. If the order means nothing, a
+    start is found in at most 5 % of cases, for any distribution. A start that is found is cut off
+    and the rest tested again, because warm-up is often a ramp, not a step.
+
+    floor: as in `scores`. min_gap: smallest distance of the medians that counts as a start.
+
+    The test cannot find a start of one among fewer than 20 values, or of two among fewer than 7:
+    chance puts low values there too often.
     """
     x = np.clip(scores(values, floor), -CLIP, CLIP)
     raw = np.asarray(values, np.float64)
@@ -293,8 +301,11 @@ def low_start(
 
 
 def _splits(x: Floats, limit: int) -> Floats:
-    """x (..., n) -> (..., limit): for the first k = 1..limit values, how far their mean is below
-    that of the rest, times sqrt(k (n - k) / n). All shuffles of a row have the same spread."""
+    """The statistic of each split: x (..., n) -> (..., limit).
+
+    For the first k = 1..limit values: how far their mean is below that of the rest, times
+    sqrt(k (n - k) / n). All shuffles of a row have the same spread, so it is not divided by that.
+    """
     n = x.shape[-1]
     k = np.arange(1, limit + 1)
     sums = np.cumsum(x, axis=-1)

@@ -1,5 +1,8 @@
-"""Plots as SVG elements. Text goes through ElementTree, which escapes it; colours are classes, so
-that the page's style sheet decides them for light and dark."""
+"""Draws plots as SVG elements.
+
+ElementTree escapes all text. Colours are classes, so the page's style sheet sets them for light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 44
 
 @dataclass(frozen=True)
 class Axis:
-    """`low` to `high`, both shown; logarithmic if `log`, where both must be above 0."""
+    """An axis from `low` to `high`. log: logarithmic; then both must be above 0."""
 
     label: str
     low: float
@@ -22,7 +25,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at `low`, 1 at `high`; values outside are put at the nearer end."""
+        """The place of a value: 0 at `low`, 1 at `high`. Values outside go to the nearer end."""
         at, low, high = (self._scaled(v) for v in (value, self.low, self.high))
         return min(max((at - low) / (high - low), 0.0), 1.0)
 
@@ -50,10 +53,10 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 
 def axis(label: str, values: Sequence[float], *, log: bool = False, zero: bool = False) -> Axis:
-    """One that holds the values with some air; `zero`: from 0 up."""
+    """An axis that holds the values, with some margin. zero: start at 0."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 1e-9 * abs(high):
-        high = low  # else rounding would leave nothing between the ends
+        high = low  # closer values would leave nothing between the ends, because of rounding
     if log and low > 0:
         spread = max(high / low, 1.2) ** 0.04
         return Axis(label, low / spread, high * spread, log=True)
@@ -70,9 +73,12 @@ def tick_text(value: float) -> str:
 
 @dataclass
 class Plot:
-    """`name` and `text` are what a screen reader says; `key` is the legend: (class, shape, label)
-    of what was drawn, `note` what else is to be said below. A `y` without a label is not
-    drawn."""
+    """A plot. A `y` axis without a label is not drawn.
+
+    name, text: title and description, for screen readers.
+    key: the legend, as (class, shape, label).
+    note: text below the plot.
+    """
 
     name: str
     text: str
@@ -127,7 +133,7 @@ class Plot:
             self.key.append((style, shape, label))
 
     def point(self, x: float, y: float, shape: str, style: str, text: str) -> None:
-        """A mark with a text that shows when it is pointed at."""
+        """Draw a mark. `text` appears when the pointer is over it."""
         found = mark(shape, self.at_x(x), self.at_y(y))
         found.set("class", f"{found.get('class', '')} {style}".strip())
         ET.SubElement(found, "title").text = text
@@ -146,7 +152,7 @@ class Plot:
         return " ".join(f"{self.at_x(x):.1f},{self.at_y(y):.1f}" for x, y in points)
 
     def curve(self, of: Callable[[float], float | None]) -> list[tuple[float, float]]:
-        """Points of a function along the x axis, where it has a value."""
+        """Points of a function along the x axis, without those where it is None."""
         steps = 40
         found = []
         for i in range(steps + 1):
@@ -162,7 +168,7 @@ class Plot:
 
 
 def mark(shape: str, x: float, y: float) -> ET.Element:
-    """A mark around a point: dot, ring, cross, diamond (an outlier) or line."""
+    """A mark around a point. shape: dot, ring, cross, diamond (an outlier) or line."""
     if shape in ("dot", "ring"):
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "4"}
         return ET.Element("circle", {"class": shape, **place})
@@ -175,7 +181,7 @@ def mark(shape: str, x: float, y: float) -> ET.Element:
 
 
 def sample_mark(shape: str, style: str) -> str:
-    """A small drawing of a legend's entry."""
+    """The small drawing of an entry in the legend."""
     root = ET.Element("svg", {"viewBox": "0 0 20 16", "aria-hidden": "true", "class": "key"})
     found = mark(shape, 10, 8)
     found.set("class", f"{shape} {style}".strip())

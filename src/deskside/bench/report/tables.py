@@ -1,10 +1,11 @@
-"""The tables and sentences of a report, as text in cells: what Markdown and HTML both show."""
+"""The tables and sentences of a report, as text. Markdown and HTML show the same."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deskside.bench.record import OpProfile, Record, Target
 from deskside.bench.report.analysis import known, positive
@@ -14,12 +15,12 @@ from deskside.bench.report.stats import Interval, Ratio, Sample
 from deskside.bench.report.verdict import Criterion
 
 NONE = "-"
-PHASES = {"extra": "warm-up run"}  # what a phase is called, where it is not its name
+PHASES = {"extra": "warm-up run"}  # labels of phases that differ from their names
 
 
 @dataclass(frozen=True)
 class Table:
-    """`text` columns from the left are words, the others numbers."""
+    """A table. The first `text` columns hold words, the others numbers."""
 
     title: str
     header: list[str]
@@ -32,7 +33,7 @@ class Table:
 
 
 def number(x: float | None, sign: str = "") -> str:
-    """Three significant digits, or all digits before the point; `sign` as in a format."""
+    """x with three significant digits, and all digits before the point. sign: as in a format."""
     if x is None or not math.isfinite(x):
         return NONE
     if abs(x) >= 100 or x == 0:
@@ -42,7 +43,7 @@ def number(x: float | None, sign: str = "") -> str:
 
 
 def percent(x: float | None, sign: str = "") -> str:
-    """With a sign (a change), or small, to a tenth."""
+    """x as per cent; with one decimal if it is small or has a sign."""
     if x is None or not math.isfinite(x):
         return NONE
     return f"{100 * x:{sign}.{1 if sign or abs(x) < 0.1 else 0}f} %"
@@ -91,7 +92,7 @@ def statistics(side: Side) -> Table:
         mean = number(steady.mean if steady else None)
         rows.append([name, *_sample(side.samples[key, "all"]), mean])
     note = (
-        "Of all runs but failed ones and those made only to warm up; the steady-state mean leaves "
+        "All runs except failed ones and those made only to warm up. The steady-state mean leaves "
         "out cold and warm-up runs. 95 %: bootstrap intervals."
     )
     return Table("Statistics", [*header, "steady-state mean"], rows, note=note)
@@ -133,46 +134,77 @@ def lengths(side: Side) -> Table:
         for length in side.lengths
     ]
     header = ["prompt tokens", "runs", "PP tok/s", "ceiling", "of ceiling", "TTFT s"]
-    note = "Medians over runs of about one length (within 10 %) that took nothing from a cache."
+    note = "Medians over runs of one length (within 10 %) without cached tokens."
     return Table("Prefill against prompt length", header, rows, text=0, note=note)
+
+
+# By what binds an op: its mark, and why it may be faster than its roofline.
+ABOVE = {
+    "bandwidth": (
+        "a",
+        "More than 100 %: the roofline counts every byte as read from memory, but the CPU's caches "
+        "hold these from one step to the next. That is so in small models and small matrices.",
+    ),
+    "compute": (
+        "b",
+        "More than 100 %: the limit of arithmetic was sampled beside the runs, at a lower clock "
+        "or beside other programs. The share says only that arithmetic binds.",
+    ),
+}
 
 
 def profile(record: Record) -> Table:
     side = next(iter(record.targets), "A")
     bandwidth, compute = measured_limits(record, side)
-    rows = []
+    rows, over = [], dict.fromkeys(ABOVE, False)
     for op in record.profile:
-        min_seconds = roofline(op, bandwidth, compute)
+        found = roofline(op, bandwidth, compute)
+        part = share(found and found.seconds, positive(op.seconds))
+        mark = ""
+        if found and part is not None and round(part, 2) > 1:
+            mark = f" ({ABOVE[found.of][0]})"
+            over[found.of] = True
         rows.append(
             [
                 op.name,
                 op.phase,
                 number(op.seconds * 1e3),
-                number(min_seconds * 1e3 if min_seconds is not None else None),
-                percent(share(min_seconds, positive(op.seconds))),
+                number(found.seconds * 1e3 if found else None),
+                percent(part) + mark,
             ]
         )
     header = ["op", "phase", "ms a token", "roofline ms", "of roofline"]
-    return Table("Where the time goes", header, rows, text=2)
+    note = " ".join(f"({mark}) {why}" for limit, (mark, why) in ABOVE.items() if over[limit])
+    return Table("Where the time goes", header, rows, text=2, note=note)
 
 
 def measured_limits(record: Record, side: str) -> tuple[float | None, float | None]:
-    """Highest bandwidth and compute that were sampled beside the side's runs."""
+    """Highest sampled bandwidth (bytes/s) and compute (multiply-adds/s) of a side's runs."""
     ceilings = [run.ceiling for run in record.runs if run.side == side]
     bandwidth = max(known(_amount(c.bandwidth) for c in ceilings), default=None)
     return bandwidth, max(known(_amount(c.compute) for c in ceilings), default=None)
 
 
 def _amount(x: float | None) -> float | None:
-    """Bytes or products, a second or in all; None of what no machine has."""
+    """x, or None if x is not a possible amount or rate of bytes or multiply-adds."""
     return x if x is not None and 1 <= x < 1e18 else None
 
 
-def roofline(op: OpProfile, bandwidth: float | None, compute: float | None) -> float | None:
-    """Least seconds a token that the machine allows; None where it is not known."""
+class Least(NamedTuple):
+    """Seconds per token, and what binds: "bandwidth" or "compute"."""
+
+    seconds: float
+    of: str
+
+
+def roofline(op: OpProfile, bandwidth: float | None, compute: float | None) -> Least | None:
+    """Least seconds per token that the machine allows; None if unknown."""
     needs = [
-        work / limit
-        for work, limit in ((_amount(op.nbytes), bandwidth), (_amount(op.macs), compute))
+        Least(work / limit, name)
+        for work, limit, name in (
+            (_amount(op.nbytes), bandwidth, "bandwidth"),
+            (_amount(op.macs), compute, "compute"),
+        )
         if work is not None and limit is not None
     ]
     return max(needs, default=None)
@@ -196,7 +228,7 @@ def verdict(criteria: Sequence[Criterion]) -> Table:
 
 
 def claims(side: Side) -> list[str]:
-    """What the data show, a sentence each."""
+    """Sentences that say what the data show."""
     said = [_warmup(side), _depth(side)]
     if side.variation is not None:
         said.append(f"Decode varies by {percent(side.variation)} (sd) about its trend over depth.")
@@ -231,7 +263,7 @@ def _warmup(side: Side) -> str:
 
 def _depth(side: Side) -> str:
     if side.depth is None:
-        return "Decode was measured at one depth only, so nothing is said of a trend."
+        return "Decode was measured at only one depth, so its trend is unknown."
     d = side.depth
     within = f"± {100 * STABLE:.0f} %"
     claim = {
@@ -256,7 +288,7 @@ def _depth(side: Side) -> str:
 
 
 def odd_runs(side: Side) -> list[str]:
-    """Outliers and failures, a line each."""
+    """Lines that name outliers and failures."""
     lines = [f"Run {row.run.index}: {why}." for row in side.rows for why in row.odd]
     failed = side.of("failed")
     return lines + [f"Run {row.run.index} failed: {row.run.error}" for row in failed]
@@ -300,7 +332,6 @@ def _ratio(ratio: Ratio | None) -> list[str]:
 def target(t: Target) -> Table:
     options = " ".join(f"{key}={value}" for key, value in t.options.items())
     files = [f"{f.name}, {gigabytes(f.nbytes)}, SHA-256 {f.sha256 or 'unknown'}" for f in t.files]
-    weights = ", ".join(f"{name} {gigabytes(size)}" for name, size in t.types.items())
     plan = ", ".join(f"{name} {gigabytes(size)}" for name, size in t.plan.items())
     facts = {
         "model": t.name,
@@ -308,8 +339,6 @@ def target(t: Target) -> Table:
         "endpoint": t.url or "",
         "architecture": t.architecture,
         "options": options,
-        "context": f"{t.n_ctx:,} tokens" if t.n_ctx is not None else "",
-        "weights": f"{gigabytes(t.weights_bytes)}: {weights}" if weights else "",
         "plan": plan,
         "resident": gigabytes(t.resident_bytes) if t.resident_bytes is not None else "",
         "loading": f"{number(t.load_seconds)} s" if t.load_seconds is not None else "",
@@ -318,26 +347,8 @@ def target(t: Target) -> Table:
     return Table("Target", ["", ""], rows + [["file", f] for f in files], text=2)
 
 
-def machine(record: Record) -> Table:
-    m = record.machine
-    facts = {
-        "CPU": m.cpu,
-        "cores": str(m.cores) if m.cores else "",
-        "memory": gigabytes(m.memory) if m.memory else "",
-        "kernel": m.kernel,
-        "governor": m.governor or "unknown",
-        "Python": m.python,
-        "deskside": record.deskside,
-        "flags": " ".join(m.flags),
-        "measured": record.created,
-        "seed": str(record.seed),
-    }
-    rows = [[key, value] for key, value in facts.items() if value]
-    return Table("Machine", ["", ""], rows, text=2)
-
-
 def raw(record: Record) -> Table:
-    """Every run with all that was recorded but its gaps."""
+    """Every run with all recorded values except its gaps."""
     own = (
         *("index", "name", "side", "started", "prompt_tokens", "cached_tokens"),
         *("generated_tokens", "prefill_seconds", "first_seconds", "decode_seconds"),

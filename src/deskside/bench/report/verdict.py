@@ -1,8 +1,8 @@
-"""Is this daily-use speed? Criteria with a number each, adjustable by a TOML file.
+"""Judges whether a model is fast enough for daily use. A TOML file can change the criteria.
 
-A criterion passes, fails, or is not measured. What was not measured at the size that a criterion
-asks for is interpolated between the measured sizes around it, or extrapolated up to twice as far
-as was measured, which is said; beyond that it counts as not measured.
+A criterion passes, fails, or is not measured. If its size was not measured, its value is
+interpolated, or extrapolated up to twice the measured range, and the report says so. Beyond that it
+counts as not measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deskside.bench.report.stats import FEWEST
 from deskside.machine.watch import Host
 
 PASSED, FAILED, UNMEASURED = "passed", "failed", "not measured"
-ESSENTIAL = ("decode", "chat")  # without these there is no verdict as a whole
+ESSENTIAL = ("decode", "chat")  # without these there is no overall verdict
 BEYOND = 2.0  # times the largest or smallest measured size
 DAY = 86_400
 
@@ -36,9 +36,9 @@ def _because(reason: str) -> Meta:
 
 
 class Criteria(Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits; the keys of a criteria file are these names. `REASONS` says why each is what it is.
+    """Limits of the criteria. A criteria file has these names as keys. `REASONS` justifies each.
 
-    Times are seconds, memory bytes, changes and variations shares of 1.
+    Times are seconds, memory is bytes, changes and variations are fractions.
     """
 
     reading_words_per_minute: Annotated[
@@ -79,7 +79,7 @@ class Criteria(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def load(cls, path: Path) -> Criteria:
-        """Defaults with what the file has changed; DesksideError names the file and the field."""
+        """Read a criteria file over the defaults. DesksideError names the file and the field."""
         return schema.build(schema.parse(path, ".toml"), cls, str(path))
 
 
@@ -92,7 +92,10 @@ DEFAULTS = Criteria()
 
 @dataclass(frozen=True)
 class Criterion:
-    """`value` and `limit` in `unit`; `note` is where the value comes from, or why there is none."""
+    """A judged criterion. `value` and `limit` are in `unit`.
+
+    note: where the value comes from, or why there is none.
+    """
 
     side: str
     key: str
@@ -101,12 +104,14 @@ class Criterion:
     value: float | None
     limit: float
     unit: str
-    at_least: bool  # a limit from below
+    at_least: bool  # whether `limit` is a minimum
     note: str = ""
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
+    """A value, None where there is none, and where it is from."""
+
     value: float | None
     note: str
 
@@ -116,7 +121,10 @@ def judge(record: Record, summary: Summary, criteria: Criteria = DEFAULTS) -> li
 
 
 def overall(criteria: Sequence[Criterion]) -> str:
-    """Of one side: failed if any criterion is, passed if decode and chat were measured too."""
+    """The overall verdict on one side.
+
+    Failed if any criterion failed. Passed only if decode and chat were measured.
+    """
     outcomes = {c.key: c.outcome for c in criteria}
     if FAILED in outcomes.values():
         return FAILED
@@ -126,7 +134,7 @@ def overall(criteria: Sequence[Criterion]) -> str:
 
 def _judge(side: Side, machine: Host, c: Criteria) -> list[Criterion]:
     def judged(
-        key: str, name: str, found: _Found, limit: float, unit: str, *, at_least: bool = False
+        key: str, name: str, found: Found, limit: float, unit: str, *, at_least: bool = False
     ) -> Criterion:
         outcome = UNMEASURED
         if found.value is not None:
@@ -177,79 +185,80 @@ def _judge(side: Side, machine: Host, c: Criteria) -> list[Criterion]:
     ]
 
 
-def _decode(side: Side) -> _Found:
+def _decode(side: Side) -> Found:
     sample = side.samples["tg", "steady"] or side.samples["tg", "all"]
     if sample is None:
-        return _Found(None, "no run generated two tokens")
+        return Found(None, "no run generated two tokens")
     if sample.n == 1:
-        return _Found(sample.median, "the only run")
-    return _Found(sample.p5, f"5th percentile of {sample.n} runs; median {sample.median:.1f}")
+        return Found(sample.median, "the only run")
+    return Found(sample.p5, f"5th percentile of {sample.n} runs; median {sample.median:.1f}")
 
 
-def _first_token(side: Side, tokens: float) -> _Found:
-    return _at(side.lengths, tokens, lambda length: length.ttft, "first token")
+def _first_token(side: Side, tokens: float) -> Found:
+    return at(side.lengths, tokens, lambda length: length.ttft, "first token")
 
 
-def _at(
+def at(
     lengths: Sequence[Length], tokens: float, get: Callable[[Length], float | None], what: str
-) -> _Found:
-    """A time for a prompt of so many tokens: linear between the two lengths around it; beyond the
-    ends in proportion to the tokens, which is short of the truth where attention counts."""
+) -> Found:
+    """Estimate the time for a prompt of `tokens` tokens.
+
+    It is linear between measured lengths, and proportional to the tokens beyond them. The latter is
+    too low where attention takes much of the time.
+    """
     points = [(x.tokens, y) for x in lengths if (y := get(x)) is not None]
     if not points:
-        return _Found(None, f"no run without a cache has a time for its {what}")
+        return Found(None, f"no run without a cache has a time for its {what}")
     for x, y in points:
         if abs(x - tokens) <= 0.05 * tokens:
-            return _Found(y, f"measured at {x:,.0f} tokens")
+            return Found(y, f"measured at {x:,.0f} tokens")
     below = [p for p in points if p[0] < tokens]
     above = [p for p in points if p[0] > tokens]
     if below and above:
         (x0, y0), (x1, y1) = below[-1], above[0]
         value = y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
-        return _Found(value, f"interpolated between {x0:,.0f} and {x1:,.0f} tokens")
+        return Found(value, f"interpolated between {x0:,.0f} and {x1:,.0f} tokens")
     x, y = (below or above[:1])[-1]
     if not x / BEYOND <= tokens <= x * BEYOND:
-        return _Found(None, f"nearest measured: {y:.3g} s at {x:,.0f} tokens")
-    return _Found(y * tokens / x, f"extrapolated from {x:,.0f} tokens")
+        return Found(None, f"nearest measured: {y:.3g} s at {x:,.0f} tokens")
+    return Found(y * tokens / x, f"extrapolated from {x:,.0f} tokens")
 
 
-def _agent(side: Side, c: Criteria) -> _Found:
+def _agent(side: Side, c: Criteria) -> Found:
     turns = [row for row in side.basis if row.run.cached_tokens > 0 and row.total is not None]
     if turns:
         total = statistics.median(known(row.total for row in turns))
         new = statistics.median(row.run.prompt_tokens for row in turns)
         out = statistics.median(row.run.generated_tokens for row in turns)
-        return _Found(
+        return Found(
             total,
             f"median of {len(turns)} turns with a cache: {new:,.0f} new tokens, "
             f"{out:,.0f} generated",
         )
     first = _first_token(side, c.agent_prompt)
     if side.depth is None or first.value is None:
-        return _Found(
-            None, "no run took tokens from a cache, and decode was not measured at depths"
-        )
+        return Found(None, "no run took tokens from a cache, and decode was not measured at depths")
     if not side.depth.shallow / BEYOND <= c.agent_depth <= side.depth.deep * BEYOND:
-        return _Found(None, f"decode was measured up to a depth of {side.depth.deep:,.0f} only")
+        return Found(None, f"decode was measured up to a depth of {side.depth.deep:,.0f} only")
     rate = side.depth.rate(c.agent_depth)
     if rate is None:
-        return _Found(None, "decode has no trend that reaches this depth")
-    return _Found(
+        return Found(None, "decode has no trend that reaches this depth")
+    return Found(
         first.value + (c.agent_answer - 1) / rate,
         f"computed: {c.agent_prompt:,.0f} new tokens at the prefill speed of a fresh prompt, "
         f"{c.agent_answer:,.0f} generated at a depth of {c.agent_depth:,.0f}, the rest cached",
     )
 
 
-def _variation(side: Side) -> _Found:
+def _variation(side: Side) -> Found:
     n = len([row for row in side.basis if row.tg is not None])
     if side.variation is None or n < FEWEST:
-        return _Found(None, f"{n} runs decode; at least {FEWEST} are needed")
-    return _Found(side.variation, f"coefficient of variation about the trend over depth, {n} runs")
+        return Found(None, f"{n} runs decode; at least {FEWEST} are needed")
+    return Found(side.variation, f"coefficient of variation about the trend over depth, {n} runs")
 
 
 def _depth_criterion(side: Side, c: Criteria) -> Criterion:
-    """Passed or failed only where the interval shows it (`facts.Depth.stable`)."""
+    """Judge the change over depth, by its interval (`facts.Depth.stable`)."""
     outcome, value, note = UNMEASURED, None, "decode was measured at one depth only"
     if side.depth is not None:
         d = side.depth
@@ -275,20 +284,20 @@ def _depth_criterion(side: Side, c: Criteria) -> Criterion:
     )
 
 
-def _memory(side: Side, machine: Host) -> _Found:
+def _memory(side: Side, machine: Host) -> Found:
     if side.free_memory is None:
-        return _Found(None, "free memory was not recorded")
+        return Found(None, "free memory was not recorded")
     total = f" of {machine.memory / 1e9:.1f} GB" if machine.memory > 0 else ""
-    return _Found(float(side.free_memory), f"least during the runs{total}")
+    return Found(float(side.free_memory), f"least during the runs{total}")
 
 
-def _batch(side: Side) -> _Found:
+def _batch(side: Side) -> Found:
     done = [(row.run.generated_tokens, row.total) for row in side.basis if row.total]
     seconds = sum(total for _, total in done if total)
     tokens = sum(max(n, 0) for n, _ in done)
     if not seconds or not tokens:
-        return _Found(None, "no run has a total time")
-    return _Found(
+        return Found(None, "no run has a total time")
+    return Found(
         tokens * DAY / seconds,
         "generated, one sequence at a time, with the measured mix of prompts and answers",
     )

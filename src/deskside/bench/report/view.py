@@ -1,15 +1,17 @@
-"""All that a report shows, computed once for Markdown and HTML."""
+"""Computes what a report shows, once for Markdown and HTML."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
 
+from deskside.bench.predict.slices import label
 from deskside.bench.record import Record, Target
-from deskside.bench.report import tables
+from deskside.bench.report import answers, tables
 from deskside.bench.report.analysis import known, summarise
 from deskside.bench.report.compare import Comparison, compare
 from deskside.bench.report.facts import Side, Summary
+from deskside.bench.report.part import Whole, part_of, whole
 from deskside.bench.report.verdict import (
     DEFAULTS,
     FAILED,
@@ -25,7 +27,7 @@ from deskside.errors import DesksideError
 
 @dataclass(frozen=True)
 class Figure:
-    """A key figure: what it is, its value, and its ceiling or interval."""
+    """A key figure: name, value, and its ceiling or interval."""
 
     name: str
     value: str
@@ -34,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """What is said of one side."""
+    """The part of a report about one side."""
 
     heading: str
     side: Side
@@ -59,7 +61,7 @@ class View:
 
 
 def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
-    """`name` is that of the record's file, as in the command that repeats it."""
+    """The content of a report. name: of the record's file, for the command that repeats it."""
     summary = summarise(record)
     judged = judge(record, summary, criteria)
     pages = [
@@ -69,12 +71,12 @@ def view(record: Record, name: str, criteria: Criteria = DEFAULTS) -> View:
     try:
         compared = compare(record)
     except DesksideError:
-        compared = None  # one side, or no pairs: nothing to compare
+        compared = None  # there is only one side, or there are no pairs
     first = pages[0].target.name if pages else "nothing"
     return View(
         record=record,
         summary=summary,
-        title=f"{first or 'unnamed model'}, workload {_workload(record)}",
+        title=f"{first or 'unnamed model'}{_part(pages)}, workload {_workload(record)}",
         headline=" ".join(
             f"{page.side.name}: {page.headline}" if len(pages) > 1 else page.headline
             for page in pages
@@ -97,6 +99,10 @@ def _workload(record: Record) -> str:
 
 def _page(record: Record, side: Side, criteria: list[Criterion]) -> Page:
     target = record.targets.get(side.name) or Target(kind="", name="")
+    part = part_of(target)
+    model = whole(target, side)
+    if part is not None:
+        criteria = []  # what a slice is fast enough for says nothing of the model
     named = ", ".join(part for part in (target.name, target.engine) if part)
     return Page(
         heading=f"{side.name}: {named}",
@@ -104,10 +110,36 @@ def _page(record: Record, side: Side, criteria: list[Criterion]) -> Page:
         target=target,
         criteria=criteria,
         outcome=overall(criteria),
-        headline=_headline(criteria),
+        headline=_slice(label(part), model) if part is not None else _headline(criteria),
         figures=_figures(side, criteria),
-        claims=tables.claims(side),
+        claims=[*tables.claims(side), *filter(None, (_head(model), answers.said(record, side)))],
         odd=tables.odd_runs(side),
+    )
+
+
+def _part(pages: list[Page]) -> str:
+    part = part_of(pages[0].target) if pages else None
+    return f", {label(part)}" if part is not None else ""
+
+
+def _slice(part: str, model: Whole | None) -> str:
+    """What stands in place of a verdict."""
+    said = f"No daily-use verdict: {part} are a slice of a model."
+    rates = [] if model is None else [("decode", model.tg), ("prefill", model.pp)]
+    computed = [f"{name} {tables.number(rate)} tok/s" for name, rate in rates if rate is not None]
+    if model is not None and computed:
+        said += f" Computed for all {model.layers} layers: {' and '.join(computed)}."
+    return said
+
+
+def _head(model: Whole | None) -> str:
+    if model is None:
+        return ""
+    return (
+        f"{tables.percent(model.head_share)} of the bytes that a token reads in this slice are the "
+        "head, which the whole model has once: rates do not scale with the number of layers. What "
+        "is computed for the whole model is the slice's share of its ceiling times the whole "
+        "model's ceiling, the median over runs."
     )
 
 
@@ -154,7 +186,7 @@ def _figures(side: Side, criteria: list[Criterion]) -> list[Figure]:
 
 
 def _share(side: Side, key: str) -> str:
-    """Of the ceiling, the median over runs; and what limits most of them."""
+    """The median share of the ceiling over runs, and what limits most of them."""
     rows = side.basis
     shares = sorted(known(row.tg_share if key == "tg" else row.pp_share for row in rows))
     if not shares:

@@ -1,4 +1,4 @@
-"""Writes the report of a record: Markdown and HTML beside its JSON."""
+"""Writes the report of a record as Markdown and HTML, beside the JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ SUFFIXES = (".md", ".html")
 
 
 def paths(json_path: Path) -> list[Path]:
-    """Where the report of a record goes: NAME.md and NAME.html beside NAME.json."""
+    """The files of a record's report: NAME.md and NAME.html beside NAME.json."""
     return [json_path.with_suffix(suffix) for suffix in SUFFIXES]
 
 
 def write(record: Record, json_path: Path, criteria: Criteria = DEFAULTS) -> View:
-    """Write both files, at once or not at all; returns what they show. DesksideError where one of
-    them would replace the record itself."""
+    """Write both files, or neither. Returns what they show.
+
+    DesksideError if one of them would replace the record itself.
+    """
     if json_path.suffix in SUFFIXES:
         raise DesksideError(f"{json_path}: its report would replace it; rename it to NAME.json")
     seen = view(record, json_path.name, criteria)

@@ -1,14 +1,15 @@
-"""Qwen3 mixture of experts (`qwen3moe`): full attention with per-head q and k norms."""
+"""Qwen2 and Qwen2.5 (`qwen2`), dense: biases on the projections to q, k and v."""
 
 from __future__ import annotations
 
-from deskside.models.common import Model, moe_ffn
+from deskside.models.common import Model, dense_ffn
 from deskside.tape import Tape, TapeBuilder, Value
 
 
 def build(m: Model) -> Tape:
     t = TapeBuilder()
     token_embd = m.embedding()
+    width = m.positive("feed_forward_length")
     x = t.embed(token_embd)
     for i in range(m.n_layers):
         with t.layer(i):
@@ -16,7 +17,7 @@ def build(m: Model) -> Tape:
             h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
             x = t.add(x, attention(t, m, h, p))
             h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
-            x = t.add(x, moe_ffn(t, m, h, p))
+            x = t.add(x, dense_ffn(t, m, h, p, "", width))
     return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
 
 
@@ -24,13 +25,14 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     heads, kv_heads = m.heads()
     head_dim = m.positive("attention.key_length", m.n_embd // heads)
     n_rot = m.n_rot(head_dim, head_dim)
-    base = m.real("rope.freq_base", 1e6)
+    base = m.real("rope.freq_base", 1e4)
 
-    q = t.linear(x, m.tensor(p + "attn_q.weight", m.n_embd, heads * head_dim))
-    k = t.linear(x, m.tensor(p + "attn_k.weight", m.n_embd, kv_heads * head_dim))
-    v = t.linear(x, m.tensor(p + "attn_v.weight", m.n_embd, kv_heads * head_dim))
-    q = t.rms_norm(q, m.tensor(p + "attn_q_norm.weight", head_dim), m.eps)
-    k = t.rms_norm(k, m.tensor(p + "attn_k_norm.weight", head_dim), m.eps)
+    def project(name: str, n_heads: int) -> Value:
+        width = n_heads * head_dim
+        weight = m.tensor(f"{p}{name}.weight", m.n_embd, width)
+        return t.linear(x, weight, m.tensor(f"{p}{name}.bias", width))
+
+    q, k, v = project("attn_q", heads), project("attn_k", kv_heads), project("attn_v", kv_heads)
     q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     o = t.attention(q, k, v, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
