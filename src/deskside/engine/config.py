@@ -152,13 +152,14 @@ class EngineConfig:
     @property
     def notes(self) -> list[str]:
         """Lines for the user: what was asked for and is done otherwise."""
-        given = (("-t", self.threads), ("-tb", self.threads_batch))
         cores = usable_cores()
+        given = (("-t", self.threads), ("-tb", self.threads_batch))
+        above = " and ".join(f"{flag} {n}" for flag, n in given if n > cores)
+        if not above:
+            return []
         return [
-            f"{flag} {n}: this process may use {cores} cores, so {cores} threads run; more would "
-            "only wait for each other"
-            for flag, n in given
-            if n > cores
+            f"{above}: this process may use {cores} cores, so {cores} threads run; more would only "
+            "wait for each other"
         ]
 
 
