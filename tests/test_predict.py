@@ -261,7 +261,10 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     arguments = ["predict", "tiny-llama", "--layers", "1,2,3", "--check", "4", "--out", str(out)]
     done = CliRunner().invoke(cli.app, [*arguments, *quick])
     assert done.exit_code == 0, done.output
-    for part in ("share of ceiling", "check: 4 layers", "95 % interval", "decode at 16", "error"):
+    for part in (
+        *("share of ceiling", "check: 4 layers", "95 % interval", "decode at 16", "error"),
+        "head, of a token's bytes",
+    ):
         assert part in done.stdout
     assert json.loads(out.read_text())["choice"]["check"]["layers"] == 4
     assert not list(folder.iterdir())
