@@ -140,7 +140,7 @@ class Model:
             return [self.tensor(name, n) for name, n in names.items()]
         whole, at, found = self.tensor(joined, sum(parts.values())), 0, []
         for name, n in names.items():
-            offset = whole.offset + whole.type.row_bytes(at)
+            offset = whole.offset + at * whole.type.row_bytes(1)
             found.append(replace(whole, name=name, shape=(n,), offset=offset, source=joined))
             at += n
         return found
