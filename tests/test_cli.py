@@ -60,7 +60,7 @@ def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stderr.decode().splitlines() if line.startswith("note:")]
-    assert notes == [
+    assert [line for line in notes if "this process may use" not in line] == [
         "note: these change nothing here: -fa, --jinja",
         "note: there is no GPU to use; these change nothing: -ngl, --main-gpu",
     ]
