@@ -301,7 +301,7 @@ def test_bench_with_a_preset_predicts(folder: Path, monkeypatch: pytest.MonkeyPa
         ({"generate": 1}, "--generate 1"),
         ({"kv": "q3"}, "--kv q3"),
         ({"isa": "z80"}, "--isa z80"),
-        ({"threads": -1}, "-t/threads is -1"),
+        ({"threads": -2}, "-t/threads is -2"),
     ],
 )
 def test_options_are_checked(values: dict[str, Any], said: str) -> None:
