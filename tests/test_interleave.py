@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deskside.backends.experts.copies import Source
 from deskside.convert.quantize import quantize_file
 from deskside.convert.recipes import recipe
 from deskside.convert.synth import synth_file
@@ -92,6 +91,8 @@ def test_rows_that_make_no_whole_group_are_refused(tmp_path: Path) -> None:
 @pytest.mark.external
 def test_a_repacked_file_is_the_plain_file(tmp_path: Path) -> None:
     """By way of ik's own `llama-quantize --repack`: the reader, the reference and the CPU."""
+    from deskside.backends.experts.copies import Source  # needs torch
+
     f32, path, packed = (tmp_path / f"{n}.gguf" for n in ("f32", "plain", "packed"))
     wide = {"vocab_size": 512, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
     rules = [("", quant_type("F32"))]
