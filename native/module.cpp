@@ -99,7 +99,8 @@ class PyArena {
     const int64_t own = rows * (panel_bytes(type, cols) / kPanelRows);
     if (group_bytes == -1) group_bytes = own;
     require(group_bytes >= own, "pack: the matrices overlap");
-    return fill({nullptr, fd, offset, group_bytes}, type, cols, rows, groups, at, stride, n_threads);
+    return fill({nullptr, fd, offset, group_bytes}, type, cols, rows, groups, at, stride,
+                n_threads);
   }
 
   PyWeights from_array(Bytes data, int type, int64_t cols, int64_t groups, int64_t at,
@@ -470,10 +471,11 @@ class PyProgram {
     bool done;
     {
       nb::gil_scoped_release release;
-      done = program_.run(batch, threads, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
-        nb::gil_scoped_acquire acquire;
-        return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
-      });
+      done =
+          program_.run(batch, threads, size_t(begin), size_t(end), profile ? &micros : nullptr, [] {
+            nb::gil_scoped_acquire acquire;
+            return PyErr_CheckSignals() != 0;  // Ctrl-C: the exception is set
+          });
     }
     if (!done) throw nb::python_error();
     return micros;

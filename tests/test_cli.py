@@ -60,7 +60,7 @@ def test_a_llama_cpp_command_line_works_unchanged(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     notes = [line for line in done.stderr.decode().splitlines() if line.startswith("note:")]
-    assert notes == [
+    assert [line for line in notes if "this process may use" not in line] == [
         "note: these change nothing here: -fa, --jinja",
         "note: there is no GPU to use; these change nothing: -ngl, --main-gpu",
     ]
@@ -124,7 +124,7 @@ def test_a_prompt_of_odd_bytes(model: Path, tmp_path: Path) -> None:
 
 def test_context_zero_and_too_many_threads_are_defined(model: Path) -> None:
     done = deskside("run", "-m", model, "-p", "a", "-n", "1", "-c", "0", "-t", "999")
-    assert done.returncode == 0 and "-t 999 is more than the usable cores" in done.stderr.decode()
+    assert done.returncode == 0 and "note: -t 999: this process may use" in done.stderr.decode()
 
 
 def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> None:

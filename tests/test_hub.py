@@ -659,7 +659,7 @@ def test_run_bench_and_perplexity_fetch(
         (("plan", "--preset", "tiny-moe", "-hf", REPO), "give one of them"),
         (("plan", "-hf", "user/none"), "no such repo"),
         (("bench", "-hf", REPO, "--preset", "tiny-moe"), "has no meaning with --preset"),
-        (("bench", "-hf", REPO, "--endpoint", "http://127.0.0.1:9"), "two things to measure"),
+        (("bench", "-hf", REPO, "--endpoint", "http://127.0.0.1:9"), "compare them with --vs"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(

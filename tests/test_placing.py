@@ -291,5 +291,5 @@ def test_run_shows_what_became_of_offloaded_experts() -> None:
 def test_run_says_what_a_rule_lacks() -> None:
     model = ["run", "-m", str(tiny()), "-p", "x"]
     refused(*model, "-ot", "nope=CPU", part="matches no tensor")
-    refused(*model, "-dev", "emu0:4MiB", "-ngl", "all", part="emu0 lacks")
+    refused(*model, "-dev", "emu0:4MiB", "-ngl", "3", part="emu0 lacks")
     refused(*model, "--device", "vulkan0", part="--device vulkan0")

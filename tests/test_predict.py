@@ -261,7 +261,10 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     arguments = ["predict", "tiny-llama", "--layers", "1,2,3", "--check", "4", "--out", str(out)]
     done = CliRunner().invoke(cli.app, [*arguments, *quick])
     assert done.exit_code == 0, done.output
-    for part in ("share of ceiling", "check: 4 layers", "95 % interval", "decode at 16", "error"):
+    for part in (
+        *("share of ceiling", "check: 4 layers", "95 % interval", "decode at 16", "error"),
+        "head, of a token's bytes",
+    ):
         assert part in done.stdout
     assert json.loads(out.read_text())["choice"]["check"]["layers"] == 4
     assert not list(folder.iterdir())
@@ -298,7 +301,7 @@ def test_bench_with_a_preset_predicts(folder: Path, monkeypatch: pytest.MonkeyPa
         ({"generate": 1}, "--generate 1"),
         ({"kv": "q3"}, "--kv q3"),
         ({"isa": "z80"}, "--isa z80"),
-        ({"threads": -1}, "-t/threads is -1"),
+        ({"threads": -2}, "-t/threads is -2"),
     ],
 )
 def test_options_are_checked(values: dict[str, Any], said: str) -> None:

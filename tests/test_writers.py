@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from tests.models import PRESETS, rewrite, tiny
 
 IDS = np.random.default_rng(3).integers(0, 2000, 20).tolist()
 ARCH = "qwen35moe"
+
+
+def with_biases_joined(src: Path, dst: Path) -> Path:
+    """A copy with a block's biases of q, k and v in one vector."""
+    file = GGUF.open(src)
+    names = [n for n in file.tensors if not re.search(r"attn_[kv]\.bias", n)]
+    data, table = {}, []
+    for name in names:
+        info, x = file.tensors[name], file.raw(name)
+        if name.endswith("attn_q.bias"):
+            vectors = [file.dequantized(name.replace("attn_q", f"attn_{c}")) for c in "qkv"]
+            x = np.concatenate(vectors)
+            name, info = name.replace("attn_q", "attn_qkv"), replace(info, shape=x.shape)
+        data[name] = x
+        table.append((name, info.type, info.shape))
+    with GGUFWriter(dst, file.typed_metadata(), table) as out:
+        for name, x in data.items():
+            out.write(name, x)
+    return dst
 
 
 def joined(src: Path, dst: Path, joins: Mapping[str, tuple[str, ...]]) -> Path:
@@ -81,10 +101,17 @@ def logits(path: Path, **options: Any) -> np.ndarray:
 def test_joined_tensors_give_the_same_numbers(fused: Callable[..., Path], preset: str) -> None:
     path = fused(preset)
     names = GGUF.open(path).tensors
-    assert not any(
-        re.search(r"ffn_(gate|up)(_exps|_shexp)?\.|attn_[qkv]\.", name) for name in names
-    )
+    own = re.compile(r"(ffn_(gate|up)(_exps|_shexp)?|attn_[qkv])\.weight")
+    assert not any(own.search(name) for name in names)
     assert np.array_equal(logits(path), logits(tiny(preset)))
+
+
+def test_joined_biases_give_the_same_numbers(fused: Callable[..., Path], tmp_path: Path) -> None:
+    path = with_biases_joined(fused("tiny-qwen2"), tmp_path / "m.gguf")
+    names = GGUF.open(path).tensors
+    assert "blk.0.attn_qkv.bias" in names
+    assert not any(re.search(r"attn_[qkv]\.bias", name) for name in names)
+    assert np.array_equal(logits(path), logits(tiny("tiny-qwen2")))
 
 
 def test_the_reference_reads_them_too(fused: Callable[..., Path]) -> None:
@@ -102,6 +129,7 @@ def test_rows_of_every_sort_of_type(fused: Callable[..., Path], types: str) -> N
     assert np.array_equal(logits(fused("tiny-moe", types)), logits(tiny("tiny-moe", types)))
 
 
+@pytest.mark.external
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,7 +144,7 @@ def test_rows_of_every_sort_of_type(fused: Callable[..., Path], types: str) -> N
 )
 def test_devices_read_them_too(fused: Callable[..., Path], options: dict[str, Any]) -> None:
     pytest.importorskip("torch")
-    config = {"devices": ("emu0:64MiB",), "margin": "0", **options}
+    config = {"devices": ("emu0:64MiB",), **options}
     moved = dict(config)
     if "ffn_gate_up_exps" in str(options):  # in the file with tensors of their own
         moved["override_tensor"] = (r"ffn_(gate|up)_exps=CPU", r"blk\.3\.attn_[qkv]\.=CPU")

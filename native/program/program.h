@@ -160,9 +160,9 @@ class Program {
   void finish();
   void set_states(std::vector<State> states) { states_ = std::move(states); }
 
-  // Runs the steps [begin, end) on `threads` of the pool. `micros`, if not null, receives the wall time of each step.
-  // `interrupted` is called now and then between steps. If it returns true, the run ends early and
-  // returns false, and the states are partly updated.
+  // Runs the steps [begin, end) on `threads` of the pool. `micros`, if not null, receives the wall
+  // time of each step. `interrupted` is called now and then between steps. If it returns true, the
+  // run ends early and returns false, and the states are partly updated.
   bool run(const Batch& batch, int threads, size_t begin, size_t end, std::vector<double>* micros,
            const std::function<bool()>& interrupted);
 

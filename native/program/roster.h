@@ -54,8 +54,8 @@ class Roster {
     t.lost = t.lost * std::exp((t.seen - now) / kWindow) + late;
     t.seen = now;
     const double share = std::max(0.1, 0.6 / active_);
-    // With two or three threads, none leaves: the others would gain no more than they lose. At least
-    // half of the run's threads stay, and half of all.
+    // With two or three threads, none leaves: the others would gain no more than they lose. At
+    // least half of the run's threads stay, and half of all.
     if (wanted_ < 4 || t.lost < share * kWindow || active_ <= (wanted_ + 1) / 2 ||
         away_ >= size() / 2)
       return false;

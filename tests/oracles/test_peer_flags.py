@@ -17,7 +17,7 @@ PROGRAMS = range(1, 17)  # enum llama_example
 
 def listed() -> dict[str, int]:
     """Flags of llama.cpp in our list, and how many values follow each."""
-    text = LISTS.read_text().partition("[llama.cpp]")[2].partition("[ik_llama.cpp]")[0]
+    text = LISTS.read_text().partition("\n[llama.cpp]\n")[2].partition("\n[ik_llama.cpp]\n")[0]
     found: dict[str, int] = {}
     for line in text.splitlines():
         names = [word for word in line.split() if word.startswith("-")]

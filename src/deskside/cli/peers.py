@@ -183,8 +183,8 @@ _REFUSED = {
     "the size of a GPU's memory for experts is --expert-cache SIZE": """
 --moe-cache-mib 1
 """,
-    "a model is a file, -m FILE, or one of a hub, -hf USER/REPO": """
--mu --model-url 1, --embd-gemma-default
+    "a model is named by -m FILE, or by -hf USER/REPO where a command has it": """
+-mu --model-url 1, -hf -hfr --hf-repo 1, -hff --hf-file 1, --embd-gemma-default
 --fim-qwen-1.5b-default, --fim-qwen-3b-default, --fim-qwen-7b-default, --fim-qwen-7b-spec
 --fim-qwen-14b-spec, --fim-qwen-30b-default, --gpt-oss-20b-default, --gpt-oss-120b-default
 --vision-gemma-4b-default, --vision-gemma-12b-default

@@ -101,7 +101,7 @@ def plan(
         return _refuse(refusal, tape, ours, wishes, options, name, as_json)
     made = placed.plan
     assert made is not None
-    for line in placed.notes:
+    for line in (*tape.notes, *placed.notes):
         console.note(line)
     known = preset or _preset_of(file)
     if svg is not None:

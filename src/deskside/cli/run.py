@@ -146,14 +146,6 @@ def _main(
         llm = LLM(path, progress=progress, **options)
     for line in llm.notes:
         note(line)
-    c = llm.config
-    flags_of_threads = {
-        f"-t {c.threads}": c.threads > c.n_threads,
-        f"-tb {c.threads_batch}": c.threads_batch > c.n_threads_batch,
-    }
-    if above := " and ".join(flag for flag, more in flags_of_threads.items() if more):
-        note(f"{above}: more than the usable cores; running {c.n_threads}")
-
     conversation = _Conversation(llm, system, think, params)
     if not turns.chat:
         if prompt is None:

@@ -270,13 +270,15 @@ def qwen35(c: Config, o: Outputs) -> dict[str, Any]:
     if o.has("mtp.fc.weight"):
         # The multi-token-prediction layer follows the main ones: a full-attention layer with a
         # projection of [embedding | hidden] in front.
-        layer(n_layers, "mtp.layers.0.", True)
+        n_mtp = c.whole("mtp_num_hidden_layers") if c.values.get("mtp_num_hidden_layers") else 1
+        for i in range(n_mtp):
+            layer(n_layers + i, f"mtp.layers.{i}.", True)
         p = f"blk.{n_layers}.nextn."
         o.add(p + "eh_proj.weight", "mtp.fc.weight", n_embd, 2 * n_embd)
         o.add(p + "enorm.weight", "mtp.pre_fc_norm_embedding.weight", n_embd, apply=plus_one)
         o.add(p + "hnorm.weight", "mtp.pre_fc_norm_hidden.weight", n_embd, apply=plus_one)
         o.add(p + "shared_head_norm.weight", "mtp.norm.weight", n_embd, apply=plus_one)
-        metadata |= {"block_count": n_layers + 1, "nextn_predict_layers": 1}
+        metadata |= {"block_count": n_layers + n_mtp, "nextn_predict_layers": n_mtp}
     return metadata
 
 

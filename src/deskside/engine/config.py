@@ -152,11 +152,14 @@ class EngineConfig:
     @property
     def notes(self) -> list[str]:
         """Lines for the user: what was asked for and is done otherwise."""
-        if self.threads <= usable_cores():
+        cores = usable_cores()
+        given = (("-t", self.threads), ("-tb", self.threads_batch))
+        above = " and ".join(f"{flag} {n}" for flag, n in given if n > cores)
+        if not above:
             return []
         return [
-            f"-t {self.threads}: this process may use {usable_cores()} cores, so "
-            f"{self.n_threads} threads run; more would only wait for each other"
+            f"{above}: this process may use {cores} cores, so {cores} threads run; more would only "
+            "wait for each other"
         ]
 
 

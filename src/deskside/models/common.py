@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,10 +31,8 @@ class Model:
 
     def _mtp_blocks(self, blocks: int) -> int:
         """Blocks for multi-token prediction behind the layers, where the metadata does not say."""
-        n = 0
-        while n < blocks and self.has(f"blk.{blocks - 1 - n}.nextn.eh_proj.weight"):
-            n += 1
-        return n
+        found = (re.match(r"blk\.(\d+)\.nextn\.", name) for name in self.file.tensors)
+        return max(0, blocks - min((int(block[1]) for block in found if block), default=blocks))
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number >= 0 from the metadata. key: without the architecture's prefix.
@@ -131,6 +130,19 @@ class Model:
         for name, rows in zip(names, parts.values(), strict=True):
             found.append(whole.rows(name, at, rows))
             at += rows
+        return found
+
+    def biases_of(self, prefix: str, fused: str, parts: Mapping[str, int]) -> list[TensorInfo]:
+        """As `rows_of`, for the biases {prefix}{part}.bias: vectors by name and length."""
+        joined = f"{prefix}{fused}.bias"
+        names = {f"{prefix}{part}.bias": n for part, n in parts.items()}
+        if self.has(next(iter(names))) or not self.has(joined):
+            return [self.tensor(name, n) for name, n in names.items()]
+        whole, at, found = self.tensor(joined, sum(parts.values())), 0, []
+        for name, n in names.items():
+            offset = whole.offset + at * whole.type.row_bytes(1)
+            found.append(replace(whole, name=name, shape=(n,), offset=offset, source=joined))
+            at += n
         return found
 
     def head(self, t: TapeBuilder, x: Value, token_embd: TensorInfo) -> Value:

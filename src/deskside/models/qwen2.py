@@ -27,12 +27,13 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     n_rot = m.n_rot(head_dim, head_dim)
     base = m.real("rope.freq_base", 1e4)
 
-    def project(name: str, n_heads: int) -> Value:
-        width = n_heads * head_dim
-        weight = m.tensor(f"{p}{name}.weight", m.n_embd, width)
-        return t.linear(x, weight, m.tensor(f"{p}{name}.bias", width))
-
-    q, k, v = project("attn_q", heads), project("attn_k", kv_heads), project("attn_v", kv_heads)
+    parts = {
+        "attn_q": heads * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+    }
+    weights, biases = m.rows_of(p, "attn_qkv", parts, m.n_embd), m.biases_of(p, "attn_qkv", parts)
+    q, k, v = (t.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     q = t.rope(q, heads=heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     k = t.rope(k, heads=kv_heads, head_dim=head_dim, n_rot=n_rot, base=base, neox=True)
     o = t.attention(q, k, v, heads=heads, kv_heads=kv_heads, head_dim=head_dim)

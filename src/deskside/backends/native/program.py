@@ -85,8 +85,9 @@ class CpuBackend:
             raise DesksideError(f"{file.path}: {error}") from None
         self._offsets = offsets
         self._activations = self.program.activations
+        infos = tape.weights()
         for name, (at, width, _) in biases.items():
-            self._activations[at : at + width] = file.dequantized(name)
+            self._activations[at : at + width] = file.dequantized(infos[name])
 
     def _lower(self, lowering: _Lowering) -> None:
         n, hops = 0, []

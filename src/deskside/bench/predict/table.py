@@ -41,6 +41,8 @@ def _measured(p: Prediction) -> Table:
     for f in p.figures:
         rates = [(f.tokens / m.median(f.kind), p.ceiling(m.slice, f)) for m in p.slices]
         table.add_row(f.kind, *(_rate(rate) + _share(rate, ceiling) for rate, ceiling in rates))
+    shares = (f"{100 * m.slice.head_share:.0f} %" for m in p.slices)
+    table.add_row("head, of a token's bytes", *shares)
     return table
 
 
