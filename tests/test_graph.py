@@ -117,6 +117,7 @@ CASES = [
     ("tiny-moe", "F32", "q8_0", None, 40),
     ("tiny-dense", "F32", "f16", None, 40),
     ("tiny-qwen3moe", "F32", "f16", None, 40),
+    ("tiny-qwen3", "F32", "f16", None, 40),
     ("tiny-llama", "F32", "f32", None, 40),
     ("tiny-qwen2", "F32", "f32", None, 40),
     ("tiny-moe", "", "q8_0", mixed, 8),
