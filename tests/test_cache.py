@@ -34,7 +34,7 @@ def on_cpu(preset: str, kv: str, backend: Any = CpuBackend) -> Made:
 
 def on_devices(preset: str, kv: str) -> Made:
     """Layers by turns on two emulated devices and the CPU."""
-    torch_devices = import_module("torch_devices")
+    torch_devices = import_module("tests.torch_devices")
     file = GGUF.open(tiny(preset))
     tape = build_tape(file)
     homes = ("emu0", "cpu", "emu1")
