@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from deskside.errors import DesksideError
 from deskside.gguf import GGUF, TensorInfo
 from deskside.models.writers import spellings
-from deskside.tape import TapeBuilder, Value
+from deskside.tape import Tape, TapeBuilder, Value
 
 
 class Model:
@@ -164,8 +164,41 @@ def _without_ones(shape: tuple[int, ...]) -> list[int]:
     return [n for n in shape if n != 1]
 
 
-def dense_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str, suffix: str, width: int) -> Value:
-    """SwiGLU: W_down(silu(W_gate x) * (W_up x))."""
+# Part of a layer: (builder, model, its input, the prefix of its tensors' names) -> its output.
+Block = Callable[[TapeBuilder, Model, Value, str], Value]
+
+
+def decoder(m: Model, attention: Block, ffn: Block) -> Tape:
+    """Layers of attention and feed-forward, each behind a norm and added to what it reads."""
+    t = TapeBuilder()
+    token_embd = m.embedding()
+    x = t.embed(token_embd)
+    for i in range(m.n_layers):
+        with t.layer(i):
+            p = f"blk.{i}."
+            h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, attention(t, m, h, p))
+            h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
+            x = t.add(x, ffn(t, m, h, p))
+    return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
+
+
+def qkv(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    """The projections of attention with their rows, in the order in which files join them."""
+    return {
+        "attn_q": heads * head_dim,
+        "attn_k": kv_heads * head_dim,
+        "attn_v": kv_heads * head_dim,
+    }
+
+
+def dense_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
+    """SwiGLU of the width that the metadata says."""
+    return _swiglu(t, m, x, prefix, "", m.positive("feed_forward_length"))
+
+
+def _swiglu(t: TapeBuilder, m: Model, x: Value, prefix: str, suffix: str, width: int) -> Value:
+    """W_down(silu(W_gate x) * (W_up x))."""
     parts = {f"ffn_gate{suffix}": width, f"ffn_up{suffix}": width}
     gate, up = m.rows_of(prefix, f"ffn_gate_up{suffix}", parts, m.n_embd)
     down = m.tensor(f"{prefix}ffn_down{suffix}.weight", width, m.n_embd)
@@ -190,6 +223,6 @@ def moe_ffn(t: TapeBuilder, m: Model, x: Value, prefix: str) -> Value:
     if not m.has(f"{prefix}ffn_gate_inp_shexp.weight"):
         return y
     shared_width = m.positive("expert_shared_feed_forward_length")
-    shared = dense_ffn(t, m, x, prefix, "_shexp", shared_width)
+    shared = _swiglu(t, m, x, prefix, "_shexp", shared_width)
     gate = t.linear(x, m.tensor(f"{prefix}ffn_gate_inp_shexp.weight", m.n_embd))
     return t.add(y, t.sigmoid_gate(shared, gate))

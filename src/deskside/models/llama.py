@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from deskside.models.common import Model, dense_ffn
+from deskside.models.common import Model, decoder, dense_ffn, qkv
 from deskside.tape import Tape, TapeBuilder, Value
 
 
 def build(m: Model) -> Tape:
     if m.count("expert_count", 0):
         raise m.bad("expert_count", "asks for experts; deskside runs dense llama files only")
-    t = TapeBuilder()
-    token_embd = m.embedding()
-    width = m.positive("feed_forward_length")
-    x = t.embed(token_embd)
-    for i in range(m.n_layers):
-        with t.layer(i):
-            p = f"blk.{i}."
-            h = t.rms_norm(x, m.tensor(p + "attn_norm.weight", m.n_embd), m.eps)
-            x = t.add(x, attention(t, m, h, p))
-            h = t.rms_norm(x, m.tensor(p + "ffn_norm.weight", m.n_embd), m.eps)
-            x = t.add(x, dense_ffn(t, m, h, p, "", width))
-    return t.finish(m.head(t, x, token_embd), m.n_ctx_train)
+    return decoder(m, attention, dense_ffn)
 
 
 def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
@@ -42,12 +31,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
             factors=factors,
         )
 
-    parts = {
-        "attn_q": heads * head_dim,
-        "attn_k": kv_heads * head_dim,
-        "attn_v": kv_heads * head_dim,
-    }
-    w_q, w_k, w_v = m.rows_of(p, "attn_qkv", parts, m.n_embd)
+    w_q, w_k, w_v = m.rows_of(p, "attn_qkv", qkv(heads, kv_heads, head_dim), m.n_embd)
     q, k, v = t.linear(x, w_q), t.linear(x, w_k), t.linear(x, w_v)
     o = t.attention(
         rope(q, heads), rope(k, kv_heads), v, heads=heads, kv_heads=kv_heads, head_dim=head_dim

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deskside.models.common import Model, dense_ffn, moe_ffn
+from deskside.models.common import Model, dense_ffn, moe_ffn, qkv
 from deskside.tape import Tape, TapeBuilder, Value
 
 # Added to the squared length of q and k. A constant of the published model code, not the epsilon of
@@ -58,11 +58,7 @@ def attention(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
     base = m.real("rope.freq_base", 1e7)
 
     # attn_q holds per head [q | gate].
-    parts = {
-        "attn_q": 2 * heads * head_dim,
-        "attn_k": kv_heads * head_dim,
-        "attn_v": kv_heads * head_dim,
-    }
+    parts = qkv(2 * heads, kv_heads, head_dim)
     w_q, w_k, w_v = m.rows_of(p, "attn_qkv", parts, m.n_embd)
     q, gate = t.split_gate(t.linear(x, w_q), heads, head_dim)
     k, v = t.linear(x, w_k), t.linear(x, w_v)
@@ -109,6 +105,4 @@ def delta_net(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
 
 
 def ffn(t: TapeBuilder, m: Model, x: Value, p: str) -> Value:
-    if m.arch == "qwen35moe":
-        return moe_ffn(t, m, x, p)
-    return dense_ffn(t, m, x, p, "", m.positive("feed_forward_length"))
+    return moe_ffn(t, m, x, p) if m.arch == "qwen35moe" else dense_ffn(t, m, x, p)
