@@ -358,3 +358,11 @@ def test_a_conversation_goes_on_and_can_be_cleared(model: Path) -> None:
         assert prompt_tokens(third) == prompt_tokens(first)
         terminal.say("\x04")
         assert terminal.exit_code() == 0
+
+
+def test_help_loads_neither_the_engine_nor_the_encoders() -> None:
+    code = "import deskside.cli.app, sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    loaded = set(done.stdout.decode().split())
+    assert "deskside.engine.config" in loaded
+    assert not {"deskside.engine.llm", "deskside.backends", "deskside.gguf.encoders"} & loaded

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -16,10 +16,12 @@ from deskside.cli.escapes import as_bytes, as_text
 from deskside.cli.flags import ENGINE, OPTIONS, SAMPLING, Given, flags, takes
 from deskside.cli.model import model_file, model_flags, with_source
 from deskside.console import err, note, progress_bar
-from deskside.engine import LLM, Stream, Timings
 from deskside.engine.config import PLACING, demo_model
 from deskside.engine.sampler import SamplingParams
 from deskside.errors import DesksideError
+
+if TYPE_CHECKING:
+    from deskside.engine import LLM, Stream, Timings
 
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -134,6 +136,8 @@ def _main(
     params: SamplingParams,
     options: dict[str, Any],
 ) -> None:
+    from deskside.engine import LLM  # and with it the backends, which --help needs not
+
     if prompt is not None and not prompt.strip():
         raise DesksideError("the prompt is empty: give some text with -p, -f or on stdin")
     if system is not None and not turns.chat:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from deskside.backends import Backend
 from deskside.backends.native.program import CpuBackend
-from deskside.backends.reference import ReferenceBackend
 from deskside.engine.config import DEFAULT_CTX, EngineConfig
 from deskside.engine.placing import ExpertOffload, place
 from deskside.engine.slots import Slot
@@ -248,6 +247,8 @@ def _on_cpu(
         )
     backend: Backend
     if config.backend == "reference":
+        from deskside.backends.reference import ReferenceBackend
+
         backend = ReferenceBackend(file, tape)
     else:
         host = _host_options(config)
