@@ -59,12 +59,12 @@ class Target:
         if not self.is_plain:
             return
         try:
-            free = shutil.disk_usage(self.file.parent).free
+            free = shutil.disk_usage(self.file.parent).free  # a folder that is missing fails here
         except OSError as error:
             raise self.failure(error) from None
         if nbytes > free:
             raise DesksideError(
-                f"{self.path}: needs {_size(nbytes)}, the disk has {_size(free)} free"
+                f"{self.path}: needs {size_text(nbytes)}, the disk has {size_text(free)} free"
                 f"{advice and '; '}{advice}"
             )
 
@@ -72,7 +72,14 @@ class Target:
         return DesksideError(f"{self.path}: cannot be written: {error.strerror}")
 
 
-def _size(nbytes: int) -> str:
+def disk_free(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, which need not exist."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def size_text(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 

@@ -9,7 +9,7 @@ def list_() -> None:
 
     from deskside.console import err, printable
     from deskside.convert.hub import cached
-    from deskside.convert.hub_choice import size_text
+    from deskside.files import size_text
 
     models, unfinished = cached()
     if not models and not unfinished:

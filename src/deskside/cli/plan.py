@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from deskside.cli.flags import ENGINE, Given, flags, takes
-from deskside.cli.model import hub_model, model_flags
+from deskside.cli.model import hub_model, model_flags, with_source
 from deskside.engine.config import DEFAULT_CTX, PLACING, EngineConfig
 from deskside.errors import DesksideError
+from deskside.files import write_all
 
 if TYPE_CHECKING:
     from deskside.convert.hub import HubModel
@@ -105,7 +106,7 @@ def plan(
         console.note(line)
     known = preset or _preset_of(file)
     if svg is not None:
-        svg.write_text(picture(made, name), encoding="utf-8")
+        write_all({svg: picture(made, name)})
     if emit is not None:
         _emit(
             plan_emit.emit(
@@ -128,15 +129,13 @@ def _named(source: str, model: Given, preset: str | None) -> tuple[Given, str | 
     """Of a word without a flag: the file, or the preset if it is the name of one."""
     from deskside.convert.synth import PRESETS
 
-    if model or preset is not None:
-        other = preset or next(iter(model.values()))
-        raise DesksideError(f"{source} and {other} are two models: give one of them")
+    given = with_source(Path(source), model if preset is None else {"preset": preset})
     if source in PRESETS:
         return {}, source
     if not Path(source).exists():
         known = ", ".join(PRESETS)
         raise DesksideError(f"{source}: no such file, and no preset; the presets are {known}")
-    return {"model": Path(source)}, None
+    return given, None
 
 
 def _model(model: Given, preset: str | None, types: list[str] | None) -> tuple[Any, str]:
@@ -162,7 +161,7 @@ def _model(model: Given, preset: str | None, types: list[str] | None) -> tuple[A
 def _remote(model: HubModel) -> Any:
     """The headers of a model of the hub; says what is still to be fetched."""
     from deskside.console import note
-    from deskside.convert.hub_choice import size_text
+    from deskside.files import size_text
 
     file, missing = model.header(note), sum(f.size for f in model.missing)
     note(f"{model}; {size_text(missing)} to fetch" if missing else f"{model}; is in the cache")
@@ -231,5 +230,4 @@ def _emit(files: dict[str, str], folder: Path | None) -> None:
             print(text, end="")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / (name or "command.sh")).write_text(text, encoding="utf-8")
+    write_all({folder / (name or "command.sh"): text for name, text in files.items()})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, HFValidationEr
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from deskside.convert.hub_choice import choose, quant_of, shard_count, shards, size_text
+from deskside.convert.hub_choice import choose, quant_of, shard_count, shards
 from deskside.convert.hub_http import (
     AGAIN,
     HubFile,
@@ -36,6 +35,7 @@ from deskside.convert.hub_http import (
     pull_header,
 )
 from deskside.errors import DesksideError
+from deskside.files import disk_free, size_text
 from deskside.gguf import GGUF
 from deskside.progress import Progress, silent
 
@@ -251,8 +251,7 @@ def _snapshots(folder: Path) -> list[Path]:
 
 
 def _need_room(nbytes: int, folder: Path) -> None:
-    there = next(p for p in (folder, *folder.parents) if p.is_dir())
-    free = shutil.disk_usage(there).free
+    free = disk_free(folder)
     if nbytes > free:
         raise DesksideError(
             f"{folder.parent}: the download takes {size_text(nbytes)}, the disk has "

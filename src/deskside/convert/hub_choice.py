@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from deskside.convert.hub_http import HubFile, Say, ignore
 from deskside.errors import DesksideError
+from deskside.files import size_text
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # llama.cpp's, in this order; then a repo's first model
 SHOWN = 20  # models of a repo in an error
@@ -17,10 +18,6 @@ _BESIDE = re.compile(r"mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
 _QUANT = re.compile(
     r"(?:^|[-._])((?:UD-|smol-)?(?:I?Q\d|TQ\d|BF16|F16|F32|MXFP\d|NVFP\d)\w*)$", re.IGNORECASE
 )
-
-
-def size_text(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _stem(name: str) -> str:

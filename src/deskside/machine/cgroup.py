@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from deskside.machine.told import contents
+
 ROOT = Path("/sys/fs/cgroup")
 SELF = Path("/proc/self/cgroup")
 
@@ -66,7 +68,4 @@ def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
+    return contents(path) or ""

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 from msgspec import Struct
 
-from deskside.machine.system import contents, lines
+from deskside.machine.told import contents, lines, said
 
 PCI = Path("/sys/bus/pci/devices")
 DISPLAY = "0x03"  # PCI's class of display controllers
@@ -127,12 +126,3 @@ def commit(package: Path) -> str | None:
     head = said(*here, "rev-parse", "HEAD")
     changed = said(*here, "status", "--porcelain", "--untracked-files=no")
     return head and head.strip() + (" (changed)" if changed else "")
-
-
-def said(*command: str) -> str | None:
-    """What a program prints; None if it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deskside.errors import DesksideError
-from deskside.machine.system import lines
+from deskside.machine.told import lines
 
 # auto: transparent huge pages. off: 4 KiB. The others are reserved pages.
 HUGE_PAGES = ("auto", "off", "2MiB", "1GiB")

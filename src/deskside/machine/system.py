@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import psutil
 
 from deskside.machine import cgroup
+from deskside.machine.told import lines, said
 
 # Flags that our kernels can use, as Linux spells them.
 FLAGS = ("sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni")
@@ -57,26 +57,6 @@ def nvidia_gpus() -> list[int]:
     set and empty."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return []
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    sizes = [line.strip() for line in told.stdout.splitlines()]
+    told = said("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+    sizes = [line.strip() for line in (told or "").splitlines()]
     return [int(size) << 20 for size in sizes if size.isdigit() and int(size) > 0]
-
-
-def lines(path: str | Path) -> list[str]:
-    """Lines of a text file; none if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def contents(path: Path) -> str | None:
-    """A small file's text, stripped; None if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None

@@ -20,12 +20,12 @@ from deskside.machine.system import (
     CPUS,
     FLAGS,
     available_memory,
-    contents,
     cpu_flags,
     cpu_name,
     total_memory,
     usable_cores,
 )
+from deskside.machine.told import contents
 
 # Activations, logits, states and code of one engine, without weights and cache.
 WORK_BYTES = 500_000_000

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deskside.bench.predict.slices import Slice, cache_folder, disk_free, disk_needed, full, period
+from deskside.bench.predict.slices import Slice, cache_folder, disk_needed, full, period
 from deskside.convert.synth import PRESETS
 from deskside.errors import DesksideError
+from deskside.files import disk_free
 from deskside.machine.system import available_memory
 from deskside.machine.watch import WORK_BYTES
 

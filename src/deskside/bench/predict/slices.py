@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from deskside.bench.record import Part
 from deskside.convert.synth import PRESETS, outline, synth_file
 from deskside.errors import DesksideError
+from deskside.files import disk_free
 from deskside.gguf import GGUF
 from deskside.models import build_tape
 from deskside.progress import Progress, silent
@@ -126,13 +126,6 @@ def period(preset: str) -> int:
 def cache_folder() -> Path:
     """The folder for slices: $DESKSIDE_BENCH_DIR, or ~/.cache/deskside-bench."""
     return Path(os.environ.get("DESKSIDE_BENCH_DIR") or Path.home() / ".cache" / "deskside-bench")
-
-
-def disk_free(folder: Path) -> int:
-    """Free bytes on the disk of `folder`, which need not exist."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def disk_needed(slices: list[Slice], folder: Path) -> float:
